@@ -1,0 +1,217 @@
+"""SQLite as the store of truth: one writer thread with group commit, many readers, explicit migrations.
+
+Durability: WAL with `synchronous=FULL`; `write` returns after the commit that holds it is on disk. Callers
+that arrive while a commit is under way share the next one, which is what makes single writes cheap.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import apsw
+
+from agentic_flow.core.errors import Conflict, DataCorrupted, Unavailable
+
+T = TypeVar("T")
+Job = Callable[[apsw.Connection], Any]
+
+_BATCH_MAX = 256
+_QUEUE_MAX = 10_000
+
+
+def rows(
+    connection: apsw.Connection, sql: str, bindings: Sequence[Any] | dict[str, Any] = ()
+) -> list[tuple[Any, ...]]:
+    """Run one statement and fetch all it returns. (apsw's own stubs type rows as partly unknown.)"""
+    return cast(Any, connection).execute(sql, bindings).fetchall()
+
+
+def execute_many(connection: apsw.Connection, sql: str, bindings: Iterable[Sequence[Any]]) -> None:
+    """Run one statement for each row of bindings."""
+    cast(Any, connection).executemany(sql, bindings)
+
+
+class Database:
+    """One SQLite file.
+
+    Args:
+        path: The file; its folder is created.
+        migrations: SQL scripts; script i brings `user_version` from i to i + 1. Never edit one that shipped.
+        readers: Number of reader threads, each with its own connection.
+        busy_timeout_s: How long to wait for another process's write lock.
+
+    Raises:
+        Conflict: the file was written by a newer version of the product.
+        DataCorrupted: it is not a healthy SQLite file.
+    """
+
+    def __init__(
+        self, path: Path, migrations: Sequence[str], *, readers: int = 4, busy_timeout_s: float = 10.0
+    ) -> None:
+        self.path = path
+        self._busy_timeout_s = busy_timeout_s
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._writer = self._connect()
+            self._migrate(migrations)
+        except (apsw.NotADBError, apsw.CorruptError) as error:
+            raise DataCorrupted(
+                f"{str(path)!r} is not a healthy database: {error}", hint="restore it from a backup"
+            ) from error
+        except (apsw.BusyError, apsw.LockedError) as error:
+            raise Unavailable(
+                f"{str(path)!r} is locked by another process", hint="wait for it or stop it"
+            ) from error
+        except (apsw.CantOpenError, apsw.ReadOnlyError, apsw.PermissionsError) as error:
+            raise Unavailable(
+                f"cannot open {str(path)!r} for writing: {error}", hint="check the folder's permissions"
+            ) from error
+        self._jobs: queue.Queue[tuple[Job, Future[Any]] | None] = queue.Queue(_QUEUE_MAX)
+        self._closed = False
+        self._thread = threading.Thread(target=self._write_loop, name=f"db-writer-{path.name}", daemon=True)
+        self._thread.start()
+        self._local = threading.local()
+        self._read_connections: list[apsw.Connection] = []
+        self._readers = ThreadPoolExecutor(readers, thread_name_prefix=f"db-reader-{path.name}")
+
+    async def write(self, job: Callable[[apsw.Connection], T]) -> T:
+        """Run `job` in a transaction of the writer thread; returns once it is durable.
+
+        A job that raises is rolled back alone; the others of its group commit.
+        """
+        return await asyncio.wrap_future(self.submit(job))
+
+    def write_sync(self, job: Callable[[apsw.Connection], T]) -> T:
+        """`write` for callers without an event loop."""
+        return self.submit(job).result()
+
+    def submit(self, job: Callable[[apsw.Connection], T]) -> Future[T]:
+        """Queue a write; the future resolves after the commit."""
+        if self._closed:
+            raise Unavailable(f"{self.path.name!r} is closed")
+        future: Future[T] = Future()
+        try:
+            self._jobs.put_nowait((job, future))
+        except queue.Full:
+            raise Unavailable(
+                f"{self.path.name!r} has {_QUEUE_MAX} writes waiting",
+                hint="retry after a pause",
+                retry_after_s=1.0,
+            ) from None
+        return future
+
+    async def read(self, job: Callable[[apsw.Connection], T]) -> T:
+        """Run `job` in a read transaction of a reader thread: one consistent snapshot."""
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self._read, job)
+
+    def read_sync(self, job: Callable[[apsw.Connection], T]) -> T:
+        """`read` for callers without an event loop."""
+        return self._readers.submit(self._read, job).result()
+
+    def close(self) -> None:
+        """Finish queued writes, then close. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._jobs.put(None)
+        self._thread.join()
+        self._readers.shutdown(wait=True)
+        for connection in self._read_connections:
+            connection.close()
+        self._writer.close()
+
+    def _connect(self) -> apsw.Connection:
+        connection = apsw.Connection(str(self.path))
+        connection.set_busy_timeout(int(self._busy_timeout_s * 1000))
+        for pragma in (
+            "journal_mode=WAL",
+            "synchronous=FULL",
+            "foreign_keys=ON",
+            "temp_store=MEMORY",
+            "cache_size=-16384",
+        ):
+            rows(connection, f"PRAGMA {pragma}")
+        return connection
+
+    def _migrate(self, migrations: Sequence[str]) -> None:
+        rows(self._writer, "BEGIN IMMEDIATE")
+        try:
+            version = int(rows(self._writer, "PRAGMA user_version")[0][0])
+            if version > len(migrations):
+                raise Conflict(
+                    f"{str(self.path)!r} has schema version {version}, this program knows {len(migrations)}",
+                    hint="use the version of agentic-flow that wrote it, or a newer one",
+                )
+            for script in migrations[version:]:
+                rows(self._writer, script)
+            rows(self._writer, f"PRAGMA user_version={len(migrations)}")
+        except BaseException:
+            rows(self._writer, "ROLLBACK")
+            raise
+        rows(self._writer, "COMMIT")
+
+    def _read(self, job: Callable[[apsw.Connection], T]) -> T:
+        connection: apsw.Connection | None = getattr(self._local, "connection", None)
+        if connection is None:
+            connection = self._connect()
+            rows(connection, "PRAGMA query_only=ON")
+            self._local.connection = connection
+            self._read_connections.append(connection)
+        rows(connection, "BEGIN")
+        try:
+            return job(connection)
+        finally:
+            rows(connection, "COMMIT")
+
+    def _write_loop(self) -> None:
+        while (first := self._jobs.get()) is not None:
+            group = [first]
+            last = False
+            while len(group) < _BATCH_MAX:
+                try:
+                    job = self._jobs.get_nowait()
+                except queue.Empty:
+                    break
+                if job is None:
+                    last = True
+                    break
+                group.append(job)
+            self._commit_group(group)
+            if last:
+                return
+
+    def _commit_group(self, group: list[tuple[Job, Future[Any]]]) -> None:
+        done: list[tuple[Future[Any], Any]] = []
+        try:
+            rows(self._writer, "BEGIN IMMEDIATE")
+            for job, future in group:
+                if not future.set_running_or_notify_cancel():
+                    continue
+                rows(self._writer, "SAVEPOINT job")
+                try:
+                    result = job(self._writer)
+                except BaseException as error:  # noqa: BLE001 - it belongs to the caller of this job alone
+                    rows(self._writer, "ROLLBACK TO job")
+                    rows(self._writer, "RELEASE job")
+                    future.set_exception(error)
+                else:
+                    rows(self._writer, "RELEASE job")
+                    done.append((future, result))
+            rows(self._writer, "COMMIT")
+        except apsw.Error as error:
+            if self._writer.in_transaction:
+                rows(self._writer, "ROLLBACK")
+            failure = Unavailable(f"{str(self.path)!r} did not commit: {error}", hint="nothing was written")
+            failure.__cause__ = error
+            for _, future in group:
+                if not future.done():
+                    future.set_exception(failure)
+            return
+        for future, result in done:
+            future.set_result(result)

@@ -1,0 +1,197 @@
+"""The typed vocabulary of model calls: what every wire format is parsed into and encoded from.
+
+Providers translate these to their own wire formats; agents, the journal of a run and the HTTP twins speak
+nothing else. All models are frozen and refuse unknown keys.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+JsonObject = dict[str, Any]
+"""A JSON object: string keys, JSON values."""
+
+
+class Frozen(BaseModel):
+    """Immutable value that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TextPart(Frozen):
+    kind: Literal["text"] = "text"
+    text: str
+
+
+class ThinkingPart(Frozen):
+    """Reasoning that the provider showed; `signature` lets Anthropic accept it back unchanged."""
+
+    kind: Literal["thinking"] = "thinking"
+    text: str
+    signature: str | None = None
+
+
+class ImagePart(Frozen):
+    """An image: base64 `data` with its media type, or a `url` the provider fetches."""
+
+    kind: Literal["image"] = "image"
+    media_type: str
+    data: str | None = None
+    url: str | None = None
+
+
+class ToolCallPart(Frozen):
+    """The model asks for a tool. `arguments` are parsed; what was not a JSON object never gets here."""
+
+    kind: Literal["tool_call"] = "tool_call"
+    id: str
+    name: str
+    arguments: JsonObject
+
+
+class ToolResultPart(Frozen):
+    """The answer to the tool call with the same `id`."""
+
+    kind: Literal["tool_result"] = "tool_result"
+    id: str
+    name: str
+    content: str
+    is_error: bool = False
+
+
+Part = Annotated[
+    TextPart | ThinkingPart | ImagePart | ToolCallPart | ToolResultPart, Field(discriminator="kind")
+]
+
+
+class Message(Frozen):
+    """One turn. Tool results travel in `user` messages, tool calls in `assistant` messages."""
+
+    role: Literal["system", "user", "assistant"]
+    parts: tuple[Part, ...]
+
+    @property
+    def text(self) -> str:
+        """The text parts, joined by new lines."""
+        return "\n".join(part.text for part in self.parts if isinstance(part, TextPart))
+
+
+class ToolSpec(Frozen):
+    """A tool as a model sees it. `input_schema` is JSON Schema 2020-12 of an object."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z][a-zA-Z0-9_-]{0,63}$")]
+    description: str
+    input_schema: JsonObject
+    read_only: bool = False
+
+
+class CompletionRequest(Frozen):
+    """One model call.
+
+    `tool_choice` is "auto", "none", "required" or the name of the one tool to call. `stream` asks the
+    gateway to use the provider's streaming wire format even when the caller wants the whole answer, so that
+    a stalled or truncated answer is noticed while it happens.
+    """
+
+    model: str
+    messages: tuple[Message, ...]
+    tools: tuple[ToolSpec, ...] = ()
+    tool_choice: str = "auto"
+    output_tokens_max: Annotated[int, Field(gt=0)] = 4096
+    temperature: float | None = None
+    top_p: float | None = None
+    stop: tuple[str, ...] = ()
+    output_schema: JsonObject | None = None
+    seed: int | None = None
+    stream: bool = False
+
+
+class Usage(Frozen):
+    """Tokens as the provider billed them, and their price.
+
+    `input_tokens` includes cache reads and writes; `output_tokens` includes reasoning. `cost_usd` is None
+    when no price for the model is known, which is not the same as free.
+    """
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_read_tokens: int = 0
+    cache_write_tokens: int = 0
+    reasoning_tokens: int = 0
+    cost_usd: float | None = 0.0
+
+    def __add__(self, other: Usage) -> Usage:
+        cost = None if self.cost_usd is None or other.cost_usd is None else self.cost_usd + other.cost_usd
+        return Usage(
+            input_tokens=self.input_tokens + other.input_tokens,
+            output_tokens=self.output_tokens + other.output_tokens,
+            cache_read_tokens=self.cache_read_tokens + other.cache_read_tokens,
+            cache_write_tokens=self.cache_write_tokens + other.cache_write_tokens,
+            reasoning_tokens=self.reasoning_tokens + other.reasoning_tokens,
+            cost_usd=cost,
+        )
+
+
+StopReason = Literal["end", "tool_calls", "length", "stop_sequence", "refusal"]
+
+
+class Completion(Frozen):
+    """A finished model answer. `model` is the one that served, `provider` who ran it."""
+
+    model: str
+    provider: str
+    parts: tuple[Part, ...]
+    stop_reason: StopReason
+    usage: Usage
+    latency_s: float = 0.0
+
+    @property
+    def text(self) -> str:
+        return "\n".join(part.text for part in self.parts if isinstance(part, TextPart))
+
+    @property
+    def tool_calls(self) -> tuple[ToolCallPart, ...]:
+        return tuple(part for part in self.parts if isinstance(part, ToolCallPart))
+
+
+class TextDelta(Frozen):
+    kind: Literal["text_delta"] = "text_delta"
+    text: str
+
+
+class ThinkingDelta(Frozen):
+    kind: Literal["thinking_delta"] = "thinking_delta"
+    text: str
+
+
+class ToolCallDelta(Frozen):
+    """A piece of a tool call's JSON arguments; `id` and `name` come with the first piece of each index."""
+
+    kind: Literal["tool_call_delta"] = "tool_call_delta"
+    index: int
+    id: str | None = None
+    name: str | None = None
+    arguments_json: str = ""
+
+
+class StreamEnd(Frozen):
+    """The last event of a complete stream. A stream without it is broken, whatever came before."""
+
+    kind: Literal["end"] = "end"
+    completion: Completion
+
+
+StreamEvent = Annotated[TextDelta | ThinkingDelta | ToolCallDelta | StreamEnd, Field(discriminator="kind")]
+
+
+class ModelInfo(Frozen):
+    """A model that a provider serves. `generative` is False for models that only select and cite."""
+
+    id: str
+    provider: str
+    generative: bool = True
+    context_tokens: int | None = None
+    input_usd_per_mtok: float | None = None
+    output_usd_per_mtok: float | None = None

@@ -1,0 +1,331 @@
+"""The Protocols through which services meet. A service gets its neighbours here, never by import.
+
+Every implementation, in process or over HTTP, passes the same contract suite
+(`agentic_flow.testing.contracts`). Tenants are mandatory arguments, never filters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agentic_flow.core.auth import Principal
+from agentic_flow.core.clock import Deadline
+from agentic_flow.core.messages import (
+    Completion,
+    CompletionRequest,
+    JsonObject,
+    ModelInfo,
+    StreamEvent,
+    ToolSpec,
+)
+from agentic_flow.core.vectors import (
+    Document,
+    Filter,
+    Fingerprint,
+    Item,
+    Metric,
+    Namespace,
+    Page,
+    SearchQuery,
+    SearchResult,
+    UpsertResult,
+)
+
+
+class Completer(Protocol):
+    """Answers model calls. The gateway is one; so is its HTTP twin."""
+
+    async def complete(
+        self,
+        request: CompletionRequest,
+        *,
+        principal: Principal,
+        deadline: Deadline,
+        idempotency_key: str | None = None,
+    ) -> Completion:
+        """One whole answer.
+
+        Raises:
+            UnknownModel: no configured provider serves `request.model`.
+            ProviderError: the provider failed after the bounded retries.
+            DeadlineExceeded: no answer in time.
+        """
+        ...
+
+    def stream(
+        self,
+        request: CompletionRequest,
+        *,
+        principal: Principal,
+        deadline: Deadline,
+        idempotency_key: str | None = None,
+    ) -> AsyncIterator[StreamEvent]:
+        """The answer as it comes; the last event is StreamEnd, or an error is raised."""
+        ...
+
+    async def models(self, *, principal: Principal) -> list[ModelInfo]:
+        """The models that can be asked now, the default one first."""
+        ...
+
+
+class Embedder(Protocol):
+    """Turns texts into vectors. `id` names model, version and dimension: equal ids, comparable vectors."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def dimension(self) -> int: ...
+
+    @property
+    def semantic(self) -> bool:
+        """Whether closeness means likeness of meaning, not only of spelling."""
+        ...
+
+    async def embed(
+        self, texts: Sequence[str], *, kind: Literal["document", "query"] = "document"
+    ) -> NDArray[np.float32]:
+        """Unit vectors of shape (len(texts), dimension)."""
+        ...
+
+
+class VectorStore(Protocol):
+    """Namespaces of items with vectors, text and metadata; writes are durable when they return."""
+
+    async def create_namespace(
+        self, tenant: str, name: str, *, metric: Metric = "cosine", dimension: int | None = None
+    ) -> Namespace:
+        """Create it, or return it when it exists with the same settings (else Conflict).
+
+        Without `dimension` the store's embedder serves the namespace; with one, callers bring vectors.
+        """
+        ...
+
+    async def namespaces(self, tenant: str) -> list[Namespace]: ...
+
+    async def delete_namespace(self, tenant: str, name: str) -> bool:
+        """Whether there was one to delete."""
+        ...
+
+    async def upsert(
+        self,
+        tenant: str,
+        namespace: str,
+        items: Sequence[Item],
+        *,
+        expected_version: int | None = None,
+        idempotency_key: str | None = None,
+    ) -> UpsertResult: ...
+
+    async def get(self, tenant: str, namespace: str, ids: Sequence[str]) -> list[Item]:
+        """The items that exist, in the order asked."""
+        ...
+
+    async def delete(self, tenant: str, namespace: str, ids: Sequence[str]) -> int:
+        """How many existed."""
+        ...
+
+    async def delete_where(self, tenant: str, namespace: str, where: Filter) -> int: ...
+
+    async def list_items(
+        self,
+        tenant: str,
+        namespace: str,
+        *,
+        where: Filter | None = None,
+        cursor: str | None = None,
+        limit: int = 100,
+    ) -> Page: ...
+
+    async def search(self, tenant: str, namespace: str, query: SearchQuery) -> SearchResult: ...
+
+    async def put_documents(self, tenant: str, namespace: str, documents: Sequence[Document]) -> int:
+        """Replace each document's chunks, all in one transaction. Returns the number of chunks stored."""
+        ...
+
+    async def fingerprints(self, tenant: str, namespace: str) -> dict[str, Fingerprint]:
+        """Path → fingerprint of every document of the namespace."""
+        ...
+
+    async def delete_documents(self, tenant: str, namespace: str, paths: Sequence[str]) -> int: ...
+
+    async def erase_tenant(self, tenant: str) -> int:
+        """Remove everything of a tenant; returns the number of items removed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ToolScope:
+    """What the tools of one run (or one caller) may touch.
+
+    `roots` maps the name a model uses for a folder to the real folder; a path a tool takes is
+    `ROOTNAME/relative/path`, or just `relative/path` while there is a single root. `paths_allowed` and
+    `paths_forbidden` are gitignore-style patterns against that relative path; forbidden wins.
+    `tools_allowed` None means every tool that policy allows. `namespace` is the memory of the run.
+    """
+
+    roots: Mapping[str, Path] = field(default_factory=dict[str, Path])
+    paths_allowed: tuple[str, ...] = ()
+    paths_forbidden: tuple[str, ...] = ()
+    tools_allowed: frozenset[str] | None = None
+    namespace: str | None = None
+    run_id: str | None = None
+    agent: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    """What a tool returned: a JSON object within the size limit, `truncated` when the rest was cut."""
+
+    content: JsonObject
+    is_error: bool = False
+    truncated: bool = False
+    duration_s: float = 0.0
+
+
+class ToolBox(Protocol):
+    """Validates, authorises, runs and audits tool calls. MCP, agents and the CLI use this one call."""
+
+    def specs(self, principal: Principal, scope: ToolScope) -> list[ToolSpec]:
+        """The tools this principal may call in this scope, in name order."""
+        ...
+
+    async def call(
+        self,
+        principal: Principal,
+        name: str,
+        arguments: Mapping[str, Any],
+        *,
+        deadline: Deadline,
+        scope: ToolScope,
+        idempotency_key: str | None = None,
+    ) -> ToolResult:
+        """Run one tool. A refused or failed call is a result with `is_error`, which a model can read.
+
+        Raises:
+            NotFound: no tool has this name in this scope.
+        """
+        ...
+
+
+StepFunction = Callable[["StepContext"], Awaitable[JsonObject]]
+Workflow = Callable[["WorkflowContext", JsonObject], Awaitable[JsonObject]]
+
+RunState = Literal["queued", "running", "interrupted", "completed", "failed", "cancelled"]
+"""`interrupted`: accepted and unfinished, and the process that ran it is gone; it can be resumed."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """Given to a step while it executes. `idempotency_key` is the same on every attempt of this step."""
+
+    idempotency_key: str
+
+
+class WorkflowContext(Protocol):
+    """What a workflow may do besides pure computing. Everything else belongs inside a step."""
+
+    @property
+    def workflow_id(self) -> str: ...
+
+    async def step(self, name: str, function: StepFunction) -> JsonObject:
+        """Run `function` once, record its result durably, and return the record on every replay.
+
+        An AgenticFlowError raised by it is recorded as well and raised again on replay.
+        """
+        ...
+
+    async def children(self, name: str, payloads: Mapping[str, JsonObject]) -> dict[str, JsonObject]:
+        """Run one child workflow per key in parallel, each with the id `{workflow_id}.{key}`; all results.
+
+        A failed child yields `{"error": problem}` instead of a result: one agent's failure is data.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One recorded step of a workflow, in order."""
+
+    workflow_id: str
+    index: int
+    name: str
+    output: JsonObject | None
+    error: JsonObject | None
+    started_at_s: float | None
+    completed_at_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkflowRecord:
+    """One workflow as the store has it; `state` is derived from the store and the owner's lease."""
+
+    workflow_id: str
+    name: str
+    tenant: str
+    state: RunState
+    payload: JsonObject
+    output: JsonObject | None
+    error: JsonObject | None
+    created_at_s: float
+    updated_at_s: float
+    owner: str | None
+
+
+class RunEngine(Protocol):
+    """Durable workflows: a recorded step never runs again, an accepted workflow is never lost."""
+
+    def register(self, name: str, workflow: Workflow) -> None:
+        """Make a workflow known under a stable name, before `open`."""
+        ...
+
+    def open(self) -> AbstractAsyncContextManager[None]:
+        """Connect and start; on exit, stop taking work and let go of what was not finished."""
+        ...
+
+    async def start(self, name: str, workflow_id: str, payload: JsonObject, *, tenant: str) -> bool:
+        """Accept a workflow durably and begin it here. False when this id was accepted before."""
+        ...
+
+    async def wait(self, workflow_id: str) -> WorkflowRecord:
+        """Return when it has ended."""
+        ...
+
+    async def get(self, workflow_id: str) -> WorkflowRecord | None: ...
+
+    async def list_workflows(
+        self, tenant: str, *, name: str, states: Sequence[RunState] = (), limit: int = 50
+    ) -> list[WorkflowRecord]:
+        """Newest first."""
+        ...
+
+    async def steps(self, workflow_id: str) -> list[StepRecord]:
+        """Recorded steps of the workflow and of its children, in order of completion."""
+        ...
+
+    async def resume(self, workflow_id: str) -> bool:
+        """Continue an interrupted or cancelled workflow here. False when it ended or is alive elsewhere."""
+        ...
+
+    async def resume_interrupted(self) -> list[str]:
+        """Take over every unfinished workflow whose owner is dead; returns their ids."""
+        ...
+
+    async def cancel(self, workflow_id: str) -> bool:
+        """Cancel it and its children. False when it had already ended."""
+        ...
+
+
+class Bus(Protocol):
+    """Publishes events to whoever listens; delivery is the subscriber's business, truth lives elsewhere."""
+
+    async def publish(self, subject: str, payload: JsonObject) -> None: ...
+
+    def subscribe(self, subject: str) -> AsyncIterator[JsonObject]: ...

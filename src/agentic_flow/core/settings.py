@@ -1,0 +1,424 @@
+"""All settings, read once: flag > environment > `.env` > `./agentic-flow.toml` > user config > default.
+
+Each service gets its own section and no more. Every section refuses unknown keys; an environment variable
+that starts with `AGENTIC_FLOW_` and names no setting is refused too, because a typing error that is silently
+ignored is worse than one that stops the program. Secrets have a `_file` form beside the plain one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+
+from agentic_flow.core.errors import InvalidSettings
+
+ENV_PREFIX = "AGENTIC_FLOW_"
+CONFIG_FILE = "agentic-flow.toml"
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+MIB = 1024 * 1024
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ServeSettings(Section):
+    """Where the services listen. Port 0 takes any free port."""
+
+    host: str = Field(
+        default="127.0.0.1", description="Address to bind; wider than loopback demands auth.required."
+    )
+    platform_port: Port = Field(default=3000, description="Platform: runs API, gateway, identity.")
+    agentdb_port: Port = Field(default=5432, description="AgentDB.")
+    swarm_port: Port = Field(default=9000, description="Swarm coordinator.")
+    drain_timeout_s: Positive = Field(
+        default=10.0, description="Seconds given to requests in flight after SIGTERM."
+    )
+    body_max_bytes: Count = Field(default=16 * MIB, description="Largest accepted request body.")
+    requests_per_minute: Count = Field(default=6000, description="Rate limit per tenant and service.")
+
+
+class PeerSettings(Section):
+    """Where a neighbour runs when it is not in this process. Unset: in this process."""
+
+    platform_url: str | None = Field(default=None, description="Base URL of the platform service.")
+    agentdb_url: str | None = Field(default=None, description="Base URL of the AgentDB service.")
+    swarm_url: str | None = Field(default=None, description="Base URL of the swarm coordinator.")
+    token: SecretStr | None = Field(default=None, description="API key this process shows to its neighbours.")
+    token_file: Path | None = Field(
+        default=None, description="File that holds the API key; re-read on change."
+    )
+    timeout_s: Positive = Field(default=30.0, description="Deadline of one call to a neighbour.")
+    attempts: Count = Field(default=3, description="Tries of one idempotent call, the first included.")
+    breaker_failures: Count = Field(default=5, description="Failures in a row that open the circuit.")
+    breaker_open_s: Positive = Field(default=5.0, description="Seconds before an open circuit is probed.")
+
+
+class AuthSettings(Section):
+    """Who may call."""
+
+    required: bool = Field(
+        default=False, description="Demand a credential on every route but health and metrics."
+    )
+    token_ttl_s: Positive = Field(
+        default=300.0, description="Lifetime of the tokens that the platform issues."
+    )
+    revocation_poll_s: Positive = Field(default=1.0, description="How often services fetch revocations.")
+
+
+class TlsSettings(Section):
+    """Certificates for every port, and for calls to neighbours."""
+
+    certificate_file: Path | None = Field(default=None, description="PEM certificate chain of the servers.")
+    key_file: Path | None = Field(default=None, description="PEM private key of the servers.")
+    ca_file: Path | None = Field(
+        default=None, description="PEM bundle that neighbours' certificates must chain to."
+    )
+    mutual: bool = Field(default=False, description="Demand a client certificate signed by tls.ca_file.")
+
+    @model_validator(mode="after")
+    def _complete(self) -> TlsSettings:
+        if (self.certificate_file is None) != (self.key_file is None):
+            raise ValueError("certificate_file and key_file go together: set both or none")
+        if self.mutual and not (self.certificate_file and self.ca_file):
+            raise ValueError("mutual needs certificate_file, key_file and ca_file")
+        return self
+
+
+class ProviderSettings(Section):
+    """One model provider."""
+
+    base_url: str = Field(default="", description="API root, without the endpoint's name.")
+    api_key: SecretStr | None = Field(default=None, description="Key; the vendor's usual variable works too.")
+    api_key_file: Path | None = Field(default=None, description="File that holds the key; re-read on change.")
+
+
+class GatewaySettings(Section):
+    """Models and how they are called."""
+
+    model: str | None = Field(
+        default=None,
+        description="Default model, `provider:model` or a bare name. Unset: the first provider's.",
+    )
+    anthropic: ProviderSettings = Field(
+        default=ProviderSettings(base_url="https://api.anthropic.com"), description="Anthropic."
+    )
+    openrouter: ProviderSettings = Field(
+        default=ProviderSettings(base_url="https://openrouter.ai/api/v1"), description="OpenRouter."
+    )
+    openai: ProviderSettings = Field(
+        default=ProviderSettings(base_url="https://api.openai.com/v1"),
+        description="OpenAI, or any endpoint that speaks its Chat Completions (Ollama, vLLM, llama.cpp).",
+    )
+    stream: bool = Field(default=True, description="Use the provider's streaming format for agents' calls.")
+    timeout_s: Positive = Field(default=120.0, description="Deadline of one provider call, retries included.")
+    idle_timeout_s: Positive = Field(default=60.0, description="Longest silence within an answer.")
+    attempts: Count = Field(default=4, description="Tries of one provider call, the first included.")
+    backoff_s: Annotated[float, Field(ge=0)] = Field(
+        default=0.5, description="First pause between tries; doubles."
+    )
+    response_max_bytes: Count = Field(default=32 * MIB, description="Largest accepted provider answer.")
+    prices_usd_per_mtok: dict[str, tuple[float, float]] = Field(
+        default_factory=dict[str, tuple[float, float]],
+        description="Own prices: model → (input, output), USD per million tokens.",
+    )
+
+
+class AgentDBSettings(Section):
+    """The vector database and the reading of folders."""
+
+    embedder: Literal["hashed-ngram"] = Field(
+        default="hashed-ngram", description="Embedder of new namespaces."
+    )
+    embedding_dimension: Annotated[int, Field(ge=256, le=4096)] = Field(
+        default=1024, description="Dimension of the hashed n-gram embedder."
+    )
+    file_max_bytes: Count = Field(default=16 * MIB, description="Larger files are skipped and counted.")
+    files_max: Count = Field(default=200_000, description="Most files of one ingestion.")
+    chunk_lines_max: Count = Field(default=60, description="Most lines of one chunk.")
+    chunk_chars_max: Count = Field(default=4000, description="Most characters of one chunk.")
+
+
+class ToolsSettings(Section):
+    """Limits and policy of tool calls."""
+
+    timeout_s: Positive = Field(default=30.0, description="Deadline of one tool call.")
+    result_max_bytes: Count = Field(default=64 * 1024, description="Larger results are cut and marked.")
+    shell_allowed: tuple[str, ...] = Field(
+        default=(), description="Programs that shell_run may start, by name. Empty: none."
+    )
+    policy_file: Path | None = Field(default=None, description="TOML file of allow, ask and deny rules.")
+
+
+class SwarmSettings(Section):
+    """Runs and the agents that do them."""
+
+    database_url: SecretStr | None = Field(
+        default=None, description="`postgresql://…` for the run database. Unset: SQLite in the data folder."
+    )
+    topology: Literal["hierarchical", "mesh", "ring", "star"] = Field(
+        default="hierarchical", description="Who talks to whom."
+    )
+    agents_max: Annotated[int, Field(ge=1, le=64)] = Field(default=4, description="Worker agents of one run.")
+    steps_max: Count = Field(default=12, description="Model calls of one agent before it must answer.")
+    tool_calls_max: Count = Field(default=40, description="Tool calls of one agent.")
+    output_tokens_max: Count = Field(default=4096, description="Output tokens of one model call.")
+    tokens_max: Count = Field(default=2_000_000, description="Tokens of one run, all agents together.")
+    run_timeout_s: Positive = Field(default=1800.0, description="Wall time of one run.")
+    citations_max: Count = Field(default=10, description="Citations in the merged answer.")
+    runs_parallel_max: Count = Field(default=16, description="Runs of one process at a time; more wait.")
+    lease_s: Positive = Field(default=10.0, description="A process silent for this long has lost its runs.")
+
+
+class TelemetrySettings(Section):
+    """Logs and traces."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="warning", description="Least severe."
+    )
+    log_format: Literal["auto", "json", "text"] = Field(
+        default="auto", description="auto: text on a terminal."
+    )
+    otlp_endpoint: str | None = Field(
+        default=None, description="OTLP/HTTP endpoint for traces. Unset: none sent."
+    )
+
+
+def default_data_dir() -> Path:
+    """The platform's folder for user data."""
+    from platformdirs import user_data_path
+
+    return user_data_path("agentic-flow", appauthor=False)
+
+
+def user_config_path() -> Path:
+    """The user's own configuration file."""
+    from platformdirs import user_config_path as platform_config_path
+
+    return platform_config_path("agentic-flow", appauthor=False) / "config.toml"
+
+
+class Settings(Section):
+    """The whole configuration, frozen."""
+
+    data_dir: Path = Field(default_factory=default_data_dir, description="Folder of all local state.")
+    agents_dir: Path | None = Field(
+        default=None,
+        description="Folder of agent definitions (*.md) beside `.claude/agents` and the built-in ones.",
+    )
+    serve: ServeSettings = ServeSettings()
+    peers: PeerSettings = PeerSettings()
+    auth: AuthSettings = AuthSettings()
+    tls: TlsSettings = TlsSettings()
+    gateway: GatewaySettings = GatewaySettings()
+    agentdb: AgentDBSettings = AgentDBSettings()
+    tools: ToolsSettings = ToolsSettings()
+    swarm: SwarmSettings = SwarmSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Settings with the place that each value came from, keyed by dotted name (`gateway.model`)."""
+
+    settings: Settings
+    origins: dict[str, str]
+
+
+# Names that vendors and operators already use, for settings of ours. Our own names win over them.
+ALIASES = {
+    "ANTHROPIC_API_KEY": "gateway.anthropic.api_key",
+    "ANTHROPIC_BASE_URL": "gateway.anthropic.base_url",
+    "OPENROUTER_API_KEY": "gateway.openrouter.api_key",
+    "OPENROUTER_BASE_URL": "gateway.openrouter.base_url",
+    "OPENAI_API_KEY": "gateway.openai.api_key",
+    "OPENAI_BASE_URL": "gateway.openai.base_url",
+    "SWARM_TOPOLOGY": "swarm.topology",
+    "MAX_AGENTS": "swarm.agents_max",
+}
+
+# Read by the shell-completion machinery and by tests, not settings of the product.
+_NOT_SETTINGS = frozenset({"AGENTIC_FLOW_COMPLETE"})
+
+
+def load(
+    flags: Mapping[str, Any] | None = None,
+    *,
+    environ: Mapping[str, str] | None = None,
+    directory: Path | None = None,
+    user_config: Path | None = None,
+) -> Loaded:
+    """Read every source once.
+
+    Args:
+        flags: Dotted setting name → value, from the command line; None values are ignored.
+        environ: Environment; the process's by default.
+        directory: Where `.env` and `agentic-flow.toml` are looked for; the working folder by default.
+        user_config: The user's file; the platform's usual place by default.
+
+    Raises:
+        InvalidSettings: an unknown name or a value of the wrong kind; names it and where it came from.
+    """
+    environ = os.environ if environ is None else environ
+    directory = directory or Path.cwd()
+    user_config = user_config or user_config_path()
+    project_config = directory / CONFIG_FILE
+    layers: list[tuple[str, dict[str, Any]]] = [
+        (str(user_config), _from_toml(user_config)),
+        (str(project_config), _from_toml(project_config)),
+        (str(directory / ".env"), _from_environment(_read_dotenv(directory / ".env"), ".env")),
+        ("environment", _from_environment(environ, "the environment")),
+        ("flag", {name: value for name, value in (flags or {}).items() if value is not None}),
+    ]
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, layer in layers:
+        for name, value in layer.items():
+            merged[name] = value
+            origins[name] = origin
+    _refuse_unknown(merged, origins)
+    try:
+        settings = Settings.model_validate(_nested(merged), strict=False)
+    except ValidationError as error:
+        raise _explain(error, origins) from None
+    return Loaded(settings, origins)
+
+
+def setting_names(section: type[Section] = Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting as (dotted name, pydantic FieldInfo), leaves only."""
+    for name, info in section.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            yield from setting_names(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", info
+
+
+def env_name(dotted: str) -> str:
+    """The environment variable of a setting: `gateway.model` → `AGENTIC_FLOW_GATEWAY__MODEL`."""
+    return ENV_PREFIX + dotted.replace(".", "__").upper()
+
+
+def _from_environment(environ: Mapping[str, str], where: str) -> dict[str, Any]:
+    by_variable = {env_name(name): name for name, _ in setting_names()}
+    found: dict[str, Any] = {}
+    for variable, name in ALIASES.items():
+        if environ.get(variable):
+            found[name] = environ[variable]
+    provider = environ.get("MODEL_PROVIDER")
+    if provider and provider not in ("auto", "multi"):
+        found["gateway.model"] = f"{provider}:"
+    for variable, value in environ.items():
+        if not variable.startswith(ENV_PREFIX) or variable in _NOT_SETTINGS:
+            continue
+        name = by_variable.get(variable)
+        if name is None:
+            close = difflib.get_close_matches(variable, by_variable, n=1)
+            raise InvalidSettings(
+                f"{variable!r} in {where} is not a setting",
+                hint=f"did you mean {close[0]!r}?" if close else "see `agentic-flow config show`",
+            )
+        found[name] = _parse_env(value)
+    return found
+
+
+def _parse_env(value: str) -> Any:
+    """Lists and tables are written as JSON in the environment; all else is taken as text."""
+    if value[:1] in "[{" and value:
+        import orjson
+
+        try:
+            return orjson.loads(value)
+        except orjson.JSONDecodeError:
+            return value
+    return value
+
+
+def _read_dotenv(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        return {}
+    from dotenv import dotenv_values
+
+    return {name: value for name, value in dotenv_values(path).items() if value is not None}
+
+
+def _from_toml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        data = tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidSettings(
+            f"{str(path)!r} is not valid TOML: {error}", hint="correct that line"
+        ) from error
+    except OSError as error:
+        raise InvalidSettings(
+            f"{str(path)!r} cannot be read: {error.strerror}", hint="check its permissions"
+        ) from error
+    return dict(_flatten(data))
+
+
+def _flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    leaves = {name for name, _ in setting_names()}
+    for key, value in data.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and name not in leaves:
+            yield from _flatten(cast(dict[str, Any], value), f"{name}.")
+        else:
+            yield name, value
+
+
+def _refuse_unknown(merged: Mapping[str, Any], origins: Mapping[str, str]) -> None:
+    known = {name for name, _ in setting_names()}
+    for name in merged:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise InvalidSettings(
+                f"{name!r} in {origins[name]} is not a setting",
+                hint=f"did you mean {close[0]!r}?" if close else "see `agentic-flow config show`",
+            )
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    root: dict[str, Any] = {}
+    for name, value in flat.items():
+        node = root
+        *sections, leaf = name.split(".")
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[leaf] = value
+    # A provider given in part keeps its other defaults (its base_url above all).
+    gateway = root.get("gateway", {})
+    for name in ("anthropic", "openrouter", "openai"):
+        if name in gateway:
+            default: ProviderSettings = GatewaySettings.model_fields[name].default
+            gateway[name] = {"base_url": default.base_url, **gateway[name]}
+    return root
+
+
+def _explain(error: ValidationError, origins: Mapping[str, str]) -> InvalidSettings:
+    first = error.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in first["loc"]) or "settings"
+    origin = next(
+        (where for known, where in origins.items() if known == name or known.startswith(f"{name}.")),
+        "default",
+    )
+    secret = any(word in name for word in ("key", "token", "secret", "url"))
+    shown = "" if secret else f" = {first['input']!r}"
+    return InvalidSettings(
+        f"setting {name}{shown} (from {origin}) is refused: {first['msg']}",
+        hint=f"set {env_name(name)} or correct {name!r} in {CONFIG_FILE}",
+    )

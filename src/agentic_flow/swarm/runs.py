@@ -1,0 +1,116 @@
+"""What a run is: its specification, its result, and the events it leaves while it goes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints
+
+from agentic_flow.core.messages import Frozen, JsonObject
+from agentic_flow.core.ports import RunState
+
+TopologyName = Literal["hierarchical", "mesh", "ring", "star"]
+
+
+class RunSpec(Frozen):
+    """A goal and what may be used to reach it.
+
+    `inputs` are absolute paths of files or folders on the machine that executes the run. `model` None takes
+    the configured default. `paths_allowed` and `paths_forbidden` are gitignore-style patterns relative to
+    the inputs, enforced by every tool; forbidden wins. `budget_usd` is a hard limit.
+    """
+
+    goal: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=20_000)]
+    inputs: tuple[str, ...] = ()
+    topology: TopologyName = "hierarchical"
+    agents: Annotated[int, Field(ge=1, le=64)] = 4
+    model: str | None = None
+    budget_usd: Annotated[float, Field(gt=0)] | None = None
+    paths_allowed: tuple[str, ...] = ()
+    paths_forbidden: tuple[str, ...] = ()
+
+
+class Citation(Frozen):
+    """Lines of a file that support the answer. Lines count from 1, both ends included."""
+
+    path: str
+    line_start: int
+    line_end: int
+    quote: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.path}:{self.line_start}-{self.line_end}"
+
+
+class RunUsage(Frozen):
+    """What a run (or an agent) consumed. `cost_usd` None: a model without a known price took part."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost_usd: float | None = 0.0
+    model_calls: int = 0
+    tool_calls: int = 0
+    time_s: float = 0.0
+
+
+class AgentReport(Frozen):
+    """One agent's share of a run."""
+
+    name: str
+    role: str
+    model: str
+    state: Literal["completed", "failed"]
+    steps: int
+    usage: RunUsage
+    error: str | None = None
+
+
+class IngestReport(Frozen):
+    """What the reading of the inputs did; every file seen is in exactly one count but `chunks`."""
+
+    added: int = 0
+    changed: int = 0
+    unchanged: int = 0
+    removed: int = 0
+    skipped_binary: int = 0
+    skipped_ignored: int = 0
+    skipped_too_large: int = 0
+    skipped_unreadable: int = 0
+    skipped_empty: int = 0
+    chunks: int = 0
+    cpu_s: float = 0.0
+
+
+class RunResult(Frozen):
+    """A run as the store has it; the one object that `agentic-flow run --json` prints."""
+
+    run_id: str
+    state: RunState
+    goal: str
+    topology: TopologyName
+    model: str
+    answer: str
+    citations: tuple[Citation, ...] = ()
+    usage: RunUsage = RunUsage()
+    agents: tuple[AgentReport, ...] = ()
+    ingest: IngestReport | None = None
+    notes: tuple[str, ...] = ()
+    error: JsonObject | None = None
+    created_at_s: float = 0.0
+    updated_at_s: float = 0.0
+
+
+class RunEvent(Frozen):
+    """Something that happened in a run. `sequence` grows by one per event of a run, from 1.
+
+    Kinds: `ingest_progress` (done, total files; live only), `step_finished` (agent, name: a model or tool
+    call or another recorded step), `agent_finished`, `run_finished`.
+    """
+
+    sequence: int
+    kind: Literal["ingest_progress", "step_finished", "agent_finished", "run_finished"]
+    at_s: float
+    agent: str | None = None
+    name: str | None = None
+    data: dict[str, Any] = Field(default_factory=dict[str, Any])
