@@ -32,7 +32,7 @@ import tokenize
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 QUESTIONS_FILE = Path(__file__).resolve().parent / "stdlib.jsonl"
@@ -134,7 +134,7 @@ def docstrings(source: str) -> list[str]:
     return [doc for node in nodes if (doc := ast.get_docstring(node))]
 
 
-@lru_cache(maxsize=None)
+@cache
 def file_words(file_path: str, stdlib: Path) -> frozenset[str]:
     """Return the content words of a file's relative path and its docstrings."""
     with tokenize.open(stdlib / file_path) as file:

@@ -70,6 +70,14 @@ class Completer(Protocol):
         """The answer as it comes; the last event is StreamEnd, or an error is raised."""
         ...
 
+    async def resolve(self, model: str | None, *, principal: Principal) -> ModelInfo:
+        """The model that would serve this name now (None: the default one); its `id` is what to ask for.
+
+        Raises:
+            UnknownModel: nothing configured serves it.
+        """
+        ...
+
     async def models(self, *, principal: Principal) -> list[ModelInfo]:
         """The models that can be asked now, the default one first."""
         ...
@@ -286,8 +294,11 @@ class RunEngine(Protocol):
         """Make a workflow known under a stable name, before `open`."""
         ...
 
-    def open(self) -> AbstractAsyncContextManager[None]:
-        """Connect and start; on exit, stop taking work and let go of what was not finished."""
+    def open(self, *, takeover: bool = False) -> AbstractAsyncContextManager[None]:
+        """Connect and start; on exit, stop taking work and let go of what was not finished.
+
+        With `takeover` this process continues, now and later, every workflow whose owner has died.
+        """
         ...
 
     async def start(self, name: str, workflow_id: str, payload: JsonObject, *, tenant: str) -> bool:

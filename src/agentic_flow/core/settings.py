@@ -8,6 +8,7 @@ ignored is worse than one that stops the program. Secrets have a `_file` form be
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
-from agentic_flow.core.errors import InvalidSettings
+from agentic_flow.core.errors import Conflict, InvalidSettings, PathNotFound
 
 ENV_PREFIX = "AGENTIC_FLOW_"
 CONFIG_FILE = "agentic-flow.toml"
@@ -178,6 +179,10 @@ class SwarmSettings(Section):
     output_tokens_max: Count = Field(default=4096, description="Output tokens of one model call.")
     tokens_max: Count = Field(default=2_000_000, description="Tokens of one run, all agents together.")
     run_timeout_s: Positive = Field(default=1800.0, description="Wall time of one run.")
+    input_roots: tuple[Path, ...] = Field(
+        default=(),
+        description="Folders that callers with a credential may name as inputs. The local owner needs none.",
+    )
     citations_max: Count = Field(default=10, description="Citations in the merged answer.")
     runs_parallel_max: Count = Field(default=16, description="Runs of one process at a time; more wait.")
     lease_s: Positive = Field(default=10.0, description="A process silent for this long has lost its runs.")
@@ -422,3 +427,94 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> InvalidSetti
         f"setting {name}{shown} (from {origin}) is refused: {first['msg']}",
         hint=f"set {env_name(name)} or correct {name!r} in {CONFIG_FILE}",
     )
+
+
+@dataclass(frozen=True)
+class SettingValue:
+    """One setting as `config show` prints it; a secret's value is masked."""
+
+    name: str
+    value: Any
+    origin: str
+    variable: str
+    description: str
+
+
+def describe(loaded: Loaded) -> list[SettingValue]:
+    """Every setting with its value, where that came from, and the variable that sets it."""
+    return [
+        SettingValue(
+            name, shown(_value_at(loaded.settings, name)), origin, env_name(name), info.description or ""
+        )
+        for name, info in setting_names()
+        for origin in (loaded.origins.get(name, "default"),)
+    ]
+
+
+def shown(value: Any) -> Any:
+    """A setting's value as JSON can hold it, secrets masked."""
+    if isinstance(value, SecretStr):
+        return "********"
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple):
+        return [shown(item) for item in cast(tuple[Any, ...], value)]
+    return value
+
+
+def template() -> str:
+    """A configuration file with every setting, its default and its meaning, all commented out."""
+    defaults = Settings()
+    lines = [
+        "# Settings of Agentic Flow. Take away the # of a line to change it.",
+        "# Flags and environment variables win over this file; see `agentic-flow config show --origin`.",
+    ]
+    section = ""
+    # Keys of the root must come before the first table, in TOML's rules.
+    for name, info in sorted(setting_names(), key=lambda pair: "." in pair[0]):
+        table, _, key = name.rpartition(".")
+        if table != section:
+            lines += ["", f"[{table}]"]
+            section = table
+        else:
+            lines.append("")
+        lines.append(f"# {info.description}")
+        lines.append(f"#{key} = {_toml(_value_at(defaults, name))}")
+    return "\n".join(lines) + "\n"
+
+
+def write_template(path: Path) -> None:
+    """Write the template to a new file, readable by its owner alone because keys may be put there.
+
+    Raises:
+        Conflict: the file exists.
+        PathNotFound: its folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise Conflict(f"{str(path)!r} exists", hint="edit it, or move it away first") from None
+    except OSError as error:
+        raise PathNotFound(
+            f"{str(path)!r} cannot be written: {error.strerror}", hint="choose a folder that you may write to"
+        ) from error
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(template())
+
+
+def _value_at(settings: Settings, name: str) -> Any:
+    value: Any = settings
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _toml(value: Any) -> str:
+    """A default as TOML. Text in JSON's quotes is valid TOML too; an unset value shows an empty string."""
+    value = shown(value)
+    if value is None:
+        return '""'
+    if isinstance(value, dict):
+        return "{}"
+    return json.dumps(value)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import AsyncIterator, Sequence
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, StringConstraints
 
+from agentic_flow.core.auth import Principal
 from agentic_flow.core.messages import Frozen, JsonObject
 from agentic_flow.core.ports import RunState
 
@@ -60,7 +62,7 @@ class AgentReport(Frozen):
     name: str
     role: str
     model: str
-    state: Literal["completed", "failed"]
+    state: Literal["completed", "failed", "unfinished"]
     steps: int
     usage: RunUsage
     error: str | None = None
@@ -114,3 +116,60 @@ class RunEvent(Frozen):
     agent: str | None = None
     name: str | None = None
     data: dict[str, Any] = Field(default_factory=dict[str, Any])
+
+
+class RunStep(Frozen):
+    """One recorded step of a run: a model call (`model`), a tool call (`tool:NAME`) or a step of its own."""
+
+    agent: str
+    index: int
+    name: str
+    output: JsonObject | None = None
+    error: JsonObject | None = None
+    started_at_s: float | None = None
+    completed_at_s: float | None = None
+
+
+class RunService(Protocol):
+    """Runs as callers see them; the coordinator in this process or its HTTP twin.
+
+    Every method answers for the principal's tenant only: a run of another tenant does not exist (NotFound).
+    """
+
+    async def submit(self, principal: Principal, spec: RunSpec, *, idempotency_key: str | None = None) -> str:
+        """Accept a run durably and return its id; the same key and spec give the same run.
+
+        Raises:
+            PathNotFound: an input does not exist.
+            UnknownModel: nothing serves the model.
+            Conflict: the key was used for another spec.
+        """
+        ...
+
+    async def wait(self, principal: Principal, run_id: str) -> RunResult:
+        """The result, once the run has ended."""
+        ...
+
+    async def show(self, principal: Principal, run_id: str) -> RunResult:
+        """The run as it stands."""
+        ...
+
+    async def list_runs(
+        self, principal: Principal, *, states: Sequence[RunState] = (), limit: int = 50
+    ) -> list[RunResult]:
+        """Newest first."""
+        ...
+
+    async def steps(self, principal: Principal, run_id: str) -> list[RunStep]: ...
+
+    async def resume(self, principal: Principal, run_id: str) -> bool:
+        """Continue an interrupted or cancelled run. False when it has ended or is alive."""
+        ...
+
+    async def cancel(self, principal: Principal, run_id: str) -> bool:
+        """False when it had already ended."""
+        ...
+
+    def events(self, principal: Principal, run_id: str, *, after: int = 0) -> AsyncIterator[RunEvent]:
+        """Events with a sequence number above `after`, then new ones until the run has ended."""
+        ...

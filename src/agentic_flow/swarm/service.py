@@ -1,0 +1,334 @@
+"""The swarm coordinator: accepts runs, shows them, cancels and resumes them."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from agentic_flow.core.auth import LOCAL_OWNER, Principal
+from agentic_flow.core.errors import Conflict, Forbidden, NotFound
+from agentic_flow.core.messages import Completion, ModelInfo
+from agentic_flow.core.ports import (
+    Completer,
+    RunEngine,
+    RunState,
+    StepRecord,
+    ToolBox,
+    VectorStore,
+    WorkflowRecord,
+)
+from agentic_flow.core.settings import AgentDBSettings, SwarmSettings
+from agentic_flow.memory.trajectories import Trajectories
+from agentic_flow.swarm.agent_loop import AgentLoop, PydanticAgentLoop
+from agentic_flow.swarm.definitions import AgentDefinition, DefinitionCatalog
+from agentic_flow.swarm.inputs import Folder, Inputs
+from agentic_flow.swarm.runs import AgentReport, RunEvent, RunResult, RunSpec, RunStep, RunUsage
+from agentic_flow.swarm.team import DEFAULT_TOOLS, RUN, Brief, RunPayload, Team
+from agentic_flow.swarm.topology import Role
+
+PLAYED_BY: dict[Role, str] = {
+    "planner": "planner",
+    "worker": "researcher",
+    "reviewer": "reviewer",
+    "synthesizer": "synthesizer",
+}
+"""Which agent definition plays which role of a topology."""
+
+_ENDED: frozenset[RunState] = frozenset({"completed", "failed", "cancelled"})
+_POLL_S = 0.25
+_INGEST_EVENT_INTERVAL_S = 0.1
+
+
+class Swarm:
+    """Runs of agent teams over the ports of their neighbours.
+
+    Args:
+        settings: The `swarm` section.
+        completer: Model calls.
+        store: Memory the inputs are read into.
+        toolbox: Tools of the agents.
+        engine: Durable workflows; this service registers its own with it.
+        catalog: Agent definitions.
+        ingest_settings: The `agentdb` section: how folders are read.
+        stream: Whether agents' model calls use the provider's streaming format.
+        tool_timeout_s: Deadline of one tool call.
+        loop: The agent loop.
+    """
+
+    def __init__(
+        self,
+        settings: SwarmSettings,
+        *,
+        completer: Completer,
+        store: VectorStore,
+        toolbox: ToolBox,
+        engine: RunEngine,
+        catalog: DefinitionCatalog,
+        ingest_settings: AgentDBSettings,
+        stream: bool = True,
+        tool_timeout_s: float = 30.0,
+        loop: AgentLoop | None = None,
+    ) -> None:
+        self._settings = settings
+        self._completer = completer
+        self._engine = engine
+        self._catalog = catalog
+        self._trajectories = Trajectories(store)
+        self._ingest_progress: dict[str, tuple[int, int]] = {}
+        self._team = Team(
+            settings,
+            completer=completer,
+            toolbox=toolbox,
+            engine=engine,
+            inputs=Inputs(store, ingest_settings),
+            trajectories=self._trajectories,
+            loop=loop or PydanticAgentLoop(),
+            stream=stream,
+            tool_timeout_s=tool_timeout_s,
+            on_ingest=self._note_ingest,
+        )
+
+    @asynccontextmanager
+    async def open(self, *, takeover: bool = False) -> AsyncGenerator[Swarm]:
+        """Start working. With `takeover` it continues interrupted runs, now and whenever one appears."""
+        async with self._engine.open(takeover=takeover):
+            yield self
+
+    async def submit(self, principal: Principal, spec: RunSpec, *, idempotency_key: str | None = None) -> str:
+        """See RunService. Everything that can be refused is refused before anything is stored."""
+        _require(principal, "runs:write")
+        self._check_inputs(principal, spec)
+        folder = await asyncio.to_thread(Folder.of, spec) if spec.inputs else None
+        default = await self._completer.resolve(spec.model, principal=principal)
+        briefs: dict[Role, Brief] = {role: await self._brief(role, default, principal) for role in PLAYED_BY}
+        payload = RunPayload(
+            spec=spec,
+            subject=principal.subject,
+            tenant=principal.tenant,
+            scopes=tuple(sorted(principal.scopes)),
+            folder=folder.as_json() if folder else None,
+            briefs=briefs,
+            started_at_s=time.time(),
+        )
+        run_id = _run_id(principal.tenant, idempotency_key)
+        accepted = await self._engine.start(
+            RUN, run_id, payload.model_dump(mode="json"), tenant=principal.tenant
+        )
+        if not accepted:
+            stored = RunPayload.model_validate((await self._record(principal, run_id)).payload)
+            if stored.spec != spec:
+                raise Conflict(
+                    f"idempotency key {idempotency_key!r} was used for another run: {run_id!r}",
+                    hint="use a new key for a new run",
+                )
+        return run_id
+
+    async def wait(self, principal: Principal, run_id: str) -> RunResult:
+        await self._record(principal, run_id)
+        return await self._result(await self._engine.wait(run_id))
+
+    async def show(self, principal: Principal, run_id: str) -> RunResult:
+        return await self._result(await self._record(principal, run_id))
+
+    async def list_runs(
+        self, principal: Principal, *, states: Sequence[RunState] = (), limit: int = 50
+    ) -> list[RunResult]:
+        _require(principal, "runs:read")
+        records = await self._engine.list_workflows(principal.tenant, name=RUN, states=states, limit=limit)
+        return [summary_of(record) for record in records]
+
+    async def steps(self, principal: Principal, run_id: str) -> list[RunStep]:
+        await self._record(principal, run_id)
+        return [_step(run_id, step) for step in await self._engine.steps(run_id)]
+
+    async def resume(self, principal: Principal, run_id: str) -> bool:
+        _require(principal, "runs:write")
+        await self._record(principal, run_id)
+        return await self._engine.resume(run_id)
+
+    async def cancel(self, principal: Principal, run_id: str) -> bool:
+        _require(principal, "runs:write")
+        await self._record(principal, run_id)
+        return await self._engine.cancel(run_id)
+
+    async def events(self, principal: Principal, run_id: str, *, after: int = 0) -> AsyncIterator[RunEvent]:
+        await self._record(principal, run_id)
+        sent = 0
+        seen: set[tuple[str, int]] = set()
+        shown_ingest: tuple[int, int] | None = None
+        while True:
+            record = await self._record(principal, run_id)
+            ingest = self._ingest_progress.get(run_id)
+            if ingest is not None and ingest != shown_ingest:
+                shown_ingest = ingest
+                data = {"done": ingest[0], "total": ingest[1]}
+                yield RunEvent(sequence=sent, kind="ingest_progress", at_s=time.time(), data=data)
+            for step in await self._engine.steps(run_id):
+                key = (step.workflow_id, step.index)
+                if key in seen:
+                    continue
+                seen.add(key)
+                sent += 1
+                if sent > after:
+                    yield _step_event(run_id, sent, step)
+            if record.state in _ENDED:
+                result = await self._result(record)
+                yield RunEvent(
+                    sequence=sent + 1,
+                    kind="run_finished",
+                    at_s=record.updated_at_s,
+                    data={"state": result.state, "error": result.error},
+                )
+                return
+            await asyncio.sleep(_INGEST_EVENT_INTERVAL_S if not seen else _POLL_S)
+
+    # ---- parts -------------------------------------------------------------------------------------------
+
+    def _note_ingest(self, run_id: str, done: int, total: int) -> None:
+        if done >= total:
+            self._ingest_progress.pop(run_id, None)
+        else:
+            self._ingest_progress[run_id] = (done, total)
+
+    def _check_inputs(self, principal: Principal, spec: RunSpec) -> None:
+        """A credential of a tenant is no key to this machine's files: only folders opened to callers."""
+        if principal == LOCAL_OWNER or principal.allows("platform:admin"):
+            return
+        roots = [root.resolve() for root in self._settings.input_roots]
+        for text in spec.inputs:
+            if not any(Path(text).resolve().is_relative_to(root) for root in roots):
+                raise Forbidden(
+                    f"input {text!r} is outside the folders that callers may name",
+                    hint="ask the operator to add it to swarm.input_roots",
+                )
+
+    async def _brief(self, role: Role, default: ModelInfo, principal: Principal) -> Brief:
+        definition: AgentDefinition = self._catalog.get(PLAYED_BY[role])
+        model = default
+        if definition.model not in (None, "inherit"):
+            model = await self._completer.resolve(definition.model, principal=principal)
+        tools = definition.tools
+        if tools is None:
+            tools = DEFAULT_TOOLS if role == "worker" else ()
+        return Brief(
+            system=definition.prompt, model=model.id, generative=model.generative, tools=tuple(tools)
+        )
+
+    async def _record(self, principal: Principal, run_id: str) -> WorkflowRecord:
+        _require(principal, "runs:read")
+        record = await self._engine.get(run_id)
+        if record is None or record.tenant != principal.tenant or record.name != RUN:
+            raise NotFound(f"there is no run {run_id!r}", hint="list them with `agentic-flow runs list`")
+        return record
+
+    async def _result(self, record: WorkflowRecord) -> RunResult:
+        if record.state == "completed":
+            return summary_of(record)
+        steps = await self._engine.steps(record.workflow_id)
+        return partial_result(record, steps)
+
+
+def summary_of(record: WorkflowRecord) -> RunResult:
+    """A run without reading its steps: the stored result, or what its specification says."""
+    if record.state == "completed" and record.output is not None:
+        result = RunResult.model_validate(record.output)
+    else:
+        payload = RunPayload.model_validate(record.payload)
+        result = RunResult(
+            run_id=record.workflow_id,
+            state=record.state,
+            goal=payload.spec.goal,
+            topology=payload.spec.topology,
+            model=payload.briefs["worker"].model,
+            answer="",
+            error=record.error,
+        )
+    times = {"created_at_s": record.created_at_s, "updated_at_s": record.updated_at_s}
+    return result.model_copy(update=times)
+
+
+def partial_result(record: WorkflowRecord, steps: Sequence[StepRecord]) -> RunResult:
+    """What an unfinished run has done so far, from its recorded steps."""
+    by_agent: dict[str, list[StepRecord]] = {}
+    for step in steps:
+        if step.workflow_id != record.workflow_id:
+            by_agent.setdefault(step.workflow_id.removeprefix(f"{record.workflow_id}."), []).append(step)
+    base = summary_of(record)
+    agents = tuple(_agent_so_far(name, own, base.model) for name, own in sorted(by_agent.items()))
+    usage = RunUsage(
+        input_tokens=sum(agent.usage.input_tokens for agent in agents),
+        output_tokens=sum(agent.usage.output_tokens for agent in agents),
+        cost_usd=_sum_cost([agent.usage.cost_usd for agent in agents]),
+        model_calls=sum(agent.usage.model_calls for agent in agents),
+        tool_calls=sum(agent.usage.tool_calls for agent in agents),
+        time_s=max(0.0, record.updated_at_s - record.created_at_s),
+    )
+    return base.model_copy(update={"agents": agents, "usage": usage})
+
+
+def _agent_so_far(key: str, steps: Sequence[StepRecord], model: str) -> AgentReport:
+    completions = [Completion.model_validate(s.output) for s in steps if s.name == "model" and s.output]
+    error = next((str(s.error.get("detail")) for s in reversed(steps) if s.error), None)
+    stamps = [t for s in steps for t in (s.started_at_s, s.completed_at_s) if t is not None]
+    return AgentReport(
+        name=key,
+        role=key.partition("-")[0],
+        model=completions[-1].model if completions else model,
+        state="failed" if error else "unfinished",
+        steps=len(steps),
+        usage=RunUsage(
+            input_tokens=sum(c.usage.input_tokens for c in completions),
+            output_tokens=sum(c.usage.output_tokens for c in completions),
+            cost_usd=_sum_cost([c.usage.cost_usd for c in completions]),
+            model_calls=sum(1 for s in steps if s.name == "model"),
+            tool_calls=sum(1 for s in steps if s.name.startswith("tool:")),
+            time_s=max(stamps) - min(stamps) if stamps else 0.0,
+        ),
+        error=error,
+    )
+
+
+def _sum_cost(costs: Sequence[float | None]) -> float | None:
+    return None if any(cost is None for cost in costs) else sum(cost or 0.0 for cost in costs)
+
+
+def _step(run_id: str, step: StepRecord) -> RunStep:
+    return RunStep(
+        agent=step.workflow_id.removeprefix(run_id).lstrip(".") or "run",
+        index=step.index,
+        name=step.name,
+        output=step.output,
+        error=step.error,
+        started_at_s=step.started_at_s,
+        completed_at_s=step.completed_at_s,
+    )
+
+
+def _step_event(run_id: str, sequence: int, step: StepRecord) -> RunEvent:
+    shown = _step(run_id, step)
+    return RunEvent(
+        sequence=sequence,
+        kind="step_finished",
+        at_s=step.completed_at_s or 0.0,
+        agent=shown.agent,
+        name=shown.name,
+        data={"error": shown.error} if shown.error else {},
+    )
+
+
+def _run_id(tenant: str, idempotency_key: str | None) -> str:
+    """Sortable by time and unguessable; or fixed by the caller's key, so that a repeat finds the first."""
+    if idempotency_key is None:
+        return f"run-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
+    digest = hashlib.sha256(f"{tenant}\0{idempotency_key}".encode()).hexdigest()[:24]
+    return f"run-{digest}"
+
+
+def _require(principal: Principal, scope: str) -> None:
+    if not principal.allows(scope):
+        raise Forbidden(f"{principal.subject!r} lacks the scope {scope!r}", hint="use a key that has it")
