@@ -101,7 +101,7 @@ class Swarm:
 
     async def submit(self, principal: Principal, spec: RunSpec, *, idempotency_key: str | None = None) -> str:
         """See RunService. Everything that can be refused is refused before anything is stored."""
-        _require(principal, "runs:write")
+        principal.demand("runs:write")
         self._check_inputs(principal, spec)
         folder = await asyncio.to_thread(Folder.of, spec) if spec.inputs else None
         default = await self._completer.resolve(spec.model, principal=principal)
@@ -138,7 +138,7 @@ class Swarm:
     async def list_runs(
         self, principal: Principal, *, states: Sequence[RunState] = (), limit: int = 50
     ) -> list[RunResult]:
-        _require(principal, "runs:read")
+        principal.demand("runs:read")
         records = await self._engine.list_workflows(principal.tenant, name=RUN, states=states, limit=limit)
         return [summary_of(record) for record in records]
 
@@ -147,12 +147,12 @@ class Swarm:
         return [_step(run_id, step) for step in await self._engine.steps(run_id)]
 
     async def resume(self, principal: Principal, run_id: str) -> bool:
-        _require(principal, "runs:write")
+        principal.demand("runs:write")
         await self._record(principal, run_id)
         return await self._engine.resume(run_id)
 
     async def cancel(self, principal: Principal, run_id: str) -> bool:
-        _require(principal, "runs:write")
+        principal.demand("runs:write")
         await self._record(principal, run_id)
         return await self._engine.cancel(run_id)
 
@@ -220,7 +220,7 @@ class Swarm:
         )
 
     async def _record(self, principal: Principal, run_id: str) -> WorkflowRecord:
-        _require(principal, "runs:read")
+        principal.demand("runs:read")
         record = await self._engine.get(run_id)
         if record is None or record.tenant != principal.tenant or record.name != RUN:
             raise NotFound(f"there is no run {run_id!r}", hint="list them with `agentic-flow runs list`")
@@ -327,8 +327,3 @@ def _run_id(tenant: str, idempotency_key: str | None) -> str:
         return f"run-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
     digest = hashlib.sha256(f"{tenant}\0{idempotency_key}".encode()).hexdigest()[:24]
     return f"run-{digest}"
-
-
-def _require(principal: Principal, scope: str) -> None:
-    if not principal.allows(scope):
-        raise Forbidden(f"{principal.subject!r} lacks the scope {scope!r}", hint="use a key that has it")

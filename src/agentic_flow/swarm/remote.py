@@ -1,0 +1,93 @@
+"""HTTP twin of the swarm coordinator: the same RunService, in another process."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from urllib.parse import quote
+
+from agentic_flow.core.auth import Principal
+from agentic_flow.core.errors import Unavailable
+from agentic_flow.core.http_twin import HttpTwin
+from agentic_flow.core.ports import RunState
+from agentic_flow.swarm.runs import RunEvent, RunResult, RunSpec, RunStep
+
+_ENDED = frozenset({"completed", "failed", "cancelled"})
+_RECONNECT_PAUSE_S = 0.5
+
+
+class RemoteSwarm(HttpTwin):
+    """RunService over HTTP; constructed like any HttpTwin."""
+
+    async def submit(self, principal: Principal, spec: RunSpec, *, idempotency_key: str | None = None) -> str:
+        """See RunService. Without a key of the caller's it makes one, so that a retry cannot run twice."""
+        answer = await self.call(
+            "POST",
+            "/v1/runs",
+            body=spec.model_dump(mode="json"),
+            principal=principal,
+            idempotency_key=idempotency_key or secrets.token_hex(16),
+        )
+        return str(answer["run_id"])
+
+    async def wait(self, principal: Principal, run_id: str) -> RunResult:
+        """See RunService. Survives restarts of the service while it waits."""
+        while True:
+            result = await self.show(principal, run_id)
+            if result.state in _ENDED:
+                return result
+            async for _ in self.events(principal, run_id):
+                pass
+
+    async def show(self, principal: Principal, run_id: str) -> RunResult:
+        return RunResult.model_validate(await self.call("GET", _path(run_id), principal=principal))
+
+    async def list_runs(
+        self, principal: Principal, *, states: Sequence[RunState] = (), limit: int = 50
+    ) -> list[RunResult]:
+        params: dict[str, str | int | float] = {"limit": limit}
+        if states:
+            params["state"] = ",".join(states)
+        answer = await self.call("GET", "/v1/runs", params=params, principal=principal)
+        return [RunResult.model_validate(run) for run in answer["runs"]]
+
+    async def steps(self, principal: Principal, run_id: str) -> list[RunStep]:
+        answer = await self.call("GET", f"{_path(run_id)}/steps", principal=principal)
+        return [RunStep.model_validate(step) for step in answer["steps"]]
+
+    async def resume(self, principal: Principal, run_id: str) -> bool:
+        answer = await self.call("POST", f"{_path(run_id)}/resume", principal=principal, idempotent=True)
+        return bool(answer["resumed"])
+
+    async def cancel(self, principal: Principal, run_id: str) -> bool:
+        answer = await self.call("POST", f"{_path(run_id)}/cancel", principal=principal, idempotent=True)
+        return bool(answer["cancelled"])
+
+    async def events(self, principal: Principal, run_id: str, *, after: int = 0) -> AsyncIterator[RunEvent]:
+        """See RunService. A stream that breaks is opened again after the last event seen."""
+        failures = 0
+        while True:
+            try:
+                async with aclosing(
+                    self.stream_events(
+                        "GET", f"{_path(run_id)}/events", params={"after": after}, principal=principal
+                    )
+                ) as stream:
+                    async for sent in stream:
+                        failures = 0
+                        event = RunEvent.model_validate_json(sent.data)
+                        yield event
+                        if event.kind == "run_finished":
+                            return
+                        after = max(after, event.sequence)
+            except Unavailable:
+                failures += 1
+                if failures >= self._attempts:
+                    raise
+            await asyncio.sleep(_RECONNECT_PAUSE_S)
+
+
+def _path(run_id: str) -> str:
+    return f"/v1/runs/{quote(run_id, safe='')}"

@@ -1,0 +1,103 @@
+"""HTTP face of runs. Thin: each route parses, calls the service, encodes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import cast, get_args
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from agentic_flow.core.auth import Principal
+from agentic_flow.core.errors import InvalidInput
+from agentic_flow.core.ports import RunState
+from agentic_flow.core.sse import ServerEvent
+from agentic_flow.core.web import event_stream, json_response, parse, require
+from agentic_flow.swarm.runs import RunService, RunSpec
+
+_LIST_MAX = 500
+
+
+def build_routes(runs: RunService) -> list[Route]:
+    """`/v1/runs` over a run service.
+
+    POST /v1/runs takes a RunSpec and an optional `Idempotency-Key` header and answers 202 with the id.
+    """
+
+    async def submit(request: Request) -> Response:
+        principal = require(request, "runs:write")
+        spec = await parse(request, RunSpec)
+        key = request.headers.get("idempotency-key")
+        run_id = await runs.submit(principal, spec, idempotency_key=key)
+        return json_response({"run_id": run_id}, 202, headers={"location": f"/v1/runs/{run_id}"})
+
+    async def list_runs(request: Request) -> Response:
+        principal = require(request, "runs:read")
+        states = _states(request.query_params.get("state", ""))
+        limit = _integer(request, "limit", 50, least=1, most=_LIST_MAX)
+        return json_response({"runs": await runs.list_runs(principal, states=states, limit=limit)})
+
+    async def show(request: Request) -> Response:
+        principal = require(request, "runs:read")
+        return json_response(await runs.show(principal, _id(request)))
+
+    async def steps(request: Request) -> Response:
+        principal = require(request, "runs:read")
+        return json_response({"steps": await runs.steps(principal, _id(request))})
+
+    async def cancel(request: Request) -> Response:
+        principal = require(request, "runs:write")
+        return json_response({"cancelled": await runs.cancel(principal, _id(request))})
+
+    async def resume(request: Request) -> Response:
+        principal = require(request, "runs:write")
+        return json_response({"resumed": await runs.resume(principal, _id(request))})
+
+    async def events(request: Request) -> Response:
+        principal = require(request, "runs:read")
+        last = request.headers.get("last-event-id")
+        after = _integer(request, "after", int(last) if last and last.isdigit() else 0, least=0)
+        await runs.show(principal, _id(request))  # an unknown run is a 404, not a stream that fails
+        return event_stream(_events(runs, principal, _id(request), after))
+
+    return [
+        Route("/v1/runs", submit, methods=["POST"]),
+        Route("/v1/runs", list_runs, methods=["GET"]),
+        Route("/v1/runs/{run_id}", show, methods=["GET"]),
+        Route("/v1/runs/{run_id}/steps", steps, methods=["GET"]),
+        Route("/v1/runs/{run_id}/events", events, methods=["GET"]),
+        Route("/v1/runs/{run_id}/cancel", cancel, methods=["POST"]),
+        Route("/v1/runs/{run_id}/resume", resume, methods=["POST"]),
+    ]
+
+
+async def _events(
+    runs: RunService, principal: Principal, run_id: str, after: int
+) -> AsyncIterator[ServerEvent]:
+    async for event in runs.events(principal, run_id, after=after):
+        yield ServerEvent(event.model_dump_json(), event.kind, str(event.sequence))
+
+
+def _id(request: Request) -> str:
+    return str(request.path_params["run_id"])
+
+
+def _states(raw: str) -> tuple[RunState, ...]:
+    values = tuple(value for value in raw.split(",") if value)
+    for value in values:
+        if value not in get_args(RunState):
+            raise InvalidInput(
+                f"the query parameter state is {value!r}", hint=f"use one of {', '.join(get_args(RunState))}"
+            )
+    return cast(tuple[RunState, ...], values)
+
+
+def _integer(request: Request, name: str, default: int, *, least: int, most: int | None = None) -> int:
+    raw = request.query_params.get(name)
+    if raw is None:
+        return default
+    if not raw.isdigit() or int(raw) < least or (most is not None and int(raw) > most):
+        bounds = f"from {least}" + (f" to {most}" if most is not None else "")
+        raise InvalidInput(f"the query parameter {name} is {raw!r}", hint=f"give a whole number {bounds}")
+    return int(raw)
