@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +24,7 @@ Job = Callable[[apsw.Connection], Any]
 
 _BATCH_MAX = 256
 _QUEUE_MAX = 10_000
+_WAL_RETRY_S = 0.01
 
 
 def rows(
@@ -56,10 +58,21 @@ class Database:
     ) -> None:
         self.path = path
         self._busy_timeout_s = busy_timeout_s
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Unavailable(
+                f"the folder {str(path.parent)!r} cannot be made: {error.strerror}",
+                hint="choose another data folder, or correct its permissions",
+            ) from error
         try:
             self._writer = self._connect()
-            self._migrate(migrations)
+            try:
+                self._switch_to_wal()
+                self._migrate(migrations)
+            except BaseException:
+                self._writer.close()
+                raise
         except (apsw.NotADBError, apsw.CorruptError) as error:
             raise DataCorrupted(
                 f"{str(path)!r} is not a healthy database: {error}", hint="restore it from a backup"
@@ -74,6 +87,7 @@ class Database:
             ) from error
         self._jobs: queue.Queue[tuple[Job, Future[Any]] | None] = queue.Queue(_QUEUE_MAX)
         self._closed = False
+        self._closing = threading.Lock()
         self._thread = threading.Thread(target=self._write_loop, name=f"db-writer-{path.name}", daemon=True)
         self._thread.start()
         self._local = threading.local()
@@ -93,32 +107,35 @@ class Database:
 
     def submit(self, job: Callable[[apsw.Connection], T]) -> Future[T]:
         """Queue a write; the future resolves after the commit."""
-        if self._closed:
-            raise Unavailable(f"{self.path.name!r} is closed")
         future: Future[T] = Future()
-        try:
-            self._jobs.put_nowait((job, future))
-        except queue.Full:
-            raise Unavailable(
-                f"{self.path.name!r} has {_QUEUE_MAX} writes waiting",
-                hint="retry after a pause",
-                retry_after_s=1.0,
-            ) from None
+        # Under the lock, so that no job can land behind the mark that ends the writer thread.
+        with self._closing:
+            if self._closed:
+                raise Unavailable(f"{self.path.name!r} is closed")
+            try:
+                self._jobs.put_nowait((job, future))
+            except queue.Full:
+                raise Unavailable(
+                    f"{self.path.name!r} has {_QUEUE_MAX} writes waiting",
+                    hint="retry after a pause",
+                    retry_after_s=1.0,
+                ) from None
         return future
 
     async def read(self, job: Callable[[apsw.Connection], T]) -> T:
         """Run `job` in a read transaction of a reader thread: one consistent snapshot."""
-        return await asyncio.get_running_loop().run_in_executor(self._readers, self._read, job)
+        return await asyncio.wrap_future(self._submit_read(job))
 
     def read_sync(self, job: Callable[[apsw.Connection], T]) -> T:
         """`read` for callers without an event loop."""
-        return self._readers.submit(self._read, job).result()
+        return self._submit_read(job).result()
 
     def close(self) -> None:
         """Finish queued writes, then close. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
         self._jobs.put(None)
         self._thread.join()
         self._readers.shutdown(wait=True)
@@ -130,7 +147,6 @@ class Database:
         connection = apsw.Connection(str(self.path))
         connection.set_busy_timeout(int(self._busy_timeout_s * 1000))
         for pragma in (
-            "journal_mode=WAL",
             "synchronous=FULL",
             "foreign_keys=ON",
             "temp_store=MEMORY",
@@ -138,6 +154,24 @@ class Database:
         ):
             rows(connection, f"PRAGMA {pragma}")
         return connection
+
+    def _switch_to_wal(self) -> None:
+        """The file remembers this mode. SQLite does not wait for a lock here whatever the busy timeout says,
+        so processes that open a new file together would fail each other without the loop."""
+        give_up_at_s = time.monotonic() + self._busy_timeout_s
+        while True:
+            try:
+                mode = rows(self._writer, "PRAGMA journal_mode=WAL")[0][0]
+                break
+            except (apsw.BusyError, apsw.LockedError):
+                if time.monotonic() >= give_up_at_s:
+                    raise
+                time.sleep(_WAL_RETRY_S)
+        if mode != "wal":
+            raise Unavailable(
+                f"{str(self.path)!r} cannot be opened in WAL mode (it stays in {mode!r})",
+                hint="put the data folder on a local file system",
+            )
 
     def _migrate(self, migrations: Sequence[str]) -> None:
         rows(self._writer, "BEGIN IMMEDIATE")
@@ -155,6 +189,12 @@ class Database:
             rows(self._writer, "ROLLBACK")
             raise
         rows(self._writer, "COMMIT")
+
+    def _submit_read(self, job: Callable[[apsw.Connection], T]) -> Future[T]:
+        with self._closing:
+            if self._closed:
+                raise Unavailable(f"{self.path.name!r} is closed")
+            return self._readers.submit(self._read, job)
 
     def _read(self, job: Callable[[apsw.Connection], T]) -> T:
         connection: apsw.Connection | None = getattr(self._local, "connection", None)

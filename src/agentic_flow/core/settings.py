@@ -14,11 +14,11 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
-from agentic_flow.core.errors import Conflict, InvalidSettings, PathNotFound
+from agentic_flow.core.errors import Conflict, InvalidInput, InvalidSettings, PathNotFound
 
 ENV_PREFIX = "AGENTIC_FLOW_"
 CONFIG_FILE = "agentic-flow.toml"
@@ -312,6 +312,22 @@ def setting_names(section: type[Section] = Settings, prefix: str = "") -> Iterat
             yield f"{prefix}{name}", info
 
 
+def secret_names() -> list[str]:
+    """The settings that hold secrets; the encrypted store can hold each under this name."""
+    return [name for name, info in setting_names() if SecretStr in get_args(info.annotation)]
+
+
+def check_secret_name(name: str) -> None:
+    """Raise InvalidInput unless `name` is a setting that holds a secret."""
+    known = secret_names()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        raise InvalidInput(
+            f"{name!r} is not a setting that holds a secret",
+            hint=f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(known)}",
+        )
+
+
 def env_name(dotted: str) -> str:
     """The environment variable of a setting: `gateway.model` → `AGENTIC_FLOW_GATEWAY__MODEL`."""
     return ENV_PREFIX + dotted.replace(".", "__").upper()
@@ -469,17 +485,14 @@ def template() -> str:
         "# Settings of Agentic Flow. Take away the # of a line to change it.",
         "# Flags and environment variables win over this file; see `agentic-flow config show --origin`.",
     ]
-    section = ""
-    # Keys of the root must come before the first table, in TOML's rules.
-    for name, info in sorted(setting_names(), key=lambda pair: "." in pair[0]):
+    # In TOML the root's keys come before the first table, and a table's own keys before those of the next.
+    tables: dict[str, list[str]] = {"": []}
+    for name, info in setting_names():
         table, _, key = name.rpartition(".")
-        if table != section:
-            lines += ["", f"[{table}]"]
-            section = table
-        else:
-            lines.append("")
-        lines.append(f"# {info.description}")
-        lines.append(f"#{key} = {_toml(_value_at(defaults, name))}")
+        entry = f"\n# {info.description}\n#{key} = {_toml(_value_at(defaults, name))}"
+        tables.setdefault(table, []).append(entry)
+    for table, entries in tables.items():
+        lines += [f"\n[{table}]"] * bool(table) + entries
     return "\n".join(lines) + "\n"
 
 
@@ -493,9 +506,9 @@ def write_template(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        raise Conflict(f"{str(path)!r} exists", hint="edit it, or move it away first") from None
     except OSError as error:
+        if isinstance(error, FileExistsError) and path.exists():
+            raise Conflict(f"{str(path)!r} exists", hint="edit it, or move it away first") from None
         raise PathNotFound(
             f"{str(path)!r} cannot be written: {error.strerror}", hint="choose a folder that you may write to"
         ) from error

@@ -27,6 +27,7 @@ from agentic_flow.core.messages import (
     CompletionRequest,
     Frozen,
     JsonObject,
+    ModelInfo,
     ToolCallPart,
     ToolResultPart,
     Usage,
@@ -505,9 +506,10 @@ class Team:
         for step in await self._engine.steps(run_id):
             if step.name == "model" and step.output:
                 spent = spent + Completion.model_validate(step.output).usage
-        prices = {}
+        prices: dict[str, ModelInfo] = {}
         if payload.spec.budget_usd is not None:
-            prices = {info.id: info for info in await self._completer.models(principal=payload.principal)}
+            for model in {brief.model for brief in payload.briefs.values()}:
+                prices[model] = await self._completer.resolve(model, principal=payload.principal)
         return RunBudget(
             budget_usd=payload.spec.budget_usd,
             tokens_max=self._settings.tokens_max,

@@ -1,0 +1,71 @@
+# `make demo` and `make test` do all the set-up they need: Python 3.11 or newer with venv, and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+WHEELS := --only-binary :all: --require-hashes
+SOURCES := src tests benchmarks scripts examples
+FAST := tests/unit tests/contract tests/service tests/test_tidy.py tests/test_layers.py tests/test_docs.py
+PYTEST := $(BIN)/python -m pytest -q
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev demo test test-integration test-crash bench reference lint format lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' Makefile
+
+setup: $(VENV)/.runtime ## make .venv with pinned, hash-checked wheels and .venv/bin/agentic-flow
+
+setup-dev: $(VENV)/.dev ## the same, and the tools that tests and lint need
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.11; run make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.runtime: $(VENV)/.python requirements/runtime.txt requirements/build.txt pyproject.toml
+	@echo "setting up $(VENV) (wheels only; about half a minute the first time)" >&2
+	@$(PIP) install $(WHEELS) -r requirements/runtime.txt -r requirements/build.txt
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime requirements/dev.txt
+	@$(PIP) install $(WHEELS) -r requirements/dev.txt
+	@touch $@
+
+demo: setup ## answer a real question about the interpreter's own asyncio package
+	@$(BIN)/python scripts/demo.py
+
+test: setup-dev lint ## lint, types and the fast suites; under five minutes on two cores
+	@$(PYTEST) $(wildcard $(FAST))
+
+test-integration: setup-dev ## the wheel in a clean environment, real folders, real databases
+	@$(PYTEST) tests/integration
+
+test-crash: setup-dev ## kill -9 at random points, recovery by the same and by another process
+	@$(PYTEST) tests/simulation tests/integration -k "crash or kill"
+
+bench: setup-dev ## every benchmark, written to benchmarks/RESULTS.md
+	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+reference: setup-dev ## write docs/reference from the code
+	@$(BIN)/python scripts/reference.py
+
+lint: setup-dev ## ruff, strict types, layers
+	@$(BIN)/ruff check $(wildcard $(SOURCES))
+	@$(BIN)/ruff format --check $(wildcard $(SOURCES))
+	@$(BIN)/basedpyright
+	@$(BIN)/lint-imports --no-cache
+
+format: setup-dev ## ruff's formatter and its safe fixes
+	@$(BIN)/ruff format $(wildcard $(SOURCES))
+	@$(BIN)/ruff check --fix $(wildcard $(SOURCES))
+
+lock: setup-dev ## compile requirements/*.in to hashes for every platform, without addresses
+	@for name in runtime build dev; do \
+		$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+			--no-emit-index-url requirements/$$name.in -o requirements/$$name.txt || exit 1; done
+
+clean: ## remove everything that make made
+	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache

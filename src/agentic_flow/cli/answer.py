@@ -1,0 +1,95 @@
+"""How a run is printed: the answer, its citations, and the table of what it took."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from agentic_flow.cli.output import console, money, print_table
+
+if TYPE_CHECKING:
+    from agentic_flow.swarm.runs import RunResult, RunStep
+
+_QUOTE_LINES_MAX = 6
+
+
+def print_result(result: RunResult) -> None:
+    """The whole run on stdout."""
+    from rich.text import Text
+
+    out = console()
+    if result.answer:
+        out.print(Text(result.answer.rstrip()))
+    if result.citations:
+        out.print(Text("\nEvidence", style="bold"))
+        for number, citation in enumerate(result.citations, start=1):
+            out.print(Text.assemble((f"{number:>2}. ", "dim"), (citation.label, "cyan")))
+            lines = citation.quote.splitlines()
+            for line in lines[:_QUOTE_LINES_MAX]:
+                out.print(Text(f"      {line}".rstrip(), style="dim"))
+            if len(lines) > _QUOTE_LINES_MAX:
+                out.print(Text(f"      … {len(lines) - _QUOTE_LINES_MAX} more lines", style="dim"))
+    out.print()
+    _print_table(result)
+    for note in result.notes:
+        out.print(Text(f"note: {note}", style="dim"))
+
+
+def _print_table(result: RunResult) -> None:
+    rows = [
+        (agent.name, agent.role, agent.state, agent.steps, *_usage(agent.usage)) for agent in result.agents
+    ]
+    total = (
+        f"total: {len(result.agents)} agents",
+        "",
+        result.state,
+        sum(agent.steps for agent in result.agents),
+        *_usage(result.usage),
+    )
+    headers = ("agent", "role", "state", "steps", "tool calls", "tokens", "cost", "time")
+    print_table(headers, [*rows, total])
+    sys.stdout.write(f"run {result.run_id} ({result.state}), {result.topology}, model {result.model}\n")
+    if result.ingest is not None:
+        report = result.ingest
+        skipped = {
+            name.removeprefix("skipped_").replace("_", " "): count
+            for name, count in report.model_dump().items()
+            if name.startswith("skipped_") and count
+        }
+        read = f"read {report.added + report.changed} files, {report.unchanged} unchanged"
+        left_out = ", ".join(f"{count} {why}" for why, count in skipped.items())
+        sys.stdout.write(f"{read}{f'; skipped {left_out}' if left_out else ''}\n")
+    sys.stdout.flush()
+
+
+def _usage(usage: object) -> tuple[object, ...]:
+    from agentic_flow.swarm.runs import RunUsage
+
+    assert isinstance(usage, RunUsage)
+    return (
+        usage.tool_calls,
+        usage.input_tokens + usage.output_tokens,
+        money(usage.cost_usd),
+        f"{usage.time_s:.1f} s",
+    )
+
+
+def print_steps(steps: Sequence[RunStep]) -> None:
+    """Every recorded step, one line each."""
+    sys.stdout.write("\n")
+    print_table(
+        ("#", "agent", "step", "took", "outcome"),
+        [
+            (
+                number,
+                step.agent,
+                step.name,
+                f"{(step.completed_at_s or 0) - (step.started_at_s or 0):.2f} s"
+                if step.completed_at_s
+                else "-",
+                str(step.error.get("detail", "failed")) if step.error else "ok",
+            )
+            for number, step in enumerate(steps, start=1)
+        ],
+    )

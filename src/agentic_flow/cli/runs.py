@@ -1,0 +1,123 @@
+"""`agentic-flow runs list|show|resume|cancel`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from agentic_flow.cli.session import Session, command, new_app
+
+app = new_app("List, show, resume and cancel runs.")
+
+RunId = Annotated[str, typer.Argument(help="Id of the run, as `runs list` prints it.", metavar="ID")]
+
+
+@command(
+    app,
+    "list",
+    examples=(
+        "agentic-flow runs list",
+        "agentic-flow runs list --state interrupted --json",
+    ),
+)
+def list_runs(
+    session: Session,
+    state: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--state",
+            help="Only queued, running, interrupted, completed, failed or cancelled ones; may be repeated.",
+            metavar="STATE",
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, max=1000, help="Most runs listed.")] = 50,
+) -> None:
+    """List runs, newest first."""
+    from agentic_flow.cli.output import local_time, money, print_table
+    from agentic_flow.client import known_states
+
+    with session.client() as client:
+        found = client.runs.list(states=known_states(state or ()), limit=limit)
+    session.show(
+        found,
+        lambda: print_table(
+            ("run", "state", "started", "model", "cost", "goal"),
+            [
+                (
+                    r.run_id,
+                    r.state,
+                    local_time(r.created_at_s),
+                    r.model,
+                    money(r.usage.cost_usd) if r.state == "completed" else "-",
+                    _head(r.goal),
+                )
+                for r in found
+            ],
+        ),
+    )
+
+
+@command(
+    app,
+    "show",
+    examples=(
+        "agentic-flow runs show ID",
+        "agentic-flow runs show ID --steps",
+        "agentic-flow runs show ID --json",
+    ),
+)
+def show(
+    session: Session,
+    run_id: RunId,
+    steps: Annotated[bool, typer.Option("--steps", help="Also list every recorded step.")] = False,
+) -> None:
+    """Show a run: its answer and citations, or what it has done so far."""
+    from agentic_flow.cli.answer import print_result, print_steps
+
+    with session.client() as client:
+        result = client.runs.show(run_id)
+        recorded = client.runs.steps(run_id) if steps else ()
+
+    def human() -> None:
+        print_result(result)
+        if steps:
+            print_steps(recorded)
+
+    if steps:
+        session.show({**result.model_dump(mode="json"), "steps": list(recorded)}, human)
+    else:
+        session.show(result, human)
+
+
+@command(app, "resume", examples=("agentic-flow runs resume ID", "agentic-flow runs resume ID --json"))
+def resume(session: Session, run_id: RunId) -> None:
+    """Continue an interrupted or cancelled run where it was, and print its answer.
+
+    Finished steps are not repeated and recorded model calls are not paid again.
+    """
+    from agentic_flow.cli.follow import follow
+    from agentic_flow.client import AsyncClient
+
+    async def restart(client: AsyncClient) -> str:
+        await client.runs.restart(run_id)
+        return run_id
+
+    follow(session, restart)
+
+
+@command(app, "cancel", examples=("agentic-flow runs cancel ID",))
+def cancel(session: Session, run_id: RunId) -> None:
+    """Cancel a run and its agents, wherever they work."""
+    from agentic_flow.core.errors import Conflict
+
+    with session.client() as client:
+        if not client.runs.cancel(run_id):
+            state = client.runs.show(run_id).state
+            raise Conflict(f"run {run_id!r} is {state} already", hint="there is nothing left to cancel")
+    session.show({"run_id": run_id, "state": "cancelled"}, lambda: print(f"{run_id} cancelled"))
+
+
+def _head(goal: str) -> str:
+    line = " ".join(goal.split())
+    return line if len(line) <= 60 else f"{line[:57]}..."

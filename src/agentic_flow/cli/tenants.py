@@ -1,0 +1,75 @@
+"""`agentic-flow tenants create|list|revoke|erase`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from agentic_flow.cli.session import Session, command, new_app
+
+app = new_app("Make, list, revoke and erase tenants.")
+
+Name = Annotated[str, typer.Argument(help="Name of the tenant.", metavar="NAME")]
+
+
+@command(app, "create", examples=("agentic-flow tenants create team-a",))
+def create(session: Session, name: Name) -> None:
+    """Make a tenant. Give its people keys with `agentic-flow keys create --tenant NAME`."""
+    from agentic_flow.runtime.admin import administer
+
+    info = administer(session.start(), lambda admin: admin.create_tenant(name))
+    session.show(info, lambda: print(f"tenant {info.name} made"))
+
+
+@command(app, "list", examples=("agentic-flow tenants list", "agentic-flow tenants list --json"))
+def list_tenants(session: Session) -> None:
+    """List all tenants, revoked ones included."""
+    from agentic_flow.cli.output import local_time, print_table
+    from agentic_flow.runtime.admin import administer
+
+    found = administer(session.start(), lambda admin: admin.list_tenants())
+    session.show(
+        found,
+        lambda: print_table(
+            ("tenant", "created", "revoked"),
+            [(t.name, local_time(t.created_at_s), local_time(t.revoked_at_s)) for t in found],
+        ),
+    )
+
+
+@command(app, "revoke", examples=("agentic-flow tenants revoke team-a",))
+def revoke(session: Session, name: Name) -> None:
+    """Stop a tenant: all its keys and tokens. Its data stays until it is erased."""
+    from agentic_flow.runtime.admin import administer
+
+    info = administer(session.start(), lambda admin: admin.revoke_tenant(name))
+    session.show(info, lambda: print(f"tenant {info.name} revoked"))
+
+
+@command(
+    app, "erase", examples=("agentic-flow tenants erase team-a", "agentic-flow tenants erase team-a --yes")
+)
+def erase(
+    session: Session,
+    name: Name,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Revoke a tenant and remove everything that is kept of it. There is no way back.
+
+    Asks first; without a terminal it needs --yes.
+    """
+    import sys
+
+    from agentic_flow.core.errors import InvalidInput
+    from agentic_flow.runtime.admin import administer
+
+    if not yes:
+        if not sys.stdin.isatty():
+            raise InvalidInput(f"erasing {name!r} needs a yes and there is no terminal", hint="add --yes")
+        typer.confirm(f"Erase tenant {name!r} and all its data?", abort=True, err=True)
+    erased = administer(session.start(), lambda admin: admin.erase_tenant(name))
+    session.show(
+        {"name": name, "erased": erased},
+        lambda: print(f"tenant {name} erased: {', '.join(f'{n} {what}' for what, n in erased.items())}"),
+    )

@@ -1,0 +1,513 @@
+"""The Python API: `AsyncClient`, and `Client`, which runs it on a thread of its own.
+
+Without a URL the services live in this process over the data folder, as in `agentic-flow run`. With a URL
+they live in a server (`agentic-flow serve`), and the same methods go over HTTP.
+
+    async with AsyncClient() as client:
+        result = await client.run("How does a task get cancelled?", input="src")
+        print(result.answer)
+
+Closing an embedded client lets go of runs that it did not see to the end; they are kept as `interrupted` and
+can be resumed. Cancelling (or Ctrl-C in) a call of `run` cancels the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
+
+from anyio import move_on_after
+from pydantic import ValidationError
+
+from agentic_flow.core.errors import Conflict, InvalidInput, PathNotFound
+
+if TYPE_CHECKING:
+    from anyio.from_thread import BlockingPortal
+
+    from agentic_flow.core.messages import ModelInfo
+    from agentic_flow.core.ports import RunState
+    from agentic_flow.core.settings import Settings
+    from agentic_flow.core.vectors import SearchResult
+    from agentic_flow.runtime.build import Runtime
+    from agentic_flow.swarm.runs import RunEvent, RunResult, RunService, RunSpec, RunStep
+
+T = TypeVar("T")
+Inputs = str | Path | Sequence[str | Path] | None
+OnEvent = Callable[["RunEvent"], None]
+
+_CANCEL_TIMEOUT_S = 10.0
+
+
+class AsyncClient:
+    """Runs teams of agents, here or on a server. Use it with `async with`, or call `close`.
+
+    Args:
+        url: Base URL of the platform service; None runs everything in this process.
+        token: API key for the server.
+        data_dir: Folder of all local state; the configured one by default. Not with a URL.
+        settings: Complete settings instead of those that environment and files give.
+
+    Raises:
+        InvalidSettings: a setting is unknown or malformed.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        token: str | None = None,
+        data_dir: str | Path | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        if settings is None:
+            from agentic_flow.core.settings import load
+
+            settings = load({"data_dir": data_dir}).settings
+        elif data_dir is not None:
+            settings = settings.model_copy(update={"data_dir": Path(data_dir)})
+        if url is not None:
+            settings = _remote(settings, url, token)
+        _quiet_logs()
+        self.settings = settings
+        self.runs = AsyncRuns(self)
+        self._runtime: Runtime | None = None
+        self._stack = contextlib.AsyncExitStack()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Let go of everything; idempotent."""
+        await self._stack.aclose()
+        self._runtime = None
+
+    async def run(
+        self,
+        goal: str,
+        *,
+        input: Inputs = None,
+        topology: str | None = None,
+        agents: int | None = None,
+        model: str | None = None,
+        budget_usd: float | None = None,
+        paths_allowed: Sequence[str] = (),
+        paths_forbidden: Sequence[str] = (),
+        on_event: OnEvent | None = None,
+    ) -> RunResult:
+        """Run a team to its end and return what it found; a run that failed is returned, not raised.
+
+        Args:
+            goal: The question or task.
+            input: A file or folder, or several, that the team works on.
+            topology: hierarchical, mesh, ring or star; the configured one by default.
+            agents: Worker agents, 1 to 64; the configured number by default.
+            model: `provider:model` or a bare name; the configured default by default.
+            budget_usd: Hard limit on the money spent.
+            paths_allowed: gitignore-style patterns relative to the input; empty allows all.
+            paths_forbidden: Likewise; they win.
+            on_event: Called with each event as it happens.
+
+        Raises:
+            InvalidInput: an argument is wrong; PathNotFound, UnknownModel among them.
+        """
+        run_id = await self.runs.submit(
+            goal,
+            input=input,
+            topology=topology,
+            agents=agents,
+            model=model,
+            budget_usd=budget_usd,
+            paths_allowed=paths_allowed,
+            paths_forbidden=paths_forbidden,
+        )
+        try:
+            if on_event is not None:
+                async for event in self.runs.events(run_id):
+                    on_event(event)
+            return await self.runs.wait(run_id)
+        except asyncio.CancelledError:
+            # Nobody waits for the answer any more: do not spend money on it.
+            with move_on_after(_CANCEL_TIMEOUT_S, shield=True):
+                await self.runs.cancel(run_id)
+            raise
+
+    async def models(self) -> list[ModelInfo]:
+        """The models that can be asked now, the default one first."""
+        runtime = await self._open()
+        return await (await runtime.completer()).models(principal=runtime.principal)
+
+    async def search(
+        self,
+        query: str,
+        *,
+        input: Inputs = None,
+        namespace: str | None = None,
+        k: int = 10,
+    ) -> SearchResult:
+        """Passages of memory that match a query, best first.
+
+        Args:
+            query: Words or a question.
+            input: Search what runs over this same input have read in.
+            namespace: Or name the namespace.
+            k: Most passages returned, 1 to 1000.
+
+        Raises:
+            NotFound: nothing was read in under that input or name.
+        """
+        from agentic_flow.core.vectors import SearchQuery
+        from agentic_flow.swarm.inputs import Folder
+        from agentic_flow.swarm.runs import RunSpec
+
+        if (input is None) == (namespace is None):
+            raise InvalidInput("search needs either an input or a namespace", hint="give exactly one of them")
+        if namespace is None:
+            spec = RunSpec(goal="search", inputs=absolute(input))
+            namespace = (await asyncio.to_thread(Folder.of, spec)).namespace
+        wanted = validated(SearchQuery, {"text": query, "k": k})
+        runtime = await self._open()
+        store = await runtime.store()
+        return await store.search(runtime.principal.tenant, namespace, wanted)
+
+    async def _open(self) -> Runtime:
+        if self._runtime is None:
+            from agentic_flow.runtime.build import Runtime
+
+            self._runtime = await self._stack.enter_async_context(Runtime(self.settings))
+        return self._runtime
+
+    async def _swarm(self) -> tuple[Runtime, RunService]:
+        """The coordinator at work."""
+        runtime = await self._open()
+        return runtime, await runtime.swarm()
+
+    async def _records(self) -> tuple[Runtime, RunService]:
+        """Runs to look at, without starting anything."""
+        runtime = await self._open()
+        return runtime, await runtime.runs()
+
+
+class AsyncRuns:
+    """Runs one by one: `client.runs`."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def submit(
+        self,
+        goal: str,
+        *,
+        input: Inputs = None,
+        topology: str | None = None,
+        agents: int | None = None,
+        model: str | None = None,
+        budget_usd: float | None = None,
+        paths_allowed: Sequence[str] = (),
+        paths_forbidden: Sequence[str] = (),
+        idempotency_key: str | None = None,
+    ) -> str:
+        """Accept a run durably and return its id at once; arguments as in `AsyncClient.run`.
+
+        Args:
+            idempotency_key: The same key and arguments give the same run, however often they are sent.
+        """
+        from agentic_flow.swarm.runs import RunSpec
+
+        chosen = self._client.settings.swarm
+        spec: RunSpec = validated(
+            RunSpec,
+            {
+                "goal": goal,
+                "inputs": absolute(input),
+                "topology": topology or chosen.topology,
+                "agents": chosen.agents_max if agents is None else agents,
+                "model": model,
+                "budget_usd": budget_usd,
+                "paths_allowed": tuple(paths_allowed),
+                "paths_forbidden": tuple(paths_forbidden),
+            },
+        )
+        runtime, swarm = await self._client._swarm()  # pyright: ignore[reportPrivateUsage]
+        return await swarm.submit(runtime.principal, spec, idempotency_key=idempotency_key)
+
+    async def wait(self, run_id: str) -> RunResult:
+        """The run's result, once it has ended."""
+        runtime, swarm = await self._client._swarm()  # pyright: ignore[reportPrivateUsage]
+        return await swarm.wait(runtime.principal, run_id)
+
+    async def show(self, run_id: str) -> RunResult:
+        """The run as it stands."""
+        runtime, runs = await self._client._records()  # pyright: ignore[reportPrivateUsage]
+        return await runs.show(runtime.principal, run_id)
+
+    async def list(self, *, states: Sequence[RunState] = (), limit: int = 50) -> list[RunResult]:
+        """Runs, newest first; `states` empty means all."""
+        runtime, runs = await self._client._records()  # pyright: ignore[reportPrivateUsage]
+        return await runs.list_runs(runtime.principal, states=states, limit=limit)
+
+    async def steps(self, run_id: str) -> Sequence[RunStep]:
+        """Every recorded step of the run and its agents, in order of completion."""
+        runtime, runs = await self._client._records()  # pyright: ignore[reportPrivateUsage]
+        return await runs.steps(runtime.principal, run_id)
+
+    async def resume(self, run_id: str) -> RunResult:
+        """Continue an interrupted or cancelled run where it was, and wait for its end.
+
+        Raises:
+            Conflict: it has ended already, or another process is working on it.
+        """
+        await self.restart(run_id)
+        return await self.wait(run_id)
+
+    async def restart(self, run_id: str) -> None:
+        """Continue an interrupted or cancelled run without waiting for it; raises like `resume`."""
+        runtime, swarm = await self._client._swarm()  # pyright: ignore[reportPrivateUsage]
+        if not await swarm.resume(runtime.principal, run_id):
+            state = (await swarm.show(runtime.principal, run_id)).state
+            raise Conflict(
+                f"run {run_id!r} is {state} and cannot be resumed",
+                hint="only interrupted and cancelled runs can; `agentic-flow runs show` prints what it left",
+            )
+
+    async def cancel(self, run_id: str) -> bool:
+        """Cancel a run and its agents; False when it had already ended."""
+        runtime, swarm = await self._client._swarm()  # pyright: ignore[reportPrivateUsage]
+        return await swarm.cancel(runtime.principal, run_id)
+
+    async def events(self, run_id: str, *, after: int = 0) -> AsyncIterator[RunEvent]:
+        """What happened since event `after`, then what happens, until the run has ended."""
+        runtime, swarm = await self._client._swarm()  # pyright: ignore[reportPrivateUsage]
+        async for event in swarm.events(runtime.principal, run_id, after=after):
+            yield event
+
+
+class Client:
+    """`AsyncClient` for code without an event loop: it runs one on a thread of its own.
+
+    Takes the same arguments. Use it with `with`, or call `close`. Safe to call from several threads.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        token: str | None = None,
+        data_dir: str | Path | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        from anyio.from_thread import start_blocking_portal
+
+        self._async = AsyncClient(url, token=token, data_dir=data_dir, settings=settings)
+        self._stack = contextlib.ExitStack()
+        self._portal: BlockingPortal | None = self._stack.enter_context(start_blocking_portal("asyncio"))
+        self.runs = Runs(self, self._async.runs)
+
+    @property
+    def settings(self) -> Settings:
+        """The settings in force."""
+        return self._async.settings
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of everything; idempotent."""
+        if self._portal is not None:
+            try:
+                self._call(self._async.close)
+            finally:
+                self._portal = None
+                self._stack.close()
+
+    def run(
+        self,
+        goal: str,
+        *,
+        input: Inputs = None,
+        topology: str | None = None,
+        agents: int | None = None,
+        model: str | None = None,
+        budget_usd: float | None = None,
+        paths_allowed: Sequence[str] = (),
+        paths_forbidden: Sequence[str] = (),
+        on_event: OnEvent | None = None,
+    ) -> RunResult:
+        """See `AsyncClient.run`; `on_event` is called on the loop's thread."""
+        return self._call(
+            lambda: self._async.run(
+                goal,
+                input=input,
+                topology=topology,
+                agents=agents,
+                model=model,
+                budget_usd=budget_usd,
+                paths_allowed=paths_allowed,
+                paths_forbidden=paths_forbidden,
+                on_event=on_event,
+            )
+        )
+
+    def models(self) -> list[ModelInfo]:
+        """See `AsyncClient.models`."""
+        return self._call(self._async.models)
+
+    def search(
+        self,
+        query: str,
+        *,
+        input: Inputs = None,
+        namespace: str | None = None,
+        k: int = 10,
+    ) -> SearchResult:
+        """See `AsyncClient.search`."""
+        return self._call(lambda: self._async.search(query, input=input, namespace=namespace, k=k))
+
+    def _call(self, function: Callable[[], Awaitable[T]]) -> T:
+        if self._portal is None:
+            raise Conflict("this client is closed", hint="make a new one")
+        ended = threading.Event()
+
+        async def call() -> T:
+            try:
+                return await function()
+            finally:
+                ended.set()
+
+        future = self._portal.start_task_soon(call)
+        try:
+            return future.result()
+        except BaseException:
+            # Ctrl-C reaches this thread, not the loop's: carry it over, and let the call clean up first.
+            if future.cancel():
+                ended.wait(2 * _CANCEL_TIMEOUT_S)
+            raise
+
+
+class Runs:
+    """Runs one by one: `client.runs`. Each method is that of `AsyncRuns`, waited for."""
+
+    def __init__(self, client: Client, runs: AsyncRuns) -> None:
+        self._call = client._call  # pyright: ignore[reportPrivateUsage]
+        self._runs = runs
+
+    def submit(self, goal: str, **options: Any) -> str:
+        """See `AsyncRuns.submit`."""
+        return self._call(lambda: self._runs.submit(goal, **options))
+
+    def wait(self, run_id: str) -> RunResult:
+        """See `AsyncRuns.wait`."""
+        return self._call(lambda: self._runs.wait(run_id))
+
+    def show(self, run_id: str) -> RunResult:
+        """See `AsyncRuns.show`."""
+        return self._call(lambda: self._runs.show(run_id))
+
+    def list(self, *, states: Sequence[RunState] = (), limit: int = 50) -> list[RunResult]:
+        """See `AsyncRuns.list`."""
+        return self._call(lambda: self._runs.list(states=states, limit=limit))
+
+    def steps(self, run_id: str) -> Sequence[RunStep]:
+        """See `AsyncRuns.steps`."""
+        return self._call(lambda: self._runs.steps(run_id))
+
+    def resume(self, run_id: str) -> RunResult:
+        """See `AsyncRuns.resume`."""
+        return self._call(lambda: self._runs.resume(run_id))
+
+    def cancel(self, run_id: str) -> bool:
+        """See `AsyncRuns.cancel`."""
+        return self._call(lambda: self._runs.cancel(run_id))
+
+
+def _quiet_logs() -> None:
+    """Where nobody has set up structlog, its default would print our debug lines on standard output."""
+    import structlog
+
+    if not structlog.is_configured():
+        structlog.configure(
+            wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+            logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        )
+
+
+def absolute(inputs: Inputs) -> tuple[str, ...]:
+    """Inputs as absolute paths, `~` expanded.
+
+    Raises:
+        PathNotFound: one of them does not exist.
+    """
+    if inputs is None:
+        return ()
+    given = [inputs] if isinstance(inputs, str | Path) else list(inputs)
+    paths = [Path(item).expanduser().absolute() for item in given]
+    for item, path in zip(given, paths, strict=True):
+        if not path.exists():
+            raise PathNotFound(f"input {str(item)!r} does not exist", hint="name an existing file or folder")
+    return tuple(map(str, paths))
+
+
+def known_states(words: Sequence[str]) -> tuple[RunState, ...]:
+    """States of runs from a caller's words.
+
+    Raises:
+        InvalidInput: one of them is none.
+    """
+    from agentic_flow.core.ports import RunState
+
+    states = get_args(RunState)
+    for word in words:
+        if word not in states:
+            raise InvalidInput(f"{word!r} is not a state of runs", hint=f"use one of {', '.join(states)}")
+    return cast("tuple[RunState, ...]", tuple(words))
+
+
+def validated(kind: type[T], values: dict[str, Any]) -> T:
+    """A value object from a caller's words.
+
+    Raises:
+        InvalidInput: names the first word that is wrong, and why.
+    """
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][0]) if first["loc"] else kind.__name__
+        raise InvalidInput(
+            f"{name} {_short(values.get(name))} is refused: {first['msg'][:1].lower()}{first['msg'][1:]}",
+            hint=f"give another value for {name}",
+        ) from None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _remote(settings: Settings, url: str, token: str | None) -> Settings:
+    """The same settings with every neighbour behind one platform URL."""
+    from pydantic import SecretStr
+
+    if not url.startswith(("http://", "https://")):
+        raise InvalidInput(f"url {url!r} is no HTTP address", hint="write it like 'http://127.0.0.1:3000'")
+    root = url.rstrip("/")
+    changes: dict[str, Any] = {"platform_url": root, "agentdb_url": root, "swarm_url": root}
+    if token is not None:
+        changes["token"] = SecretStr(token)
+    return settings.model_copy(update={"peers": settings.peers.model_copy(update=changes)})

@@ -1,0 +1,414 @@
+"""The client side of our own services: what every HTTP twin is built on.
+
+One deadline covers a call with all its tries. A try is repeated when the peer cannot have acted on it (the
+connection was refused, or it answered 429), or when the call is idempotent and the failure may pass.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import orjson
+from opentelemetry import propagate
+
+from agentic_flow.core.auth import LOCAL_OWNER, Principal, TokenSource
+from agentic_flow.core.breaker import Breaker, Permit
+from agentic_flow.core.clock import SYSTEM_CLOCK, Clock, Deadline
+from agentic_flow.core.errors import (
+    AgenticFlowError,
+    CircuitOpen,
+    DeadlineExceeded,
+    InvalidSettings,
+    RateLimited,
+    TooLarge,
+    Unauthenticated,
+    Unavailable,
+    from_problem,
+)
+from agentic_flow.core.messages import JsonObject
+from agentic_flow.core.settings import MIB, PeerSettings, TlsSettings
+from agentic_flow.core.sse import ServerEvent, SseParser
+
+if TYPE_CHECKING:
+    import aiohttp
+
+DEADLINE_HEADER = "x-deadline-s"
+IDEMPOTENCY_HEADER = "idempotency-key"
+
+_IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE"})
+_ANSWER_MAX_BYTES = 256 * MIB
+_CONNECTIONS_MAX = 100
+_IDLE_CONNECTION_S = 30.0
+_CONNECT_S = 5.0
+# Three missed heartbeats of the web floor.
+_STREAM_SILENCE_S = 45.0
+_BACKOFF_S = 0.1
+_BACKOFF_MAX_S = 5.0
+_CREDENTIAL_MARGIN_S = 5.0
+# A caller in a greater hurry than this learns nothing about the peer's health from being late.
+_FAIR_CHANCE_S = 1.0
+
+
+class NoTokens:
+    """For a process without an identity of its own: its neighbours on this machine ask for none."""
+
+    async def token(self, principal: Principal) -> str | None:
+        return None
+
+    def forget(self, principal: Principal) -> None:
+        return None
+
+
+class HttpTwin:
+    """Calls one service.
+
+    The credential is the principal's own token while it is valid, else one from `tokens`.
+
+    Args:
+        base_url: Root of the service, such as `http://127.0.0.1:5432`.
+        peers: Timeout, tries and breaker.
+        tls: Authorities to trust and the certificate to show.
+        tokens: Gives tokens to act for a principal; none are sent without it.
+        peer: Name of the service in errors.
+
+    Raises:
+        InvalidSettings: `base_url` is not an http or https address.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        peers: PeerSettings | None = None,
+        *,
+        tls: TlsSettings | None = None,
+        tokens: TokenSource | None = None,
+        peer: str | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        if not base_url.startswith(("http://", "https://")):
+            raise InvalidSettings(
+                f"{base_url!r} is not the address of a service", hint="write it as http://HOST:PORT"
+            )
+        peers = peers or PeerSettings()
+        self._base_url = base_url.rstrip("/")
+        self._peer = peer or base_url
+        self._timeout_s = peers.timeout_s
+        self._attempts = peers.attempts
+        self._tls = tls or TlsSettings()
+        self._tokens = tokens or NoTokens()
+        self._clock = clock
+        self._breaker = Breaker(
+            self._peer, failures_max=peers.breaker_failures, open_s=peers.breaker_open_s, clock=clock
+        )
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> HttpTwin:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections. Idempotent."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Any = None,
+        params: Mapping[str, str | int | float] | None = None,
+        principal: Principal = LOCAL_OWNER,
+        deadline: Deadline | None = None,
+        idempotent: bool | None = None,
+        idempotency_key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Any:
+        """One call; its parsed JSON answer (None when it is empty).
+
+        Args:
+            body: JSON-compatible, or bytes that are JSON already.
+            deadline: When the answer must be here; `peers.timeout_s` from now by default.
+            idempotent: Whether doing it twice is doing it once. By default GET, PUT, DELETE and calls with
+                an idempotency key.
+
+        Raises:
+            AgenticFlowError: what the service answered, as the error it raised.
+            Unavailable: it cannot be reached; CircuitOpen: it was not tried.
+            DeadlineExceeded: no answer in time.
+        """
+        again = idempotent if idempotent is not None else method in _IDEMPOTENT or idempotency_key is not None
+        deadline = deadline or Deadline.after(self._timeout_s, self._clock)
+        extra = {**(headers or {}), **({IDEMPOTENCY_HEADER: idempotency_key} if idempotency_key else {})}
+        content = _content(body)
+        attempt = 0
+        renewed = False
+        while True:
+            attempt += 1
+            try:
+                async with self._exchange(
+                    method, path, content, params, principal, deadline, extra
+                ) as answer:
+                    return _parsed(await _bounded(answer, self._peer), self._peer)
+            except Unauthenticated:
+                # A token can be revoked or its signing key gone before it expires; ask once for a new one.
+                if renewed or self._own_token(principal) is not None or isinstance(self._tokens, NoTokens):
+                    raise
+                self._tokens.forget(principal)
+                renewed = True
+            except AgenticFlowError as error:
+                if attempt >= self._attempts or not _may_repeat(error, again):
+                    raise
+                await self._pause(error, attempt, deadline)
+
+    async def stream_events(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Any = None,
+        params: Mapping[str, str | int | float] | None = None,
+        principal: Principal = LOCAL_OWNER,
+        deadline: Deadline | None = None,
+        idempotency_key: str | None = None,
+        last_event_id: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> AsyncGenerator[ServerEvent]:
+        """The events of a stream as they come, until the service ends it. Close it (`aclosing`) when done.
+
+        Opened once: only a refused connection is tried again. To go on after a break, call again with
+        `last_event_id`. Without `deadline` it may last as long as heartbeats come.
+
+        Raises:
+            AgenticFlowError: what the service answered, also as an `error` event within the stream.
+            Unavailable: it cannot be reached, fell silent, or the stream was cut.
+        """
+        extra = {"accept": "text/event-stream", **(headers or {})}
+        if last_event_id is not None:
+            extra["last-event-id"] = last_event_id
+        if idempotency_key is not None:
+            extra[IDEMPOTENCY_HEADER] = idempotency_key
+        attempt = 0
+        opened = False
+        while True:
+            attempt += 1
+            try:
+                async with self._exchange(
+                    method, path, _content(body), params, principal, deadline, extra
+                ) as answer:
+                    opened = True
+                    async for event in self._events(answer):
+                        yield event
+                    return
+            except AgenticFlowError as error:
+                if opened or attempt >= self._attempts or not _may_repeat(error, False):
+                    raise
+                await self._pause(error, attempt, deadline or Deadline.after(self._timeout_s, self._clock))
+
+    async def _events(self, answer: aiohttp.ClientResponse) -> AsyncIterator[ServerEvent]:
+        parser = SseParser()
+        async for chunk in answer.content.iter_any():
+            for event in parser.feed(chunk):
+                if event.event == "error":
+                    raise _problem(event.data.encode(), answer.status, self._peer)
+                yield event
+        if parser.unfinished:
+            raise Unavailable(f"the stream from {self._peer!r} was cut", hint="open it again")
+
+    @asynccontextmanager
+    async def _exchange(
+        self,
+        method: str,
+        path: str,
+        content: bytes | None,
+        params: Mapping[str, str | int | float] | None,
+        principal: Principal,
+        deadline: Deadline | None,
+        extra: Mapping[str, str],
+    ) -> AsyncGenerator[aiohttp.ClientResponse]:
+        """One try: the breaker's permit, the request, and errors of the transport as errors of ours."""
+        import aiohttp
+
+        if deadline is not None:
+            deadline.check(f"a call to {self._peer!r}")
+        headers = await self._headers(principal, deadline, extra, content)
+        permit = self._breaker.acquire()
+        allowed_s = deadline.remaining_s if deadline is not None else None
+        timeout = aiohttp.ClientTimeout(
+            total=allowed_s,
+            sock_connect=_CONNECT_S,
+            sock_read=_STREAM_SILENCE_S if allowed_s is None else None,
+        )
+        try:
+            async with self._open_session().request(
+                method,
+                self._base_url + path,
+                data=content,
+                params=params,
+                headers=headers,
+                timeout=timeout,
+                allow_redirects=False,
+            ) as answer:
+                if answer.status >= 300:
+                    raise _problem(
+                        await _bounded(answer, self._peer), answer.status, self._peer, answer.headers
+                    )
+                if permit.is_probe:
+                    # A stream may last for hours; the circuit need not wait for its end.
+                    permit.succeeded()
+                    permit = self._breaker.acquire()
+                yield answer
+                permit.succeeded()
+        except AgenticFlowError as error:
+            _judge(permit, error)
+            raise
+        except aiohttp.ConnectionTimeoutError as error:
+            permit.failed()
+            raise _Unreached(
+                f"{self._peer!r} did not take a connection at {self._base_url} within {_CONNECT_S!r} s",
+                hint="check its address in the section peers, and the network between",
+            ) from error
+        except TimeoutError as error:
+            if allowed_s is not None and deadline is not None and deadline.remaining_s <= 0:
+                if allowed_s >= _FAIR_CHANCE_S:
+                    permit.failed()
+                raise DeadlineExceeded(
+                    f"{self._peer!r} did not answer within {allowed_s:.3g} s", hint="give it a longer timeout"
+                ) from error
+            permit.failed()
+            raise Unavailable(
+                f"{self._peer!r} fell silent", hint=f"check that it runs at {self._base_url}"
+            ) from error
+        except aiohttp.ClientConnectorError as error:
+            permit.failed()
+            raise _Unreached(
+                f"{self._peer!r} cannot be reached at {self._base_url}: {error.strerror or error}",
+                hint="start it, or correct its address in the section peers",
+            ) from error
+        except (aiohttp.ClientError, ConnectionError) as error:
+            permit.failed()
+            raise Unavailable(f"the connection to {self._peer!r} broke: {error}", hint="try again") from error
+        finally:
+            # Cancelled, or the reader of a stream went away: nothing more was learned.
+            permit.abandoned()
+
+    async def _headers(
+        self, principal: Principal, deadline: Deadline | None, extra: Mapping[str, str], content: bytes | None
+    ) -> dict[str, str]:
+        headers = dict(extra)
+        if content is not None:
+            headers.setdefault("content-type", "application/json")
+        if deadline is not None:
+            headers[DEADLINE_HEADER] = f"{deadline.remaining_s:.3f}"
+        token = self._own_token(principal) or await self._tokens.token(principal)
+        if token is not None:
+            headers["authorization"] = f"Bearer {token}"
+        propagate.inject(headers)
+        return headers
+
+    def _own_token(self, principal: Principal) -> str | None:
+        own = principal.credential
+        if own is None or own.expires_at_s - self._clock.time_s() < _CREDENTIAL_MARGIN_S:
+            return None
+        return own.value
+
+    async def _pause(self, error: AgenticFlowError, attempt: int, deadline: Deadline) -> None:
+        """Wait before the next try: as long as the peer asked, else exponentially with full jitter.
+
+        Source: M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
+        """
+        ceiling_s = min(_BACKOFF_MAX_S, _BACKOFF_S * 2 ** (attempt - 1))
+        pause_s = error.retry_after_s if error.retry_after_s is not None else random.uniform(0, ceiling_s)
+        if pause_s >= deadline.remaining_s:
+            raise error
+        await self._clock.sleep(pause_s)
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            import aiohttp
+
+            ssl: Any = True
+            if self._base_url.startswith("https://"):
+                from agentic_flow.core.tls import client_context
+
+                ssl = client_context(self._tls)
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(
+                    limit=_CONNECTIONS_MAX, keepalive_timeout=_IDLE_CONNECTION_S, ssl=ssl
+                ),
+                # Neighbours are ours; a proxy of the environment is for the world outside.
+                trust_env=False,
+                auto_decompress=True,
+            )
+        return self._session
+
+
+class _Unreached(Unavailable):
+    """No connection was made, so nothing can have happened: any call may be repeated."""
+
+
+def _content(body: Any) -> bytes | None:
+    if body is None or isinstance(body, bytes):
+        return body
+    return orjson.dumps(body)
+
+
+async def _bounded(answer: aiohttp.ClientResponse, peer: str) -> bytes:
+    content = bytearray()
+    async for chunk in answer.content.iter_any():
+        content += chunk
+        if len(content) > _ANSWER_MAX_BYTES:
+            raise TooLarge(f"the answer of {peer!r} is larger than {_ANSWER_MAX_BYTES!r} bytes")
+    return bytes(content)
+
+
+def _parsed(content: bytes, peer: str) -> Any:
+    if not content:
+        return None
+    try:
+        return orjson.loads(content)
+    except orjson.JSONDecodeError as error:
+        raise Unavailable(
+            f"{peer!r} answered with broken JSON: {error}", hint="is another program listening there?"
+        ) from error
+
+
+def _problem(
+    content: bytes, status: int, peer: str, headers: Mapping[str, str] | None = None
+) -> AgenticFlowError:
+    """The error of an answer: ours when it is a problem document of ours, else what its status says."""
+    try:
+        document = orjson.loads(content)
+    except orjson.JSONDecodeError:
+        document = None
+    if isinstance(document, dict) and "code" in document:
+        return from_problem(cast(JsonObject, document))
+    retry_after = (headers or {}).get("retry-after", "")
+    retry_after_s = float(retry_after) if retry_after.isdecimal() else None
+    message = f"{peer!r} answered with status {status!r}"
+    if status == 429:
+        return RateLimited(message, hint="slow down", retry_after_s=retry_after_s)
+    if status == 401:
+        return Unauthenticated(message, hint="check peers.token")
+    return Unavailable(message, hint="is another program listening there?", retry_after_s=retry_after_s)
+
+
+def _judge(permit: Permit, error: AgenticFlowError) -> None:
+    """What an answer says about the peer: only `unavailable` means that it cannot serve."""
+    if type(error) is Unavailable:
+        permit.failed()
+    else:
+        permit.succeeded()
+
+
+def _may_repeat(error: AgenticFlowError, idempotent: bool) -> bool:
+    if isinstance(error, _Unreached | RateLimited):
+        return True
+    # No time is left after a deadline, and an open circuit is there to fail fast.
+    return idempotent and error.retryable and not isinstance(error, DeadlineExceeded | CircuitOpen)

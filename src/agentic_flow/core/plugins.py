@@ -1,0 +1,78 @@
+"""Extension points: entry-point groups, in which our own parts stand beside a stranger's.
+
+A distribution registers an object under a name, in its pyproject.toml:
+
+    [project.entry-points."agentic_flow.embedders"]
+    my-embedder = "my_package.embedding:build"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal
+
+from agentic_flow.core.errors import Conflict, InvalidSettings, NotFound
+
+Group = Literal[
+    "agentic_flow.providers", "agentic_flow.embedders", "agentic_flow.toolsets", "agentic_flow.topologies"
+]
+
+
+def names(group: Group) -> list[str]:
+    """The names registered in a group, sorted. Nothing is imported."""
+    return sorted(_registered(group))
+
+
+def load(group: Group, name: str) -> Any:
+    """The object registered under `name`.
+
+    Raises:
+        NotFound: nothing is.
+        Conflict: two distributions register it.
+        InvalidSettings: it cannot be imported; names the distribution and the entry point.
+    """
+    registered = _registered(group)
+    if name not in registered:
+        raise NotFound(
+            f"no plugin {name!r} in the group {group!r}",
+            hint=f"installed: {', '.join(sorted(registered)) or 'none'}",
+        )
+    return _loaded(registered[name])
+
+
+def load_all(group: Group) -> dict[str, Any]:
+    """Every object of a group by name; raises as `load` does."""
+    return {name: _loaded(point) for name, point in sorted(_registered(group).items())}
+
+
+def _registered(group: Group) -> dict[str, EntryPoint]:
+    return by_name(entry_points(group=group))
+
+
+def by_name(points: Iterable[EntryPoint]) -> dict[str, EntryPoint]:
+    """Entry points by name; Conflict when two distributions claim one name."""
+    found: dict[str, EntryPoint] = {}
+    for point in points:
+        other = found.setdefault(point.name, point)
+        if other.value != point.value:
+            raise Conflict(
+                f"{_origin(other)!r} and {_origin(point)!r} both register {point.name!r} in {point.group!r}",
+                hint="uninstall one of them",
+            )
+    return found
+
+
+def _loaded(point: EntryPoint) -> Any:
+    try:
+        return point.load()
+    except Exception as error:  # a stranger's module may raise anything
+        raise InvalidSettings(
+            f"the plugin {point.name!r} ({point.value}) of {_origin(point)!r} cannot be loaded: "
+            f"{type(error).__name__}: {error}",
+            hint="repair or uninstall that distribution",
+        ) from error
+
+
+def _origin(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown distribution"

@@ -1,0 +1,237 @@
+"""Puts apps on sockets: several uvicorn servers in one event loop, bound together and drained together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import math
+import signal
+import socket
+import threading
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AsyncExitStack, ExitStack
+from typing import Any, cast
+
+import structlog
+import uvicorn
+from starlette.applications import Starlette
+
+from agentic_flow.core.errors import InvalidSettings, PortInUse
+from agentic_flow.core.settings import TlsSettings, env_name
+from agentic_flow.core.tls import server_context
+
+Listener = tuple[Starlette, str, int]
+"""An app made by `create_app`, the host to bind, and the port (0: any free one)."""
+
+_BACKLOG = 2048
+# Longer than any client of ours keeps an idle connection, so that it is never we who close one in use.
+_KEEP_ALIVE_S = 75
+_UNWIND_S = 2.0
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger("agentic_flow.serve")
+
+
+async def serve(
+    apps: Sequence[Listener],
+    *,
+    tls: TlsSettings | None = None,
+    drain_timeout_s: float = 10.0,
+    on_ready: Callable[[list[tuple[str, int]]], None] | None = None,
+    stop: asyncio.Event | None = None,
+    signals: bool = True,
+) -> None:
+    """Serve until SIGTERM, SIGINT or `stop`; then accept nothing more and finish what is in flight.
+
+    All sockets are bound before any app's lifespan starts, so nothing is ever half-started. On the way out
+    event streams end, other requests get `drain_timeout_s` and are then cancelled, and the lifespans exit in
+    reverse order. A second signal ends the process at once: what was acknowledged is on disk anyway.
+
+    Args:
+        apps: Each with its host and port.
+        tls: Certificates for every port; none set means plain HTTP.
+        drain_timeout_s: Seconds given to requests in flight.
+        on_ready: Called once with the real addresses, in order, when every port answers.
+        stop: Set it to stop, for tests and embedders.
+        signals: Whether to take SIGTERM and SIGINT (only possible in the main thread).
+
+    Raises:
+        PortInUse: another process listens on one of the ports.
+        InvalidSettings: a host cannot be bound, is wider than loopback while auth is off, or a TLS file is
+            wrong.
+    """
+    stop = stop or asyncio.Event()
+    context = server_context(tls) if tls else None
+    with ExitStack() as bound:
+        for app, host, _ in apps:
+            _check_host(app, host)
+        sockets = [bound.enter_context(bind(app.state.service, host, port)) for app, host, port in apps]
+        async with AsyncExitStack() as lifespans:
+            for app, _, _ in apps:
+                await lifespans.enter_async_context(app.router.lifespan_context(app))
+            servers = [_server(app, context, drain_timeout_s) for app, _, _ in apps]
+            with _stop_on_signals(stop) if signals else contextlib.nullcontext():
+                await _run(servers, sockets, apps, stop, on_ready)
+
+
+def bind(service: str, host: str, port: int) -> socket.socket:
+    """A listening TCP socket. Connections wait in its backlog until the server accepts them.
+
+    Raises:
+        PortInUse: it is taken.
+        InvalidSettings: the host is not one of this machine, or the port needs rights we lack.
+    """
+    variable = env_name(f"serve.{service}_port")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as error:
+        raise InvalidSettings(
+            f"{service} cannot listen on {host!r}: {error.strerror}",
+            hint=f"set {env_name('serve.host')} to an address of this machine, such as 127.0.0.1",
+        ) from error
+    # "localhost" may resolve to both families; clients of ours are told 127.0.0.1.
+    family, kind, _, _, address = sorted(found, key=lambda info: info[0] != socket.AF_INET)[0]
+    # asyncio turns Nagle's algorithm off only on sockets that name their protocol.
+    listener = socket.socket(family, kind, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        # Two sockets with SO_REUSEADDR may both bind; only listening tells who has the port.
+        listener.listen(_BACKLOG)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise PortInUse(
+                f"{service} cannot listen on {host}:{port}: the port is in use",
+                hint=f"stop what listens there, or choose another with {variable} (0 takes any free one)",
+                details={"service": service, "host": host, "port": port},
+            ) from error
+        raise InvalidSettings(
+            f"{service} cannot listen on {host}:{port}: {error.strerror}",
+            hint=f"set {env_name('serve.host')} or {variable}",
+        ) from error
+    return listener
+
+
+def _check_host(app: Starlette, host: str) -> None:
+    if app.state.auth_required or is_loopback(host):
+        return
+    raise InvalidSettings(
+        f"{app.state.service} would listen on {host!r} for everybody, without authentication",
+        hint=f"set {env_name('auth.required')}=true, or listen on 127.0.0.1",
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a socket bound to `host`."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handling, and with an event that says when it accepts."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.accepting = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.accepting.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        yield
+
+
+def _server(app: Starlette, context: Any, drain_timeout_s: float) -> _Server:
+    return _Server(
+        uvicorn.Config(
+            app,
+            http="h11",
+            ws="none",
+            # Lifespans are ours: uvicorn answers a failed one with sys.exit inside the event loop.
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=math.ceil(drain_timeout_s),
+            ssl_context_factory=(lambda config, default: context) if context is not None else None,
+        )
+    )
+
+
+async def _run(
+    servers: Sequence[_Server],
+    sockets: Sequence[socket.socket],
+    apps: Sequence[Listener],
+    stop: asyncio.Event,
+    on_ready: Callable[[list[tuple[str, int]]], None] | None,
+) -> None:
+    tasks = [
+        asyncio.create_task(server.serve([listener]))
+        for server, listener in zip(servers, sockets, strict=True)
+    ]
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.gather(*(_accepting(server, task) for server, task in zip(servers, tasks, strict=True)))
+        if on_ready is not None:
+            on_ready([(host, _port(listener)) for (_, host, _), listener in zip(apps, sockets, strict=True)])
+        await asyncio.wait((stopping, *tasks), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
+        for app, _, _ in apps:
+            app.state.draining.set()
+        for server in servers:
+            server.should_exit = True
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        cut = [task for server in servers for task in server.server_state.tasks]
+        if cut:
+            _log.warning("drain_incomplete", requests=len(cut))
+            # uvicorn cancelled them; let them unwind before the services they use are closed.
+            await asyncio.wait(cut, timeout=_UNWIND_S)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+
+
+async def _accepting(server: _Server, task: asyncio.Task[None]) -> None:
+    waiting = asyncio.create_task(server.accepting.wait())
+    await asyncio.wait((waiting, task), return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+
+
+def _port(listener: socket.socket) -> int:
+    return int(cast(tuple[Any, ...], listener.getsockname())[1])
+
+
+@contextlib.contextmanager
+def _stop_on_signals(stop: asyncio.Event) -> Generator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    taken = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in taken}
+
+    def on_signal() -> None:
+        stop.set()
+        # The next one is the kernel's business, and final.
+        for number in taken:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in taken:
+        loop.add_signal_handler(number, on_signal)
+    try:
+        yield
+    finally:
+        for number in taken:
+            loop.remove_signal_handler(number)
+            signal.signal(number, before[number])

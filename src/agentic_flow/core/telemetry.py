@@ -1,0 +1,163 @@
+"""Logs and traces: configured once by the process that owns them; the library only uses the APIs.
+
+Logs go to standard error, because standard output carries data. No value under a name that means a secret,
+and nothing that looks like a key or token, reaches them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, MutableMapping
+from importlib import import_module
+from typing import Any, TextIO, cast
+
+import structlog
+
+from agentic_flow.core.settings import TelemetrySettings
+
+MASK = "********"
+
+_SECRET_NAME = re.compile(
+    r"(?:^|[._-])(?:password|passwd|secrets?|token|api[_-]?keys?|authorization|credentials?|cookie|private[_-]?key)$",
+    re.IGNORECASE,
+)
+_SECRET_TEXT = re.compile(
+    r"(?P<keep>(?:bearer|basic)\s+)[A-Za-z0-9._~+/=-]{8,}"  # Authorization headers
+    r"|\baf_[0-9a-f]+_[A-Za-z0-9_-]{16,}"  # our keys
+    r"|\bsk-[A-Za-z0-9_-]{16,}"  # keys of Anthropic, OpenAI, OpenRouter
+    r"|\beyJ[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+"  # JSON Web Tokens
+    r"|(?P<url>://[^\s/:@]+:)[^\s/@]+(?=@)",  # passwords within URLs
+    re.IGNORECASE,
+)
+_DEPTH_MAX = 6
+
+
+def product_version() -> str:
+    """The version of this product, which the package's root holds; nothing else of the root is used here."""
+    return str(import_module("agentic_flow").__version__)
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether values under this name must not be shown (`api_key`, `peers.token`, `x-api-key`)."""
+    return bool(_SECRET_NAME.search(name))
+
+
+def redact(value: Any, depth: int = 0) -> Any:
+    """`value` with secrets masked, by the names in mappings and by the look of texts."""
+    if isinstance(value, str):
+        return _SECRET_TEXT.sub(_masked, value)
+    if depth >= _DEPTH_MAX:
+        return (
+            value if isinstance(value, int | float | bool | None) else _SECRET_TEXT.sub(_masked, str(value))
+        )
+    if isinstance(value, Mapping):
+        return {
+            key: MASK if is_secret_name(str(key)) and item is not None else redact(item, depth + 1)
+            for key, item in cast(Mapping[Any, Any], value).items()
+        }
+    if isinstance(value, list | tuple | set | frozenset):
+        return [redact(item, depth + 1) for item in cast(list[Any], value)]
+    if isinstance(value, BaseException):
+        return redact(repr(value))
+    return value
+
+
+def _masked(match: re.Match[str]) -> str:
+    return (match["keep"] or match["url"] or "") + MASK
+
+
+def _redact_event(logger: object, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    return cast(MutableMapping[str, Any], redact(event))
+
+
+def configure(
+    settings: TelemetrySettings, service: str, *, stream: TextIO | None = None
+) -> Callable[[], None]:
+    """Set up logs, and traces when an endpoint is set. Call it once, in the process that owns the streams.
+
+    The logs of libraries (uvicorn, aiohttp, …) take the same way out.
+
+    Args:
+        service: Name of the process in traces.
+        stream: Where logs go; standard error by default.
+
+    Returns:
+        What to call at the end: sends the traces that wait.
+    """
+    stream = stream if stream is not None else cast(TextIO, sys.stderr)
+    on_terminal = stream.isatty()
+    as_text = settings.log_format == "text" or (settings.log_format == "auto" and on_terminal)
+    level = logging.getLevelNamesMapping()[settings.log_level.upper()]
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        # Before redaction, which must see the text of tracebacks too.
+        structlog.processors.format_exc_info,
+        _redact_event,
+    ]
+    renderer: Any = (
+        structlog.dev.ConsoleRenderer(
+            colors=on_terminal and not os.environ.get("NO_COLOR"),
+            exception_formatter=structlog.dev.plain_traceback,
+        )
+        if as_text
+        else structlog.processors.JSONRenderer(default=str)
+    )
+    structlog.configure(
+        processors=[*shared, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(stream),
+        cache_logger_on_first_use=False,
+    )
+    _route_library_logs(shared, renderer, level, stream)
+    return _configure_traces(settings, service)
+
+
+class _LibraryHandler(logging.StreamHandler[TextIO]):
+    """Ours, so that a second `configure` can tell and replace it."""
+
+
+def _route_library_logs(shared: list[Any], renderer: Any, level: int, stream: TextIO) -> None:
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if isinstance(handler, _LibraryHandler):
+            root.removeHandler(handler)
+    handler = _LibraryHandler(stream)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[structlog.stdlib.ExtraAdder(), *shared],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _redact_event, renderer],
+        )
+    )
+    # A library's info is our debug: its requests are our own business's details.
+    handler.setLevel(max(level, logging.WARNING) if level > logging.DEBUG else level)
+    root.addHandler(handler)
+
+
+def _configure_traces(settings: TelemetrySettings, service: str) -> Callable[[], None]:
+    if settings.otlp_endpoint is None:
+        return lambda: None
+    # The SDK costs start-up time; only who sends traces pays for it.
+    from opentelemetry import trace
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    endpoint = settings.otlp_endpoint.rstrip("/")
+    provider = TracerProvider(
+        resource=Resource.create(
+            {"service.name": f"agentic-flow-{service}", "service.version": product_version()}
+        )
+    )
+    provider.add_span_processor(
+        BatchSpanProcessor(
+            OTLPSpanExporter(endpoint if endpoint.endswith("/v1/traces") else f"{endpoint}/v1/traces")
+        )
+    )
+    trace.set_tracer_provider(provider)
+    return provider.shutdown

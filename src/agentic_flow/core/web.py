@@ -1,0 +1,343 @@
+"""The web floor under every service: one app factory and the few functions its routes need.
+
+A request passes, in this order: request id and trace, the check against DNS rebinding, authentication, the
+tenant's rate limit, the body limit, the route. Whatever is raised on the way leaves as problem+json (or in
+the shape a route asks for), and one canonical line says how it ended. `core.serve` puts apps on sockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing
+from pathlib import PurePath
+from typing import Any, TypeVar, cast
+
+import orjson
+import structlog
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+from pydantic import BaseModel, ValidationError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import Receive, Scope, Send
+
+from agentic_flow.core import sse
+from agentic_flow.core.auth import Authenticator, Principal
+from agentic_flow.core.clock import Deadline
+from agentic_flow.core.errors import (
+    AgenticFlowError,
+    InvalidInput,
+    NotFound,
+    Unauthenticated,
+    as_problem,
+)
+from agentic_flow.core.serve import serve as serve
+from agentic_flow.core.settings import Settings
+from agentic_flow.core.sse import ServerEvent
+from agentic_flow.core.telemetry import product_version
+from agentic_flow.core.web_floor import (
+    CREDENTIAL_HINT,
+    ErrorShape,
+    Floor,
+    invalid_input,
+    unexpected,
+)
+from agentic_flow.core.web_floor import (
+    credential_of as credential_of,
+)
+
+Model = TypeVar("Model", bound=BaseModel)
+Ready = Callable[[], Awaitable[dict[str, bool]]]
+AppLifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
+
+DEADLINE_HEADER = "x-deadline-s"
+HEARTBEAT_S = 15.0
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger("agentic_flow.web")
+
+
+def create_app(
+    service: str,
+    routes: Sequence[BaseRoute],
+    *,
+    authenticator: Authenticator,
+    settings: Settings,
+    ready: Ready,
+    lifespan: AppLifespan | None = None,
+    metrics: CollectorRegistry | None = None,
+    public_paths: Collection[str] = (),
+    error_shapes: Mapping[str, ErrorShape] | None = None,
+) -> Starlette:
+    """A service as an ASGI app.
+
+    Args:
+        service: Its name in logs, metrics and health (`platform`, `agentdb`, `swarm`).
+        routes: Its routes; health and metrics are added.
+        authenticator: Checks credentials. One that is sent is always checked; where none is sent and
+            `auth.required` is off, the caller is the local owner.
+        settings: The sections `serve` and `auth` are read.
+        ready: Names each thing the service needs and whether it works; all true means ready.
+        lifespan: Entered by `core.serve.serve` before the first request.
+        metrics: The service's own metrics, shown on `/metrics` beside the floor's; never the global registry.
+        public_paths: Exact paths that need no credential.
+        error_shapes: Exact path → how an error looks there (`as_openai`, `as_anthropic`); else problem+json.
+    """
+    registry = metrics or CollectorRegistry()
+    started_s = time.monotonic()
+
+    async def live(request: Request) -> Response:
+        return json_response({"status": "live"})
+
+    async def checks_now() -> dict[str, bool]:
+        return {"accepting": not app.state.draining.is_set(), **await ready()}
+
+    async def readiness(request: Request) -> Response:
+        checks = await checks_now()
+        failing = sorted(name for name, good in checks.items() if not good)
+        body: dict[str, Any] = {"status": "unready" if failing else "ready", "checks": checks}
+        if failing:
+            body["failing"] = failing
+        return json_response(body, 503 if failing else 200)
+
+    async def health(request: Request) -> Response:
+        checks = await checks_now()
+        return json_response(
+            {
+                "service": service,
+                "status": "ready" if all(checks.values()) else "unready",
+                "version": product_version(),
+                "uptime_s": round(time.monotonic() - started_s, 3),
+                "checks": checks,
+            }
+        )
+
+    async def exposition(request: Request) -> Response:
+        encoder, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encoder(registry), headers={"content-type": content_type})
+
+    app = Starlette(
+        routes=[
+            Route("/health/live", live),
+            Route("/health/ready", readiness),
+            Route("/health", health),
+            Route("/metrics", exposition),
+            *routes,
+        ],
+        lifespan=lifespan,
+        middleware=[
+            Middleware(
+                Floor,
+                service=service,
+                authenticator=authenticator,
+                settings=settings,
+                registry=registry,
+                public_paths=frozenset(public_paths),
+                error_shapes=dict(error_shapes or {}),
+            )
+        ],
+        exception_handlers={HTTPException: _http_error},
+    )
+    app.state.service = service
+    app.state.auth_required = settings.auth.required
+    app.state.draining = asyncio.Event()
+    return app
+
+
+# What routes use
+
+
+class _JsonResponse(Response):
+    media_type = "application/json"
+
+
+def json_response(content: Any, status: int = 200, *, headers: Mapping[str, str] | None = None) -> Response:
+    """A JSON response of a pydantic model, a dataclass, or plain values that contain them."""
+    return _JsonResponse(
+        to_json(content), status_code=status, headers=None if headers is None else dict(headers)
+    )
+
+
+def to_json(content: Any) -> bytes:
+    """JSON of a pydantic model, a dataclass, or plain values that contain them."""
+    return orjson.dumps(content, default=_plain, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+async def parse(request: Request, model: type[Model]) -> Model:
+    """The request's body as `model`.
+
+    Raises:
+        InvalidInput: it is not JSON, or a field is wrong; names the field.
+        TooLarge: it is past `serve.body_max_bytes`.
+    """
+    body = await request.body()
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise invalid_input(error) from None
+
+
+def principal_of(request: Request) -> Principal:
+    """Who makes this request.
+
+    Raises:
+        Unauthenticated: the path is public and no credential was sent.
+    """
+    principal: Principal | None = request.state.principal
+    if principal is None:
+        raise Unauthenticated("this needs a credential", hint=CREDENTIAL_HINT)
+    return principal
+
+
+def require(request: Request, scope: str) -> Principal:
+    """The principal, once it holds `scope`; else Forbidden."""
+    principal = principal_of(request)
+    principal.demand(scope)
+    return principal
+
+
+def deadline_of(request: Request, timeout_s: float) -> Deadline:
+    """The caller's deadline (`x-deadline-s`, seconds that remain), at most `timeout_s` from now."""
+    raw = request.headers.get(DEADLINE_HEADER)
+    if raw is None:
+        return Deadline.after(timeout_s)
+    try:
+        remaining_s = float(raw)
+    except ValueError:
+        remaining_s = -1.0
+    # A NaN fails this comparison as well.
+    if not remaining_s >= 0:
+        raise InvalidInput(f"the header {DEADLINE_HEADER} is {raw!r}", hint="send seconds, such as 30")
+    return Deadline.after(min(remaining_s, timeout_s))
+
+
+class EventStream(Response):
+    """Server-sent events as they come; ends with its source, when the client leaves, or on drain.
+
+    An error of the source becomes a last event (by default `error` with a problem document): the status
+    line is long gone. Between events a comment is sent every `heartbeat_s`.
+
+    Args:
+        events: The source; closed in every case.
+        error_event: How an error looks as an event.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: AsyncIterator[ServerEvent],
+        *,
+        heartbeat_s: float = HEARTBEAT_S,
+        error_event: Callable[[AgenticFlowError], ServerEvent] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no", **(headers or {})})
+        # The length is not known beforehand.
+        del self.headers["content-length"]
+        self._events = events
+        self._heartbeat_s = heartbeat_s
+        self._error_event = error_event or _problem_event
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        draining: asyncio.Event = scope["app"].state.draining
+        leaving = [asyncio.create_task(_disconnected(receive)), asyncio.create_task(draining.wait())]
+        try:
+            async with aclosing(self._chunks(leaving)) as chunks:
+                async for chunk in chunks:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            await _cancel(leaving)
+            close = getattr(self._events, "aclose", None)
+            if close is not None:
+                await close()
+
+    async def _chunks(self, leaving: Sequence[asyncio.Task[Any]]) -> AsyncGenerator[bytes]:
+        upcoming = asyncio.create_task(_next(self._events))
+        try:
+            while True:
+                done, _ = await asyncio.wait(
+                    (upcoming, *leaving), timeout=self._heartbeat_s, return_when=asyncio.FIRST_COMPLETED
+                )
+                if not done:
+                    yield sse.encode_comment("heartbeat")
+                elif any(task in done for task in leaving):
+                    # Asked first: a source that always has an event ready must end as well.
+                    return
+                elif (event := upcoming.result()) is None:
+                    return
+                else:
+                    yield sse.encode(event)
+                    upcoming = asyncio.create_task(_next(self._events))
+        except AgenticFlowError as error:
+            yield sse.encode(self._error_event(error))
+        except Exception:  # noqa: BLE001 - a bug of ours: logged, and told without internals
+            _log.exception("stream_failed")
+            yield sse.encode(self._error_event(unexpected()))
+        finally:
+            await _cancel([upcoming])
+
+
+def event_stream(
+    events: AsyncIterator[ServerEvent],
+    *,
+    heartbeat_s: float = HEARTBEAT_S,
+    error_event: Callable[[AgenticFlowError], ServerEvent] | None = None,
+) -> Response:
+    """A response that sends `events` as they come; see EventStream."""
+    return EventStream(events, heartbeat_s=heartbeat_s, error_event=error_event)
+
+
+async def _next(events: AsyncIterator[ServerEvent]) -> ServerEvent | None:
+    return await anext(events, None)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """Cancel and wait. What they raise was either seen already or has no reader any more."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _problem_event(error: AgenticFlowError) -> ServerEvent:
+    return ServerEvent(orjson.dumps(as_problem(error), default=str).decode(), "error")
+
+
+def _plain(value: Any) -> Any:
+    """What orjson does not know by itself."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, frozenset | set):
+        return sorted(cast(frozenset[Any], value))
+    if isinstance(value, PurePath):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def _http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own refusals (no such route, wrong method, a malformed form) as errors of ours."""
+    assert isinstance(error, HTTPException)
+    path = request.url.path
+    if error.status_code == 404:
+        raise NotFound(f"there is no {path!r} here", hint="check the path; /health names the service")
+    if error.status_code == 405:
+        refusal = InvalidInput(f"{path!r} does not take {request.method!r}", hint="see the Allow header")
+        # The table has no 405, whose Allow header HTTP demands (RFC 9110, section 15.5.6).
+        return json_response(
+            {**as_problem(refusal), "status": 405},
+            405,
+            headers={**(error.headers or {}), "content-type": "application/problem+json"},
+        )
+    raise InvalidInput(f"{path!r} refused the request: {error.detail}")

@@ -1,0 +1,351 @@
+"""What every request passes before and after its route: pure ASGI, so streams flow through unbuffered."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import math
+import re
+import reprlib
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import orjson
+import structlog
+from opentelemetry import propagate, trace
+from prometheus_client import CollectorRegistry, Histogram
+from pydantic import ValidationError
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from structlog.contextvars import bound_contextvars
+from throttled.asyncio import Throttled, rate_limiter
+from throttled.asyncio.store import MemoryStore
+
+from agentic_flow.core.auth import LOCAL_OWNER, Authenticator, Principal
+from agentic_flow.core.errors import (
+    AgenticFlowError,
+    Forbidden,
+    InvalidInput,
+    RateLimited,
+    TooLarge,
+    Unauthenticated,
+    Unavailable,
+    as_problem,
+)
+from agentic_flow.core.settings import Settings
+from agentic_flow.core.telemetry import is_secret_name
+
+ErrorShape = Callable[[AgenticFlowError], dict[str, Any]]
+
+REQUEST_ID_HEADER = "x-request-id"
+CREDENTIAL_HINT = "send a key or token as `Authorization: Bearer …`; see `agentic-flow keys create`"
+# Probes and scrapers carry no credential and must be answered under load.
+ALWAYS_OPEN = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_TENANTS_MAX = 10_000
+_ERRORS_SHOWN_MAX = 20
+_CLIENT_CLOSED_REQUEST = 499
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger("agentic_flow.web")
+_tracer = trace.get_tracer("agentic_flow.web")
+
+
+class Floor:
+    """ASGI middleware: identity, limits, errors, and the record of a request.
+
+    Args:
+        app: What it wraps.
+        service: Name in logs and metrics.
+        authenticator: Checks every credential that is sent.
+        settings: The sections `serve` and `auth` are read.
+        registry: Where the duration histogram is registered.
+        public_paths: Exact paths that need no credential.
+        error_shapes: Exact path → the shape of an error there.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        service: str,
+        authenticator: Authenticator,
+        settings: Settings,
+        registry: CollectorRegistry,
+        public_paths: frozenset[str],
+        error_shapes: Mapping[str, ErrorShape],
+    ) -> None:
+        self._app = app
+        self._service = service
+        self._authenticator = authenticator
+        self._auth_required = settings.auth.required
+        self._body_max_bytes = settings.serve.body_max_bytes
+        self._public_paths = public_paths | ALWAYS_OPEN
+        self._error_shapes = error_shapes
+        per_minute = settings.serve.requests_per_minute
+        self._requests_per_minute = per_minute
+        self._limiter = Throttled(
+            using="gcra",
+            quota=rate_limiter.per_min(per_minute, burst=per_minute),
+            store=MemoryStore(options={"MAX_SIZE": _TENANTS_MAX}),
+        )
+        self._duration = Histogram(
+            "agentic_flow_http_request_duration_seconds",
+            "Time from the first byte of a request to the last of its answer.",
+            ("service", "method", "route", "status"),
+            registry=registry,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            # No service of ours speaks it on these ports; an unauthenticated upgrade must not slip through.
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        method = scope["method"] if scope["method"] in _METHODS else "OTHER"
+        answer = _Answer(send, _request_id(headers))
+        state = scope.setdefault("state", {})
+        state["request_id"], state["principal"] = answer.request_id, None
+        started_s = time.perf_counter()
+        with (
+            bound_contextvars(request_id=answer.request_id),
+            _tracer.start_as_current_span(
+                method,
+                context=propagate.extract(headers),
+                kind=trace.SpanKind.SERVER,
+                record_exception=False,
+                set_status_on_exception=False,
+            ) as span,
+        ):
+            try:
+                await self._answer(scope, headers, receive, answer)
+            finally:
+                # Also when the work was cancelled: the line is written, the cancellation goes on.
+                self._record(scope, method, answer, time.perf_counter() - started_s, span)
+
+    async def _answer(self, scope: Scope, headers: Headers, receive: Receive, answer: _Answer) -> None:
+        try:
+            await self._admit(scope, headers)
+            await self._app(scope, self._limited(headers, receive), answer.send)
+        except AgenticFlowError as error:
+            await self._refuse(scope, answer, error)
+        except ValidationError as error:
+            await self._refuse(scope, answer, invalid_input(error))
+        except asyncio.CancelledError:
+            # Only a drain past its limit cancels requests. The caller may try another server.
+            await self._refuse(
+                scope, answer, Unavailable("the server is stopping", hint="try again", retry_after_s=1.0)
+            )
+            raise
+        except ClientDisconnect:
+            answer.status = _CLIENT_CLOSED_REQUEST
+        except Exception:  # noqa: BLE001 - a bug of ours: logged, and told without internals
+            _log.exception("request_failed", service=self._service, path=scope["path"])
+            await self._refuse(scope, answer, unexpected())
+
+    async def _admit(self, scope: Scope, headers: Headers) -> None:
+        if not self._auth_required:
+            check_origin(headers.get("host"), headers.get("origin"), scope["scheme"])
+        path: str = scope["path"]
+        if path in ALWAYS_OPEN:
+            return
+        credential = credential_of(headers)
+        principal: Principal | None = None
+        if credential is not None:
+            principal = await self._authenticator.authenticate(credential)
+        elif not self._auth_required:
+            principal = LOCAL_OWNER
+        elif path not in self._public_paths:
+            raise Unauthenticated("this needs a credential and none was sent", hint=CREDENTIAL_HINT)
+        scope["state"]["principal"] = principal
+        client = scope.get("client")
+        await self._count(f"tenant {principal.tenant}" if principal else f"address {client and client[0]}")
+
+    async def _count(self, key: str) -> None:
+        result = await self._limiter.limit(key)
+        if result.limited:
+            raise RateLimited(
+                f"more than {self._requests_per_minute!r} requests per minute from {key}",
+                hint="slow down, or raise serve.requests_per_minute",
+                retry_after_s=round(result.state.retry_after, 3),
+            )
+
+    def _limited(self, headers: Headers, receive: Receive) -> Receive:
+        """`receive` that counts what arrives: a length may be missing or a lie."""
+        limit = self._body_max_bytes
+        announced = headers.get("content-length", "")
+        if announced.isdecimal() and int(announced) > limit:
+            raise _body_too_large(limit)
+        size = 0
+
+        async def counted() -> Message:
+            nonlocal size
+            message = await receive()
+            if message["type"] == "http.request":
+                size += len(message.get("body", b""))
+                if size > limit:
+                    raise _body_too_large(limit)
+            return message
+
+        return counted
+
+    async def _refuse(self, scope: Scope, answer: _Answer, error: AgenticFlowError) -> None:
+        answer.error_code = error.code
+        if answer.status is not None:
+            # Half an answer is out. Ending here makes the server cut the connection, which a client notices.
+            _log.warning("response_cut", service=self._service, path=scope["path"], code=error.code)
+            return
+        shape = self._error_shapes.get(scope["path"])
+        body, media_type = (
+            (as_problem(error, instance=f"urn:request:{answer.request_id}"), b"application/problem+json")
+            if shape is None
+            else (shape(error), b"application/json")
+        )
+        content = orjson.dumps(body, default=str)
+        headers = [(b"content-type", media_type), (b"content-length", str(len(content)).encode())]
+        if error.retry_after_s is not None:
+            headers.append((b"retry-after", str(math.ceil(error.retry_after_s)).encode()))
+        if error.status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
+        await answer.send({"type": "http.response.start", "status": error.status, "headers": headers})
+        await answer.send({"type": "http.response.body", "body": content})
+
+    def _record(
+        self, scope: Scope, method: str, answer: _Answer, duration_s: float, span: trace.Span
+    ) -> None:
+        route = str(getattr(scope.get("route"), "path", "unmatched"))
+        status = answer.status or _CLIENT_CLOSED_REQUEST
+        self._duration.labels(self._service, method, route, str(status)).observe(duration_s)
+        if span.is_recording():
+            span.update_name(f"{method} {route}")
+            span.set_attributes(
+                {
+                    "http.request.method": method,
+                    "http.route": route,
+                    "http.response.status_code": status,
+                    "service.name": self._service,
+                }
+            )
+            if status >= 500:
+                span.set_status(trace.StatusCode.ERROR)
+        principal: Principal | None = scope["state"]["principal"]
+        context = span.get_span_context()
+        line = _log.debug if route in ALWAYS_OPEN else _log.info
+        line(
+            "request_finished",
+            service=self._service,
+            method=method,
+            route=route,
+            status=status,
+            code=answer.error_code,
+            duration_ms=round(duration_s * 1000, 3),
+            tenant=principal.tenant if principal else None,
+            request_id=answer.request_id,
+            trace_id=format(context.trace_id, "032x") if context.is_valid else None,
+        )
+
+
+class _Answer:
+    """The way out: remembers what was sent and puts the request id on it."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self.request_id = request_id
+        self.status: int | None = None
+        self.error_code: str | None = None
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            extra = (REQUEST_ID_HEADER.encode(), self.request_id.encode())
+            message = {**message, "headers": [*message.get("headers", ()), extra]}
+        await self._send(message)
+
+
+def credential_of(headers: Mapping[str, str]) -> str | None:
+    """The bare credential of a request: `Authorization: Bearer …`, or `x-api-key` as Anthropic's clients do.
+
+    Raises:
+        Unauthenticated: an `Authorization` header of another kind.
+    """
+    authorization = headers.get("authorization")
+    if authorization is None:
+        return headers.get("x-api-key")
+    kind, _, value = authorization.partition(" ")
+    if kind.lower() != "bearer" or not value.strip():
+        raise Unauthenticated("the Authorization header is not of the kind Bearer", hint=CREDENTIAL_HINT)
+    return value.strip()
+
+
+def check_origin(host: str | None, origin: str | None, scheme: str) -> None:
+    """Refuse what a web page in the user's browser could send while no credential is demanded.
+
+    A page cannot forge these headers: after DNS rebinding `Host` holds the page's own name, and a request
+    across origins carries its `Origin`. So `Host` must name loopback and `Origin`, if any, must be ours.
+
+    Raises:
+        Forbidden: it is not so.
+    """
+    hint = "call it as http://127.0.0.1:PORT, or set auth.required and use a key"
+    if host is None or not _names_loopback(host):
+        raise Forbidden(f"the Host header {host!r} does not name this machine", hint=hint)
+    if origin is not None and origin.lower() != f"{scheme}://{host}".lower():
+        raise Forbidden(f"requests from the origin {origin!r} are refused", hint=hint)
+
+
+def _names_loopback(host: str) -> bool:
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def invalid_input(error: ValidationError) -> InvalidInput:
+    """A pydantic error as ours: the first field that is wrong, the rest in `details`."""
+    problems = error.errors(include_url=False, include_context=False)
+    first = problems[0]
+    field = ".".join(str(part) for part in first["loc"])
+    fields = [
+        {"field": ".".join(str(part) for part in problem["loc"]), "problem": problem["msg"]}
+        for problem in problems[:_ERRORS_SHOWN_MAX]
+    ]
+    if first["type"] == "json_invalid":
+        return InvalidInput(f"the body is refused: {first['msg']}", hint="send valid JSON")
+    value = first["input"]
+    # A missing field's "input" is the whole object around it.
+    shown = "" if first["type"] == "missing" or is_secret_name(field) else f" (got {reprlib.repr(value)})"
+    return InvalidInput(
+        f"the field {field!r} is refused: {first['msg']}{shown}"
+        if field
+        else f"the body is refused: {first['msg']}",
+        hint="correct it and send the request again",
+        details={"errors": fields},
+    )
+
+
+def unexpected() -> AgenticFlowError:
+    """What a caller learns of a bug of ours."""
+    return AgenticFlowError(
+        "the server failed to answer this request", hint="its log has the cause under this request id"
+    )
+
+
+def _request_id(headers: Headers) -> str:
+    given = headers.get(REQUEST_ID_HEADER)
+    return given if given is not None and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _body_too_large(limit_bytes: int) -> TooLarge:
+    return TooLarge(
+        f"the request body is larger than {limit_bytes!r} bytes",
+        hint="send less, or raise serve.body_max_bytes",
+    )

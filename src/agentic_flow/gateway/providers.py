@@ -1,0 +1,364 @@
+"""Model providers: the Protocol, the table of built-in ones, and those that speak HTTP.
+
+A plug-in adds a provider through the entry-point group `agentic_flow.providers`: a function that takes
+GatewaySettings and the HttpTransport of the gateway and returns a Provider. The built-in ones do the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from agentic_flow.core.clock import SYSTEM_CLOCK, Clock, Deadline
+from agentic_flow.core.errors import AgenticFlowError, InvalidSettings, ProviderProtocol
+from agentic_flow.core.messages import Completion, CompletionRequest, ModelInfo, StreamEvent
+from agentic_flow.core.secrets import SecretSource, resolve
+from agentic_flow.core.settings import GatewaySettings, ProviderSettings
+from agentic_flow.gateway.extractive import ExtractiveProvider
+from agentic_flow.gateway.faults import error_from_answer
+from agentic_flow.gateway.models import ANTHROPIC_DEFAULT, OPENAI_DEFAULT, OPENROUTER_DEFAULT
+from agentic_flow.gateway.transport import HttpAnswer, HttpTransport
+from agentic_flow.gateway.wire.anthropic import AnthropicFormat
+from agentic_flow.gateway.wire.format import WireFormat, items, load_object, text_of
+from agentic_flow.gateway.wire.openai import COMPATIBLE, OPENAI, OPENROUTER, OpenAIFormat
+
+PLUGIN_GROUP = "agentic_flow.providers"
+MODELS_LISTED_MAX = 2000
+_ERROR_BODY_MAX_BYTES = 64 * 1024
+_OPENAI_NAMES = re.compile(r"(gpt-|chatgpt-|o\d)")
+
+
+class Provider(Protocol):
+    """One way to have models answer. It makes one try; the gateway around it retries."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def default_model(self) -> str | None:
+        """The model for `name:` alone; None when the provider must be asked for its list."""
+        ...
+
+    @property
+    def configured(self) -> bool:
+        """Whether it can be asked now: it has its key, or needs none."""
+        ...
+
+    @property
+    def setup_hint(self) -> str:
+        """What to set so that it can be asked."""
+        ...
+
+    def owns(self, model: str) -> bool:
+        """Whether a bare model name, without a provider in front, is one of its own."""
+        ...
+
+    async def models(self, *, deadline: Deadline) -> list[ModelInfo]:
+        """What it serves, in its own order."""
+        ...
+
+    async def complete(
+        self, request: CompletionRequest, *, deadline: Deadline, idempotency_key: str | None = None
+    ) -> Completion:
+        """One try. `request.model` is the provider's own id; the gateway prices a `cost_usd` of None."""
+        ...
+
+    def stream(
+        self, request: CompletionRequest, *, deadline: Deadline, idempotency_key: str | None = None
+    ) -> AsyncIterator[StreamEvent]:
+        """One try over the streaming wire format; the last event is StreamEnd, or an error is raised."""
+        ...
+
+
+ProviderFactory = Callable[[GatewaySettings, HttpTransport], Provider]
+
+
+@dataclass(frozen=True, slots=True)
+class HttpProfile:
+    """What sets one HTTP provider apart.
+
+    Args:
+        name: Provider name.
+        variable: Prefix of its environment variables (`ANTHROPIC` for `ANTHROPIC_API_KEY`).
+        wire: Its wire format.
+        default_model: See Provider.
+        key_required: False for endpoints that may have no key.
+        owns: See Provider.
+        version_prefix: Path in front of `/models`, where the wire format's own path already carries it.
+    """
+
+    name: str
+    variable: str
+    wire: WireFormat
+    default_model: str | None
+    key_required: bool
+    owns: Callable[[str], bool]
+    version_prefix: str = ""
+
+
+class HttpProvider:
+    """A provider behind an HTTP API."""
+
+    def __init__(
+        self,
+        profile: HttpProfile,
+        *,
+        base_url: str,
+        key: SecretSource,
+        transport: HttpTransport,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        self._profile = profile
+        self._wire = profile.wire
+        self._base_url = base_url.rstrip("/")
+        self._key = key
+        self._transport = transport
+        self._clock = clock
+
+    @property
+    def name(self) -> str:
+        return self._profile.name
+
+    @property
+    def base_url(self) -> str:
+        return self._base_url
+
+    @property
+    def default_model(self) -> str | None:
+        return self._profile.default_model
+
+    @property
+    def configured(self) -> bool:
+        if not self._profile.key_required:
+            return True
+        try:
+            return bool(self._key.get())
+        except InvalidSettings:
+            return True  # it was set up; asking it says what is wrong with its key file
+
+    @property
+    def setup_hint(self) -> str:
+        variable = self._profile.variable
+        if self.name == "openai":
+            return f"set {variable}_API_KEY, or {variable}_BASE_URL for an endpoint without a key"
+        return f"set {variable}_API_KEY or gateway.{self.name}.api_key_file"
+
+    def owns(self, model: str) -> bool:
+        return self._profile.owns(model)
+
+    async def models(self, *, deadline: Deadline) -> list[ModelInfo]:
+        url = f"{self._base_url}{self._profile.version_prefix}/models"
+        if self._profile.version_prefix:
+            url += "?limit=1000"  # Anthropic's largest page; it serves far fewer models
+        key = self._key.get()
+        async with self._transport.open(
+            "GET",
+            url,
+            provider=self.name,
+            headers=self._headers(key, None),
+            body=None,
+            deadline=deadline,
+            patience_s=self._transport.idle_timeout_s,
+        ) as answer:
+            if answer.status != 200:
+                raise await self._refusal(answer, "", key)
+            listed = items(load_object(await answer.read(), f"the model list of {self.name}").get("data"))
+        found: list[ModelInfo] = []
+        for entry in listed[:MODELS_LISTED_MAX]:
+            model_id = text_of(entry.get("id"))
+            context = (
+                entry.get("context_length") or entry.get("max_input_tokens") or entry.get("max_model_len")
+            )
+            if model_id:
+                found.append(
+                    ModelInfo(
+                        id=model_id,
+                        provider=self.name,
+                        context_tokens=context if isinstance(context, int) else None,
+                    )
+                )
+        return found
+
+    async def complete(
+        self, request: CompletionRequest, *, deadline: Deadline, idempotency_key: str | None = None
+    ) -> Completion:
+        sent = self._wire.encode(request, stream=False)
+        key = self._key.get()
+        async with self._transport.open(
+            "POST",
+            self._base_url + sent.path,
+            provider=self.name,
+            headers={**sent.headers, **self._headers(key, idempotency_key)},
+            body=sent.body,
+            deadline=deadline,
+            patience_s=None,  # an answer that is not streamed is silent while the model writes
+        ) as answer:
+            if answer.status != 200:
+                raise await self._refusal(answer, request.model, key)
+            body = await answer.read()
+        if not body:
+            raise ProviderProtocol(f"{self.name} sent an empty answer", hint="the call can be repeated")
+        self._check_type(answer, "application/json", body)
+        decoded = self._wire.decode(request, body)
+        return self._settled(decoded.completion, decoded.usage_estimated)
+
+    async def stream(
+        self, request: CompletionRequest, *, deadline: Deadline, idempotency_key: str | None = None
+    ) -> AsyncIterator[StreamEvent]:
+        sent = self._wire.encode(request, stream=True)
+        decoder = self._wire.decoder(request)
+        key = self._key.get()
+        async with self._transport.open(
+            "POST",
+            self._base_url + sent.path,
+            provider=self.name,
+            headers={**sent.headers, "accept": "text/event-stream", **self._headers(key, idempotency_key)},
+            body=sent.body,
+            deadline=deadline,
+            patience_s=self._transport.idle_timeout_s,
+        ) as answer:
+            if answer.status != 200:
+                raise await self._refusal(answer, request.model, key)
+            if answer.content_type != "text/event-stream":
+                self._check_type(answer, "text/event-stream", await answer.read())
+            async for chunk in answer.chunks():
+                for event in decoder.feed(chunk):
+                    yield event
+                if decoder.done:
+                    await answer.settle()
+                    break
+        end = decoder.end()
+        yield end.model_copy(update={"completion": self._settled(end.completion, decoder.usage_estimated)})
+
+    def _settled(self, completion: Completion, usage_estimated: bool) -> Completion:
+        if usage_estimated:
+            import structlog
+
+            structlog.get_logger(__name__).warning(
+                "usage_estimated",
+                provider=self.name,
+                model=completion.model,
+                input_tokens=completion.usage.input_tokens,
+                output_tokens=completion.usage.output_tokens,
+            )
+        return completion.model_copy(update={"provider": self.name})
+
+    def _headers(self, key: str | None, idempotency_key: str | None) -> dict[str, str]:
+        headers = self._wire.auth_headers(key) if key else {}
+        if self._profile.version_prefix:
+            headers["anthropic-version"] = "2023-06-01"
+        if idempotency_key:
+            headers["idempotency-key"] = idempotency_key
+        return headers
+
+    def _check_type(self, answer: HttpAnswer, wanted: str, body: bytes) -> None:
+        if answer.content_type == wanted or (
+            wanted == "application/json" and answer.content_type.endswith("+json")
+        ):
+            return
+        fault = self._wire.fault(body)
+        shown = fault.message if fault else body[:120].decode("utf-8", "replace")
+        raise ProviderProtocol(
+            f"{self.name} answered with content type {answer.content_type!r}, not {wanted!r}: {shown!r}",
+            hint=f"check {self._profile.variable}_BASE_URL: does its API answer there?",
+            details={"provider": self.name, "last_status": answer.status},
+        )
+
+    async def _refusal(self, answer: HttpAnswer, model: str, key: str | None) -> AgenticFlowError:
+        body = b""
+        async for chunk in answer.chunks():
+            body += chunk
+            if len(body) > _ERROR_BODY_MAX_BYTES:
+                break
+        variable, setting = self._profile.variable, f"gateway.{self.name}"
+        return error_from_answer(
+            self.name,
+            model,
+            answer.status,
+            answer.headers,
+            self._wire.fault(body),
+            key_hint=f"{variable}_API_KEY (setting {setting}.api_key or {setting}.api_key_file)",
+            base_url_hint=f"{variable}_BASE_URL (setting {setting}.base_url, now {self._base_url!r})",
+            now_s=self._clock.time_s(),
+            secret=key,
+        )
+
+
+def anthropic_provider(settings: GatewaySettings, transport: HttpTransport) -> Provider:
+    """Anthropic by its Messages API."""
+    section = settings.anthropic
+    profile = HttpProfile(
+        name="anthropic",
+        variable="ANTHROPIC",
+        wire=AnthropicFormat(),
+        default_model=ANTHROPIC_DEFAULT,
+        key_required=True,
+        owns=lambda model: model.startswith("claude"),
+        version_prefix="/v1",
+    )
+    # The vendor's variable has no version in it; people write one anyway.
+    base_url = section.base_url.rstrip("/").removesuffix("/v1")
+    return HttpProvider(profile, base_url=base_url, key=_key(section), transport=transport)
+
+
+def openrouter_provider(settings: GatewaySettings, transport: HttpTransport) -> Provider:
+    """OpenRouter by Chat Completions; its model names contain a slash."""
+    section = settings.openrouter
+    profile = HttpProfile(
+        name="openrouter",
+        variable="OPENROUTER",
+        wire=OpenAIFormat(OPENROUTER, provider="openrouter"),
+        default_model=OPENROUTER_DEFAULT,
+        key_required=True,
+        owns=lambda model: "/" in model,
+    )
+    return HttpProvider(profile, base_url=section.base_url, key=_key(section), transport=transport)
+
+
+def openai_provider(settings: GatewaySettings, transport: HttpTransport) -> Provider:
+    """OpenAI, or any endpoint that speaks its Chat Completions.
+
+    An endpoint other than OpenAI's may need no key, and owns every name that no other provider claims,
+    because only it knows what it serves.
+    """
+    section = settings.openai
+    official = section.base_url.rstrip("/") == GatewaySettings().openai.base_url
+    profile = HttpProfile(
+        name="openai",
+        variable="OPENAI",
+        wire=OpenAIFormat(OPENAI if official else COMPATIBLE),
+        default_model=OPENAI_DEFAULT if official else None,
+        key_required=official,
+        owns=lambda model: bool(_OPENAI_NAMES.match(model)) if official else not model.startswith("claude"),
+    )
+    return HttpProvider(profile, base_url=section.base_url, key=_key(section), transport=transport)
+
+
+def extractive_provider(settings: GatewaySettings, transport: HttpTransport) -> Provider:
+    """The built-in model that selects and cites; it needs no key and no network."""
+    return ExtractiveProvider()
+
+
+# Order is the order of preference where a bare name could mean several.
+BUILT_IN: dict[str, ProviderFactory] = {
+    "anthropic": anthropic_provider,
+    "openrouter": openrouter_provider,
+    "openai": openai_provider,
+    "extractive": extractive_provider,
+}
+
+
+def build_providers(
+    settings: GatewaySettings,
+    transport: HttpTransport,
+    extra: Mapping[str, ProviderFactory] | None = None,
+) -> dict[str, Provider]:
+    """Every provider by name; one of `extra` may replace a built-in of the same name."""
+    factories = {**BUILT_IN, **(extra or {})}
+    return {name: factory(settings, transport) for name, factory in factories.items()}
+
+
+def _key(section: ProviderSettings) -> SecretSource:
+    return resolve(section.api_key, section.api_key_file)

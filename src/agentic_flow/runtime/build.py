@@ -1,0 +1,348 @@
+"""The composition root: makes each service, or its HTTP twin when it runs elsewhere.
+
+Which of the two is decided by `peers.NAME_url` (and by what this process serves itself); whoever uses a
+service sees its Protocol. Everything is imported and made when it is first asked for, so that `models list`
+does not pay for the run engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypedDict, TypeVar
+
+from pydantic import SecretStr
+
+from agentic_flow.core.auth import LOCAL_OWNER, Principal, TokenSource
+from agentic_flow.core.errors import Unauthenticated
+from agentic_flow.core.ports import Completer, ToolBox, VectorStore
+from agentic_flow.core.secrets import SecretSource, SecretStore, resolve
+from agentic_flow.core.settings import PeerSettings, Settings, TlsSettings, secret_names
+
+if TYPE_CHECKING:
+    from agentic_flow.runtime.identity import Identity
+    from agentic_flow.swarm.definitions import DefinitionCatalog
+    from agentic_flow.swarm.runs import RunService
+
+T = TypeVar("T")
+
+SERVICES = ("platform", "agentdb", "swarm")
+AUDIT_FILE = "audit.db"
+IDENTITY_FILE = "identity.db"
+
+
+class Runtime:
+    """The services of one process. Use it with `async with`; whatever was made is closed on the way out.
+
+    Args:
+        settings: The whole configuration; each service gets its own section.
+        serves: Names of the services that this process offers to others. None offered: it is a client,
+            and calls to neighbours carry its own key.
+    """
+
+    def __init__(self, settings: Settings, *, serves: Collection[str] = ()) -> None:
+        self.settings = with_stored_secrets(settings)
+        self.principal: Principal = LOCAL_OWNER
+        self._serves = frozenset(serves)
+        self._stack = AsyncExitStack()
+        self._made: dict[str, Any] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    # What callers ask for
+
+    async def completer(self) -> Completer:
+        """Model calls: the gateway, or its twin."""
+        return await self._once("completer", self._make_completer)
+
+    async def store(self) -> VectorStore:
+        """Memory: AgentDB, or its twin."""
+        return await self._once("store", self._make_store)
+
+    async def swarm(self, *, takeover: bool = False) -> RunService:
+        """Runs: the coordinator at work, or its twin.
+
+        Args:
+            takeover: Continue interrupted runs, now and whenever one appears. Decided by the first call.
+        """
+        return await self._once("swarm", lambda: self._open_swarm(takeover))
+
+    async def runs(self) -> RunService:
+        """The same runs to look at; nothing is started for it."""
+        return await self._once("runs", self._make_runs)
+
+    async def toolbox(self) -> ToolBox:
+        """Tool calls of agents; always in this process, because files are."""
+        return await self._once("toolbox", self._make_toolbox)
+
+    async def identity(self) -> Identity:
+        """Tenants and keys of this data folder."""
+        return await self._once("identity", self._make_identity)
+
+    async def enter(self, context: AbstractAsyncContextManager[T]) -> T:
+        """Enter something that is to end with this runtime, before what was made earlier."""
+        return await self._stack.enter_async_context(context)
+
+    def on_exit(self, callback: Callable[[], Awaitable[None]]) -> None:
+        """Call this when the runtime ends."""
+        self._stack.push_async_callback(callback)
+
+    def peer_url(self, service: str) -> str | None:
+        """Where a neighbour runs, or None when it runs in this process."""
+        if service in self._serves:
+            return None
+        url: str | None = getattr(self.settings.peers, f"{service}_url")
+        return url
+
+    # How it is made
+
+    async def _once(self, name: str, make: Callable[[], Awaitable[T]]) -> T:
+        async with self._locks.setdefault(name, asyncio.Lock()):
+            if name not in self._made:
+                self._made[name] = await make()
+        return self._made[name]
+
+    async def _make_completer(self) -> Completer:
+        url = self.peer_url("platform")
+        if url is not None:
+            from agentic_flow.gateway.remote import RemoteGateway
+
+            remote = RemoteGateway(url, **await self._calls("platform"))
+            await self._stack.enter_async_context(remote)
+            return remote
+        from agentic_flow.gateway.service import Gateway
+
+        gateway = Gateway(self.settings.gateway)
+        await self._stack.enter_async_context(gateway)
+        return gateway
+
+    async def _make_store(self) -> VectorStore:
+        url = self.peer_url("agentdb")
+        if url is not None:
+            from agentic_flow.agentdb.remote import RemoteAgentDB
+
+            store = RemoteAgentDB(url, **await self._calls("agentdb"))
+        else:
+            from agentic_flow.agentdb.service import AgentDB
+
+            store = AgentDB(self.settings.data_dir, self.settings.agentdb)
+        return await self._stack.enter_async_context(store)
+
+    async def _open_swarm(self, takeover: bool) -> RunService:
+        from agentic_flow.swarm.service import Swarm
+
+        runs = await self.runs()
+        if isinstance(runs, Swarm):
+            await self._stack.enter_async_context(runs.open(takeover=takeover))
+        return runs
+
+    async def _make_runs(self) -> RunService:
+        url = self.peer_url("swarm")
+        if url is not None:
+            from agentic_flow.swarm.remote import RemoteSwarm
+
+            twin = RemoteSwarm(url, **await self._calls("swarm"))
+            await self._stack.enter_async_context(twin)
+            return twin
+        from agentic_flow.swarm.engine import DbosRunEngine
+        from agentic_flow.swarm.service import Swarm
+
+        settings = self.settings
+        own = settings.swarm
+        return Swarm(
+            own,
+            completer=await self.completer(),
+            store=await self.store(),
+            toolbox=await self.toolbox(),
+            engine=DbosRunEngine(
+                own.database_url.get_secret_value() if own.database_url else None,
+                settings.data_dir,
+                lease_s=own.lease_s,
+                runs_parallel_max=own.runs_parallel_max,
+            ),
+            catalog=await asyncio.to_thread(definition_catalog, settings),
+            ingest_settings=settings.agentdb,
+            stream=settings.gateway.stream,
+            tool_timeout_s=settings.tools.timeout_s,
+        )
+
+    async def _make_toolbox(self) -> ToolBox:
+        from agentic_flow.agentdb.reading import text_of
+        from agentic_flow.agentdb.tools import memory_tools
+        from agentic_flow.tools.audit import AuditLog
+        from agentic_flow.tools.files import file_tools
+        from agentic_flow.tools.policy import load_policy
+        from agentic_flow.tools.shell import shell_tools
+        from agentic_flow.tools.toolbox import StandardToolBox
+
+        settings = self.settings.tools
+        policy = load_policy(settings.policy_file)
+        audit = AuditLog(self.settings.data_dir / AUDIT_FILE)
+        self._stack.callback(audit.close)
+        store = await self.store()
+        # One reader for memory, tools and reviews: line numbers mean the same lines everywhere.
+        tools = [*file_tools(text_of=text_of), *shell_tools(settings), *memory_tools(store)]
+        return StandardToolBox(tools, settings=settings, policy=policy, audit=audit)
+
+    async def _make_identity(self) -> Identity:
+        from agentic_flow.runtime.identity import Identity
+
+        identity = await asyncio.to_thread(
+            Identity, self.settings.data_dir / IDENTITY_FILE, self.settings.auth
+        )
+        self._stack.callback(identity.close)
+        return identity
+
+    async def tokens(self) -> TokenSource:
+        """What calls to neighbours are made with: our own key as a client, tokens for others as a server."""
+        return await self._once("tokens", self._make_tokens)
+
+    async def _make_tokens(self) -> TokenSource:
+        peers = self.settings.peers
+        key = resolve(peers.token, peers.token_file)
+        if not self._serves:
+            return OwnKey(key)
+        url = self.peer_url("platform")
+        if url is None:
+            return ForOthers(await self.identity(), auth_required=self.settings.auth.required)
+        from agentic_flow.core.remote_auth import ExchangedTokens
+
+        exchanged = ExchangedTokens(url, key, peers=peers, tls=self.settings.tls)
+        self._stack.push_async_callback(exchanged.close)
+        return ForOthers(exchanged, auth_required=key.get() is not None)
+
+    async def _calls(self, peer: str) -> _Calls:
+        """How a twin calls its peer."""
+        peers, tls = self.settings.peers, self.settings.tls
+        return {"peers": peers, "tls": tls, "tokens": await self.tokens(), "peer": peer}
+
+
+class _Calls(TypedDict):
+    """Keyword arguments of every HttpTwin."""
+
+    peers: PeerSettings
+    tls: TlsSettings
+    tokens: TokenSource
+    peer: str
+
+
+class OwnKey:
+    """TokenSource of a client: its own API key, whatever principal it believes to be."""
+
+    def __init__(self, key: SecretSource) -> None:
+        self._key = key
+
+    async def token(self, principal: Principal) -> str | None:
+        """The key, or None when there is none; the server then says whether that is enough."""
+        return self._key.get()
+
+    def forget(self, principal: Principal) -> None:
+        """A key is kept, not fetched: there is nothing to forget."""
+
+
+class ForOthers:
+    """TokenSource of a server that calls its neighbours in its callers' names.
+
+    Where no authentication is configured the local owner goes without a token, as on one machine. Any other
+    principal never does: a neighbour without authentication would take the call for the local owner's.
+
+    Args:
+        source: Gives the tokens.
+        auth_required: Whether the local owner needs one as well.
+    """
+
+    def __init__(self, source: TokenSource, *, auth_required: bool) -> None:
+        self._source = source
+        self._auth_required = auth_required
+
+    async def token(self, principal: Principal) -> str | None:
+        """A token for `principal`.
+
+        Raises:
+            Unauthenticated: this process has no credential to act for anybody.
+        """
+        if principal == LOCAL_OWNER and not self._auth_required:
+            return None
+        token = await self._source.token(principal)
+        if token is None:
+            raise Unauthenticated(
+                f"this service has no key to act for {principal.subject!r} of {principal.tenant!r}",
+                hint="set peers.token_file to a key with the scope platform:act-as",
+            )
+        return token
+
+    def forget(self, principal: Principal) -> None:
+        """See TokenSource."""
+        self._source.forget(principal)
+
+
+def with_stored_secrets(settings: Settings) -> Settings:
+    """The settings with secrets of the encrypted store where no variable, file or flag gives them."""
+    store = SecretStore(settings.data_dir)
+    stored = set(store.names()) & set(secret_names())
+    changed = settings
+    for name in sorted(stored):
+        *sections, leaf = name.split(".")
+        section: Any = settings
+        for part in sections:
+            section = getattr(section, part)
+        if getattr(section, leaf) is None and getattr(section, f"{leaf}_file", None) is None:
+            value = store.get(name)
+            changed = _replaced(changed, sections, leaf, SecretStr(value)) if value else changed
+    return changed
+
+
+def _replaced(section: Any, sections: list[str], leaf: str, value: SecretStr) -> Any:
+    if not sections:
+        return section.model_copy(update={leaf: value})
+    head, *rest = sections
+    return section.model_copy(update={head: _replaced(getattr(section, head), rest, leaf, value)})
+
+
+def definition_places(settings: Settings) -> list[Path]:
+    """Folders of agent definitions, weakest first; not all of them exist."""
+    from agentic_flow.swarm.definitions import definition_directories
+
+    return definition_directories(settings, Path.cwd())
+
+
+def definition_catalog(settings: Settings) -> DefinitionCatalog:
+    """All agent definitions that runs in this folder can use."""
+    from agentic_flow.swarm.definitions import DefinitionCatalog
+
+    return DefinitionCatalog(definition_places(settings))
+
+
+@dataclass(frozen=True, slots=True)
+class AuditState:
+    """The audit log as a check found it; `first_broken` None: the chain is whole."""
+
+    records: int
+    head: str
+    first_broken: int | None
+
+
+async def verify_audit(settings: Settings) -> AuditState:
+    """Check the chain of the audit log. A log that does not exist yet is whole and stays absent."""
+    from agentic_flow.tools.audit import GENESIS, AuditLog
+
+    path = settings.data_dir / AUDIT_FILE
+    if not path.exists():
+        return AuditState(0, GENESIS, None)
+    log = await asyncio.to_thread(AuditLog, path)
+    try:
+        records, head = await log.head()
+        return AuditState(records, head, await log.verify())
+    finally:
+        log.close()

@@ -1,0 +1,241 @@
+"""`agentic-flow serve`: the services of this process as apps on their ports.
+
+The platform is one door to everything: it carries the gateway, identity and agent definitions, and the
+routes of runs and memory over its neighbours, wherever those run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from agentic_flow.core.auth import DEFAULT_TENANT, LOCAL_OWNER, Authenticator
+from agentic_flow.core.errors import AgenticFlowError, InvalidInput
+from agentic_flow.core.serve import bind, serve
+from agentic_flow.core.settings import Settings
+from agentic_flow.core.web import create_app, json_response, require
+from agentic_flow.runtime.build import SERVICES, Runtime, definition_catalog
+
+if TYPE_CHECKING:
+    from agentic_flow.core.remote_auth import RemoteAuthenticator
+
+PROBE_TIMEOUT_S = 2.0
+
+Ready = Callable[[], Awaitable[dict[str, bool]]]
+"""Name of what is needed → whether it works."""
+
+_Face = tuple[list[BaseRoute], Ready, Collection[str]]
+"""Routes, readiness, and paths that need no credential."""
+
+
+async def serve_services(
+    settings: Settings,
+    names: Sequence[str],
+    *,
+    on_ready: Callable[[dict[str, str]], None] | None = None,
+    on_owner_key: Callable[[str], None] | None = None,
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Serve until a signal or `stop`; interrupted runs are taken over at the start and while it goes.
+
+    Args:
+        settings: The whole configuration.
+        names: `all`, or services of SERVICES.
+        on_ready: Called with service → base URL once every port answers.
+        on_owner_key: Called with the owner's key when this start created it; it cannot be had again.
+        stop: Set it to stop.
+
+    Raises:
+        InvalidInput: a name is no service.
+        PortInUse: a port is taken; nothing was started and no key made.
+        InvalidSettings: the address may not be bound as configured.
+    """
+    chosen = chosen_services(names)
+    host = settings.serve.host
+    ports = {name: int(getattr(settings.serve, f"{name}_port")) for name in chosen}
+    for name, port in ports.items():
+        # Asked before anything is opened, so that a taken port leaves no trace; `serve` binds them for good.
+        bind(name, host, port).close()
+    async with Runtime(settings, serves=chosen) as runtime:
+        apps = await _Apps(runtime, on_owner_key).build(chosen)
+        scheme = "https" if settings.tls.certificate_file else "http"
+
+        def ready(addresses: list[tuple[str, int]]) -> None:
+            if on_ready is not None:
+                urls = [f"{scheme}://{f'[{at}]' if ':' in at else at}:{port}" for at, port in addresses]
+                on_ready(dict(zip(chosen, urls, strict=True)))
+
+        await serve(
+            [(app, host, ports[name]) for name, app in apps.items()],
+            tls=settings.tls,
+            drain_timeout_s=settings.serve.drain_timeout_s,
+            on_ready=ready,
+            stop=stop,
+        )
+
+
+def chosen_services(names: Sequence[str]) -> tuple[str, ...]:
+    """The services that `names` mean, in start order.
+
+    Raises:
+        InvalidInput: one of them is none.
+    """
+    for name in names:
+        if name != "all" and name not in SERVICES:
+            raise InvalidInput(
+                f"{name!r} is not a service", hint=f"use all, or one or more of {', '.join(SERVICES)}"
+            )
+    return tuple(name for name in SERVICES if "all" in names or name in names)
+
+
+class _Apps:
+    """The apps of one process over one Runtime."""
+
+    def __init__(self, runtime: Runtime, on_owner_key: Callable[[str], None] | None) -> None:
+        self._runtime = runtime
+        self._settings = runtime.settings
+        self._on_owner_key = on_owner_key
+
+    async def build(self, names: Sequence[str]) -> dict[str, Starlette]:
+        """Name → app."""
+        authenticator, remote = await self._authenticator()
+        makers = {"platform": self._platform, "agentdb": self._agentdb, "swarm": self._swarm}
+        apps: dict[str, Starlette] = {}
+        for name in names:
+            routes, ready, public = await makers[name]()
+            if remote is not None:
+                ready = _both(ready, _fresh(remote))
+            apps[name] = create_app(
+                name,
+                routes,
+                authenticator=authenticator,
+                settings=self._settings,
+                ready=ready,
+                public_paths=public,
+                # Entered once all ports are ours: a key that is shown once must not be lost to a taken port.
+                lifespan=self._first_start if name == names[0] and remote is None else None,
+            )
+        return apps
+
+    async def _authenticator(self) -> tuple[Authenticator, RemoteAuthenticator | None]:
+        """Who checks credentials: the identity of this data folder, or the platform elsewhere."""
+        url = self._runtime.peer_url("platform")
+        if url is None:
+            return await self._runtime.identity(), None
+        from agentic_flow.core.remote_auth import RemoteAuthenticator
+
+        settings = self._settings
+        remote = RemoteAuthenticator(url, settings.auth, peers=settings.peers, tls=settings.tls)
+        await self._runtime.enter(remote)
+        return remote, remote
+
+    @asynccontextmanager
+    async def _first_start(self, _: Starlette) -> AsyncGenerator[None]:
+        key = await (await self._runtime.identity()).ensure_owner_key()
+        if key is not None and self._on_owner_key is not None:
+            self._on_owner_key(key)
+        yield
+
+    async def _platform(self) -> _Face:
+        from agentic_flow.agentdb.routes import build_routes as memory_routes
+        from agentic_flow.gateway.routes import build_routes as model_routes
+        from agentic_flow.runtime.identity_routes import PUBLIC_PATHS, identity_routes
+        from agentic_flow.swarm.routes import build_routes as run_routes
+
+        runtime = self._runtime
+        store = await runtime.store()
+        runs = await runtime.swarm(takeover=True)
+        routes: list[BaseRoute] = [
+            *model_routes(await runtime.completer()),
+            *run_routes(runs),
+            *memory_routes(store),
+            *_agent_routes(self._settings),
+            *identity_routes(await runtime.identity(), erasers={"memory": store.erase_tenant}),
+        ]
+        return routes, self._peers_ready("agentdb", "swarm"), PUBLIC_PATHS
+
+    async def _agentdb(self) -> _Face:
+        from agentic_flow.agentdb.routes import build_routes
+
+        store = await self._runtime.store()
+
+        async def ready() -> dict[str, bool]:
+            return {"database": await _works(store.namespaces(DEFAULT_TENANT))}
+
+        return [*build_routes(store)], ready, frozenset()
+
+    async def _swarm(self) -> _Face:
+        from agentic_flow.swarm.routes import build_routes
+
+        runs = await self._runtime.swarm(takeover=True)
+        peers_ready = self._peers_ready("platform", "agentdb")
+
+        async def ready() -> dict[str, bool]:
+            works = await _works(runs.list_runs(LOCAL_OWNER, limit=1))
+            return {"run database": works, **await peers_ready()}
+
+        return [*build_routes(runs)], ready, frozenset()
+
+    def _peers_ready(self, *names: str) -> Ready:
+        """Whether those neighbours that run elsewhere can be reached."""
+        from agentic_flow.core.http_twin import HttpTwin
+
+        urls = {name: url for name in names if (url := self._runtime.peer_url(name)) is not None}
+        peers = self._settings.peers.model_copy(update={"attempts": 1, "timeout_s": PROBE_TIMEOUT_S})
+        twins = {name: HttpTwin(url, peers, tls=self._settings.tls, peer=name) for name, url in urls.items()}
+        for twin in twins.values():
+            self._runtime.on_exit(twin.close)
+
+        async def ready() -> dict[str, bool]:
+            answers = await asyncio.gather(
+                *(_works(twin.call("GET", "/health/live", principal=LOCAL_OWNER)) for twin in twins.values())
+            )
+            return dict(zip(twins, answers, strict=True))
+
+        return ready
+
+
+def _agent_routes(settings: Settings) -> list[Route]:
+    """GET /v1/agents and /v1/agents/{name}: the definitions as they are on disk now."""
+
+    async def list_agents(request: Request) -> Response:
+        require(request, "agents:read")
+        catalog = await asyncio.to_thread(definition_catalog, settings)
+        agents = [agent.model_dump(mode="json", exclude={"prompt"}) for agent in catalog.list()]
+        return json_response({"agents": agents, "problems": [str(problem) for problem in catalog.problems]})
+
+    async def show(request: Request) -> Response:
+        require(request, "agents:read")
+        catalog = await asyncio.to_thread(definition_catalog, settings)
+        return json_response(catalog.get(str(request.path_params["name"])))
+
+    return [Route("/v1/agents", list_agents), Route("/v1/agents/{name}", show)]
+
+
+async def _works(call: Awaitable[object]) -> bool:
+    try:
+        await call
+    except AgenticFlowError:
+        return False
+    return True
+
+
+def _fresh(remote: RemoteAuthenticator) -> Ready:
+    async def ready() -> dict[str, bool]:
+        return {"revocations": remote.fresh}
+
+    return ready
+
+
+def _both(one: Ready, other: Ready) -> Ready:
+    async def ready() -> dict[str, bool]:
+        return {**await one(), **await other()}
+
+    return ready
