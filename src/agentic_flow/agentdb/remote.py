@@ -151,7 +151,7 @@ def _path(namespace: str) -> str:
 
 def _batches(documents: Sequence[Document]) -> list[list[Document]]:
     batches: list[list[Document]] = []
-    size = BATCH_BYTES_MAX
+    size = BATCH_BYTES_MAX + 1
     for document in documents:
         # JSON of source code is rarely more than twice its text.
         own = 2 * sum(len(chunk.text) for chunk in document.chunks) + 512 * len(document.chunks)

@@ -233,8 +233,9 @@ class _Supervised:
             os.close(report_write)
         self._stop.on_set(self._wake)
         assert self._process.stdin
+        job = orjson.dumps(self._job)
         with suppress(BrokenPipeError):  # then the report's end tells
-            self._process.stdin.write(orjson.dumps(self._job) + b"\n")
+            self._process.stdin.write(len(job).to_bytes(4, "big") + job)
             self._process.stdin.flush()
         return self
 

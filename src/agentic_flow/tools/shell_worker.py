@@ -5,8 +5,8 @@ leaves (PR_SET_CHILD_SUBREAPER, where there is one), and kills them all when the
 told to, or when the server itself is gone. Limits and the folder are set here, in a process without threads,
 just before the command is executed.
 
-    stdin   one line of JSON: argv, path, env, folder (descriptor), limits {name: number}; then nothing.
-            Its end (the server closed it, or died) means: kill everything.
+    stdin   a 4-byte big-endian length and that much JSON: argv, path, env, folder (descriptor),
+            limits {name: number}; then nothing. Its end (the server closed it, or died) means: kill all.
     report  (descriptor in argv[1]) one line of JSON at the end: {"status": wait status} or {"error": text}
 """
 
@@ -33,6 +33,17 @@ def _prctl(option: int, value: int) -> bool:
     import ctypes
 
     return ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) == 0
+
+
+def _read(size_bytes: int) -> bytes:
+    """So many bytes of stdin; unbuffered, because its end is watched by `poll` later."""
+    got = b""
+    while len(got) < size_bytes:
+        chunk = os.read(0, size_bytes - len(got))
+        if not chunk:
+            sys.exit(0)  # the server is gone before it asked for anything
+        got += chunk
+    return got
 
 
 def _noted(number: int, frame: object) -> None:
@@ -93,7 +104,7 @@ def _kill_all(group: int) -> None:
 def main() -> None:
     """Run one command to its end, and make sure that it is one."""
     report = int(sys.argv[1])
-    job = json.loads(sys.stdin.buffer.raw.readline())  # type: ignore[attr-defined]
+    job = json.loads(_read(int.from_bytes(_read(4), "big")))
     for descriptor in (report, job["folder"]):
         os.set_inheritable(descriptor, False)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
