@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scripted_team import ANSWER_LINE, FILES, GOAL, TRUE_CITATION, make_folder, team
@@ -34,15 +35,15 @@ def settings_for(
     return load(flags, environ={}, directory=data_dir, user_config=data_dir / "none.toml").settings
 
 
-async def run(settings: Settings, folder: Path, topology: str = "hierarchical", **more: object) -> RunResult:
+async def run(settings: Settings, folder: Path, topology: str = "hierarchical", **more: Any) -> RunResult:
     async with AsyncClient(settings=settings) as client:
-        return await client.run(GOAL, input=str(folder), topology=topology, agents=2, **more)  # type: ignore[arg-type]
+        return await client.run(GOAL, input=str(folder), topology=topology, agents=2, **more)
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["json", "sse"])
 @pytest.mark.parametrize("wire", ["anthropic", "openai"])
 async def test_a_team_answers_over_each_wire(tmp_path: Path, wire: str, stream: bool) -> None:
-    """Catches a format in which tool calls, results or the answer are lost, and citations that are not checked."""
+    """Catches a format that loses tool calls, results or the answer, and citations that are not checked."""
     folder = make_folder(tmp_path)
     with FakeProvider(team) as provider:
         result = await run(settings_for(provider, tmp_path, wire, stream=stream), folder)
@@ -172,7 +173,7 @@ async def test_a_budget_stops_the_run_before_the_money_is_spent(tmp_path: Path) 
 
 
 async def test_forbidden_paths_stay_unseen(tmp_path: Path) -> None:
-    """Catches a forbidden file that reaches a model through memory, search or reading, or a citation of it."""
+    """Catches a forbidden file that reaches a model through memory, search, reading or a citation."""
     folder = make_folder(tmp_path)
     with FakeProvider(team) as provider:
         settings = settings_for(provider, tmp_path, "openai", stream=False)
