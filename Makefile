@@ -6,10 +6,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 WHEELS := --only-binary :all: --require-hashes
 SOURCES := src tests benchmarks scripts examples
 FAST := tests/unit tests/contract tests/service tests/test_tidy.py tests/test_layers.py tests/test_docs.py
+CRASH := $(wildcard tests/integration/test_*crash*.py)
 PYTEST := $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-integration test-crash bench reference lint format lock clean
+.PHONY: help setup setup-dev demo test test-integration test-crash check-retrieval bench reference lint format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' Makefile
@@ -38,13 +39,16 @@ demo: setup ## answer a real question about the interpreter's own asyncio packag
 	@$(BIN)/python scripts/demo.py
 
 test: setup-dev lint ## lint, types and the fast suites; under five minutes on two cores
-	@$(PYTEST) $(wildcard $(FAST))
+	@$(PYTEST) -n 2 --dist worksteal $(wildcard $(FAST))
 
 test-integration: setup-dev ## the wheel in a clean environment, real folders, real databases
-	@$(PYTEST) tests/integration
+	@$(PYTEST) $(filter-out $(CRASH),$(wildcard tests/integration/test_*.py))
 
 test-crash: setup-dev ## kill -9 at random points, recovery by the same and by another process
-	@$(PYTEST) tests/simulation tests/integration -k "crash or kill"
+	@$(PYTEST) $(CRASH) $(wildcard tests/simulation)
+
+check-retrieval: setup-dev ## the right file among the first three citations, beside BM25: at least as recorded
+	@$(BIN)/python benchmarks/retrieval.py --check
 
 bench: setup-dev ## every benchmark, written to benchmarks/RESULTS.md
 	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

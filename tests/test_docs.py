@@ -17,7 +17,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/quickstart.md")
+PAGES = (
+    "README.md",
+    "docs/quickstart.md",
+    *sorted(f"docs/guides/{p.name}" for p in (ROOT / "docs/guides").glob("*.md")),
+)
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\]]+\]\(([^)#\s]+)")
 _PORTS = (3000, 5432, 9000)
@@ -116,13 +120,15 @@ class Shell:
 def shell(tmp_path: Path) -> Iterator[Shell]:
     programs = tmp_path / "bin"
     programs.mkdir()
-    command = programs / "agentic-flow"
-    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m agentic_flow "$@"\n')
-    command.chmod(0o755)
-    (programs / "python").symlink_to(sys.executable)
+    # Scripts, because a symbolic link would start the interpreter outside its environment.
+    for name, what in (("agentic-flow", " -m agentic_flow"), ("python", "")):
+        command = programs / name
+        command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)}{what} "$@"\n')
+        command.chmod(0o755)
     folder = tmp_path / "reader"
     folder.mkdir()
-    shutil.copytree(ROOT / "examples", folder / "examples")
+    for shared in ("examples", "docs"):  # what the pages ask about, as in a clone
+        shutil.copytree(ROOT / shared, folder / shared)
     environment = {
         **{k: v for k, v in os.environ.items() if k in ("LANG", "LC_ALL", "TMPDIR", "PYTHONPATH")},
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",

@@ -143,7 +143,7 @@ def _joined(first: str | None, second: str | None) -> str | None:
 def _pieces(
     lines: Sequence[str], start: int, stop: int, lines_max: int, chars_max: int
 ) -> Iterator[tuple[int, int]]:
-    """Cut start..stop into ranges within the limits: at blank lines and at shallow indentation if possible."""
+    """Cut start..stop into ranges within the limits: best at blank lines and at the margin."""
     while start < stop:
         end, size = start, 0
         while end < stop and end - start < lines_max:
@@ -212,7 +212,6 @@ def _python_sections(lines: Sequence[str]) -> list[_Section]:
     marks: list[tuple[int, str | None, str | None]] = [(0, None, None)]
     scopes: list[tuple[int, str, bool]] = []  # indentation, qualified name, whether it is a class
     lead = 0  # first of the comments and decorators directly above
-    depth = 0  # open brackets: continuation lines have no meaning for scopes
     for number, line in enumerate(lines):
         stripped = line.strip()
         if number in in_string:
@@ -224,7 +223,6 @@ def _python_sections(lines: Sequence[str]) -> list[_Section]:
         if stripped[0] in "#@":
             continue
         if stripped[0] in ")]}":
-            depth = 0
             lead = number + 1
             continue
         indent = len(line) - len(line.lstrip())

@@ -1,14 +1,15 @@
-"""The embedder that needs no download: hashed words and character n-grams.
+"""The embedder that needs no download: hashed words and character n-grams, the same on every machine.
 
-Spelling, not meaning: texts that share words or parts of words come out close ("cancelled", "cancelling"),
-synonyms do not. It says so (`semantic` is False). Features are hashed into a fixed dimension with a sign, so
-that collisions cancel on average (Weinberger et al., "Feature Hashing for Large Scale Multitask Learning",
-2009); term frequencies are dampened by a logarithm.
+Closeness means likeness of spelling, not of meaning, and the embedder says so (`semantic` is False).
+
+Source: K. Weinberger et al., "Feature Hashing for Large Scale Multitask Learning" (ICML 2009): the sign bit
+of the hash keeps inner products unbiased under collisions.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -17,25 +18,27 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from agentic_flow.agentdb.text import STOP_WORDS, terms
+from agentic_flow.agentdb.analysis import STOP_WORDS, words
 
-_NGRAMS = (3, 4)
-_WORD_WEIGHT, _NGRAM_WEIGHT = 1.0, 0.35
-_CACHE_MAX = 200_000
-
-Features = tuple[NDArray[np.int32], NDArray[np.float32]]
+_NGRAM_SIZES = (3, 4, 5)
+_NGRAMS_WEIGHT = 0.7
+_WORD_CHARS_MAX = 40
+_WORDS_KEPT_MAX = 50_000
+_TEXTS_AT_ONCE = 256
 
 
 class HashedNgramEmbedder:
-    """Embedder of hashed features.
+    """Sub-linear word counts over signed hashes of each word and of its character n-grams.
 
     Args:
-        dimension: Length of the vectors, 256 to 4096.
+        dimension: Length of the vectors.
     """
+
+    semantic = False
 
     def __init__(self, dimension: int = 1024) -> None:
         self._dimension = dimension
-        self._features: dict[str, Features] = {}
+        self._features: dict[str, tuple[NDArray[np.int32], NDArray[np.float32]]] = {}
 
     @property
     def id(self) -> str:
@@ -45,49 +48,67 @@ class HashedNgramEmbedder:
     def dimension(self) -> int:
         return self._dimension
 
-    @property
-    def semantic(self) -> bool:
-        return False
-
     async def embed(
         self, texts: Sequence[str], *, kind: Literal["document", "query"] = "document"
     ) -> NDArray[np.float32]:
-        """Unit vectors of shape (len(texts), dimension); a text without words gives zeros."""
+        """See Embedder. A text without words is the zero vector."""
         return await asyncio.to_thread(self.embed_now, texts)
 
     def embed_now(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """`embed` for callers that are in a thread already."""
-        vectors = np.zeros((len(texts), self._dimension), dtype=np.float32)
-        for row, text in enumerate(texts):
-            counts = Counter(term for term in terms(text) if term not in STOP_WORDS)
-            if not counts:
-                continue
-            features = [self._features_of(term) for term in counts]
-            tf = np.log1p(np.fromiter(counts.values(), dtype=np.float32, count=len(counts)))
-            weights = np.concatenate([pair[1] for pair in features])
-            weights *= np.repeat(tf, [len(pair[1]) for pair in features])
-            indices = np.concatenate([pair[0] for pair in features])
-            vectors[row] = np.bincount(indices, weights=weights, minlength=self._dimension)
-        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-        np.divide(vectors, norms, out=vectors, where=norms > 0)
+        """`embed` for callers in a worker thread."""
+        vectors = np.zeros((len(texts), self._dimension), np.float32)
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            self._fill(vectors[start : start + _TEXTS_AT_ONCE], texts[start : start + _TEXTS_AT_ONCE])
         return vectors
 
-    def _features_of(self, term: str) -> Features:
-        known = self._features.get(term)
-        if known is None:
-            if len(self._features) > _CACHE_MAX:
-                self._features.clear()
-            known = self._features[term] = self._hash(term)
-        return known
+    def _fill(self, block: NDArray[np.float32], texts: Sequence[str]) -> None:
+        slots: list[NDArray[np.int32]] = []
+        values: list[NDArray[np.float32]] = []
+        counts: list[float] = []
+        rows: list[int] = []
+        for row, text in enumerate(texts):
+            for word, count in Counter(words(text)).items():
+                if word in STOP_WORDS:
+                    continue
+                slot, value = self._features_of(word)
+                slots.append(slot)
+                values.append(value)
+                counts.append(1.0 + math.log(count))
+                rows.append(row)
+        if not rows:
+            return
+        sizes = np.fromiter((len(slot) for slot in slots), np.int64, len(slots))
+        positions = np.concatenate(slots) + np.repeat(np.asarray(rows, np.int64) * self._dimension, sizes)
+        weights = np.concatenate(values) * np.repeat(np.asarray(counts, np.float32), sizes)
+        summed = np.bincount(positions, weights, minlength=block.size)
+        block += summed.reshape(block.shape).astype(np.float32)
+        norms = np.linalg.norm(block, axis=1, keepdims=True)
+        np.divide(block, norms, out=block, where=norms > 0)
 
-    def _hash(self, term: str) -> Features:
-        padded = f"<{term}>"
-        grams = [padded[i : i + n] for n in _NGRAMS for i in range(len(padded) - n + 1)]
-        hashes = [zlib.crc32(feature.encode()) for feature in (term, *grams)]
-        scale = _NGRAM_WEIGHT / max(1, len(grams)) ** 0.5
-        weights = np.full(len(hashes), scale, dtype=np.float32)
-        weights[0] = _WORD_WEIGHT
-        # The sign comes from bits that the index does not use.
-        signs = np.fromiter((1 if h & 0x8000_0000 else -1 for h in hashes), dtype=np.float32)
-        indices = np.fromiter((h % self._dimension for h in hashes), dtype=np.int32)
-        return indices, weights * signs
+    def _features_of(self, word: str) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        found = self._features.get(word)
+        if found is None:
+            found = self._hash(word)
+            if len(self._features) >= _WORDS_KEPT_MAX:
+                self._features.clear()
+            self._features[word] = found
+        return found
+
+    def _hash(self, word: str) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        framed = f"^{word[:_WORD_CHARS_MAX]}$"
+        grams = [
+            framed[start : start + size]
+            for size in _NGRAM_SIZES
+            for start in range(len(framed) - size + 1)
+            if len(word) >= size - 1
+        ]
+        hashes = np.array(
+            [zlib.crc32(f"w{word}".encode()), *(zlib.crc32(f"g{gram}".encode()) for gram in grams)], np.int64
+        )
+        values = np.full(len(hashes), _NGRAMS_WEIGHT / math.sqrt(max(len(grams), 1)), np.float32)
+        values[0] = 1.0
+        # CRC-32 is linear, so near words get near values: multiply (Knuth) before taking bits.
+        mixed = (hashes * 2_654_435_761) & 0xFFFF_FFFF
+        mixed ^= mixed >> 15
+        values[(mixed & 1) == 1] *= -1
+        return ((mixed >> 1) % self._dimension).astype(np.int32), values

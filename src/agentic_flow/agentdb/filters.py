@@ -1,206 +1,236 @@
-"""Metadata filters: checked, compiled to SQL with bound values, and evaluated naively.
+"""Metadata filters compiled to SQL. Pure: nothing of a filter reaches the SQL text, only its bindings.
 
-    {"path": "a.py"}                         equality
-    {"size": {"gte": 3, "lt": 9}}            eq, ne, lt, lte, gt, gte, in, exists
-    {"and": [f, g]}, {"or": [f, g]}, {"not": f}
+    {"lang": "py"}                         equal (of the same JSON type; 1 equals 1.0, never true)
+    {"size": {"gte": 3, "lt": 9}}          eq ne gt gte lt lte: numbers with numbers, strings with strings
+    {"lang": {"in": ["py", "md"]}}         equal to one of them
+    {"note": {"exists": true}}             has the key, whatever its value
+    {"and": […]} {"or": […]} {"not": {…}}  several keys in one object are joined by and
 
-A key with dots walks into objects. A comparison with a missing key is false, `ne` included; numbers compare
-with numbers, texts with texts, and nothing else compares.
+Keys are the top-level names of the metadata; a key that is absent equals nothing, not even null.
 """
+
+# ruff: noqa: S608 - SQL is put together from our own names; every value is bound
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, cast
+
+import orjson
 
 from agentic_flow.core.errors import InvalidInput
 from agentic_flow.core.vectors import Filter
 
-_OPERATORS = {"eq": "=", "ne": "<>", "lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
-_DEPTH_MAX = 16
-_VALUES_MAX = 2000
-_HINT = "see the filters of SearchQuery: {'key': value} or {'key': {'gte': 3}}, and/or/not"
+DEPTH_MAX = 16
+CONDITIONS_MAX = 500
+CHOICES_MAX = 50_000
+
+_COMPARISONS = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
+_OPERATORS = ("eq", "ne", "gt", "gte", "lt", "lte", "in", "exists")
+
+Compiled = tuple[str, list[Any]]
 
 
-def compile_filter(where: Filter, column: str = "metadata", depth: int = 0) -> tuple[str, list[Any]]:
-    """A SQL expression over the JSON text in `column`, and its bindings.
+def compile_filter(where: Filter | None, column: str = "items.metadata") -> Compiled:
+    """An SQL condition over a column of JSON text, and its bindings in order.
 
     Raises:
-        InvalidInput: the filter is malformed or too deep.
+        InvalidInput: an operator is unknown, a value has the wrong kind, or it is too deep or too large.
     """
-    if depth > _DEPTH_MAX:
-        raise InvalidInput(f"the filter is nested deeper than {_DEPTH_MAX} levels", hint="flatten it")
-    parts: list[str] = []
-    bindings: list[Any] = []
-    for key, value in where.items():
-        if key in ("and", "or") and isinstance(value, list):
-            sub = [compile_filter(_object(f), column, depth + 1) for f in cast(list[Any], value)]
-            empty = "1" if key == "and" else "0"
-            parts.append("(" + f" {key.upper()} ".join(s for s, _ in sub) + ")" if sub else empty)
-            bindings += [b for _, bound in sub for b in bound]
-        elif key == "not":
-            sql, bound = compile_filter(_object(value), column, depth + 1)
-            parts.append(f"NOT ({sql})")
-            bindings += bound
-        else:
-            sql, bound = _compile_key(key, value, column)
-            parts.append(sql)
-            bindings += bound
-    return (" AND ".join(parts) if parts else "1"), bindings
+    if not where:
+        return "1", []
+    return _Compiler(column).all_of(where, 1)
 
 
-def matches(where: Filter, metadata: Mapping[str, Any]) -> bool:
-    """Whether metadata passes the filter: the definition that the SQL has to agree with."""
-    for key, value in where.items():
-        if key == "and" and isinstance(value, list):
-            passed = all(matches(f, metadata) for f in cast(list[Filter], value))
-        elif key == "or" and isinstance(value, list):
-            passed = any(matches(f, metadata) for f in cast(list[Filter], value))
-        elif key == "not":
-            passed = not matches(cast(Filter, value), metadata)
-        else:
-            passed = all(
-                _compare(operator, _walk(metadata, key), operand)
-                for operator, operand in _conditions(key, value)
+class _Compiler:
+    def __init__(self, column: str) -> None:
+        self._column = column
+        self._conditions = 0
+
+    def all_of(self, where: Mapping[str, Any], depth: int) -> Compiled:
+        if depth > DEPTH_MAX:
+            raise InvalidInput(f"the filter is nested deeper than {DEPTH_MAX!r}", hint="make it flatter")
+        return _join(" AND ", "1", [self._entry(key, value, depth) for key, value in where.items()])
+
+    def _entry(self, key: str, value: Any, depth: int) -> Compiled:
+        if key in ("and", "or"):
+            if not isinstance(value, list | tuple):
+                raise InvalidInput(f"the filter's {key!r} is {value!r}", hint="give it a list of filters")
+            parts = [self.all_of(_object(key, part), depth + 1) for part in cast(list[Any], value)]
+            return _join(" AND ", "1", parts) if key == "and" else _join(" OR ", "0", parts)
+        if key == "not":
+            sql, bindings = self.all_of(_object(key, value), depth + 1)
+            return f"NOT ({sql})", bindings
+        if isinstance(value, Mapping):
+            tests = cast(Mapping[str, Any], value)
+            if not tests:
+                raise InvalidInput(f"the filter on {key!r} is empty", hint=f"use one of {_shown(_OPERATORS)}")
+            return _join(" AND ", "1", [self._test(key, name, operand) for name, operand in tests.items()])
+        return self._test(key, "eq", value)
+
+    def _test(self, key: str, operator: str, operand: Any) -> Compiled:
+        self._conditions += 1
+        if self._conditions > CONDITIONS_MAX:
+            raise InvalidInput(f"the filter has more than {CONDITIONS_MAX!r} conditions", hint="use 'in'")
+        if operator == "exists":
+            if not isinstance(operand, bool):
+                raise InvalidInput(f"'exists' on {key!r} is {operand!r}", hint="give it true or false")
+            sql, bindings = self._some(key, "1", [])
+            return (sql, bindings) if operand else (f"NOT {sql}", bindings)
+        if operator in ("eq", "ne"):
+            sql, bindings = self._some(key, *_equal(key, operand))
+            return (sql, bindings) if operator == "eq" else (f"NOT {sql}", bindings)
+        if operator in _COMPARISONS:
+            return self._some(key, *_compared(key, operator, operand))
+        if operator == "in":
+            return self._some(key, *_one_of(key, operand))
+        raise InvalidInput(
+            f"{operator!r} (on {key!r}) is no filter operator", hint=f"use one of {_shown(_OPERATORS)}"
+        )
+
+    def _some(self, key: str, condition: str, bindings: list[Any]) -> Compiled:
+        sql = f"EXISTS (SELECT 1 FROM json_each({self._column}) AS j WHERE j.key = ? AND {condition})"
+        return sql, [_text(key), *bindings]
+
+
+def _join(word: str, empty: str, parts: list[Compiled]) -> Compiled:
+    if not parts:
+        return empty, []
+    bindings = [binding for _, some in parts for binding in some]
+    return word.join(f"({sql})" for sql, _ in parts), bindings
+
+
+def _equal(key: str, value: Any) -> Compiled:
+    if value is None:
+        return "j.type = 'null'", []
+    if isinstance(value, bool):
+        return f"j.type = '{'true' if value else 'false'}'", []
+    if isinstance(value, str):
+        return "j.type = 'text' AND j.atom = ?", [_text(value)]
+    return "j.type IN ('integer', 'real') AND j.atom = json_extract(?, '$')", [_number(key, value)]
+
+
+def _compared(key: str, operator: str, value: Any) -> Compiled:
+    sign = _COMPARISONS[operator]
+    if isinstance(value, str):
+        return f"j.type = 'text' AND j.atom {sign} ?", [_text(value)]
+    return f"j.type IN ('integer', 'real') AND j.atom {sign} json_extract(?, '$')", [_number(key, value)]
+
+
+def _one_of(key: str, choices: Any) -> Compiled:
+    if not isinstance(choices, list | tuple):
+        raise InvalidInput(f"'in' on {key!r} is {choices!r}", hint="give it a list")
+    values = cast(list[Any], choices)
+    if len(values) > CHOICES_MAX:
+        raise InvalidInput(f"'in' on {key!r} has {len(values)!r} values", hint=f"at most {CHOICES_MAX}")
+    texts = [_text(value) for value in values if isinstance(value, str)]
+    numbers = [
+        orjson.Fragment(_number(key, value))
+        for value in values
+        if value is not None and not isinstance(value, str | bool)
+    ]
+    parts: list[Compiled] = [
+        _equal(key, value) for value in (None, True, False) if any(value is other for other in values)
+    ]
+    if texts:
+        parts.append(("j.type = 'text' AND j.atom IN (SELECT value FROM json_each(?))", [_json(texts)]))
+    if numbers:
+        parts.append(
+            (
+                "j.type IN ('integer', 'real') AND j.atom IN (SELECT value FROM json_each(?))",
+                [_json(numbers)],
             )
-        if not passed:
+        )
+    sql, bindings = _join(" OR ", "0", parts)
+    return f"({sql})", bindings
+
+
+def _number(key: str, value: Any) -> str:
+    """A number as JSON: SQLite then parses both sides of a comparison by the same rule."""
+    whole = isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+    if whole or (isinstance(value, float) and math.isfinite(value)):
+        return _json(value)
+    raise InvalidInput(
+        f"the filter compares {key!r} with {value!r}", hint="compare with a string, number, true, false, null"
+    )
+
+
+def _text(value: str) -> str:
+    # SQLite's JSON cannot hold what is no valid Unicode.
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InvalidInput(f"{value!r} in the filter is no valid text", hint="send valid Unicode") from None
+    return value
+
+
+def _json(value: Any) -> str:
+    return orjson.dumps(value).decode()
+
+
+def _object(key: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise InvalidInput(f"the filter's {key!r} holds {value!r}", hint="write filters as objects")
+    return cast(Mapping[str, Any], value)
+
+
+def _shown(names: tuple[str, ...]) -> str:
+    return ", ".join(names)
+
+
+# The meaning of filters, without SQL
+
+
+def matches(where: Filter | None, metadata: Mapping[str, Any]) -> bool:
+    """Whether metadata satisfies a filter that `compile_filter` accepts: the definition in plain Python."""
+    for key, value in (where or {}).items():
+        if key == "and":
+            holds = all(matches(part, metadata) for part in value)
+        elif key == "or":
+            holds = any(matches(part, metadata) for part in value)
+        elif key == "not":
+            holds = not matches(value, metadata)
+        elif isinstance(value, Mapping):
+            tests = cast(Mapping[str, Any], value)
+            holds = all(_holds(name, operand, key, metadata) for name, operand in tests.items())
+        else:
+            holds = _holds("eq", value, key, metadata)
+        if not holds:
             return False
     return True
 
 
-def _compile_key(key: str, value: Any, column: str) -> tuple[str, list[Any]]:
-    path = _json_path(key)
-    parts: list[str] = []
-    bindings: list[Any] = []
-    for operator, operand in _conditions(key, value):
-        if operator == "exists":
-            parts.append(f"json_type({column}, ?) IS {'NOT ' if operand else ''}NULL")
-            bindings.append(path)
-        elif operator == "in":
-            options = [_compile_compare(column, path, "eq", option) for option in operand]
-            parts.append("(" + " OR ".join(sql for sql, _ in options) + ")" if options else "0")
-            bindings += [b for _, bound in options for b in bound]
-        else:
-            sql, bound = _compile_compare(column, path, operator, operand)
-            parts.append(sql)
-            bindings += bound
-    return " AND ".join(parts), bindings
+_ORDER: dict[str, Callable[[Any, Any], bool]] = {
+    "gt": lambda a, b: a > b,
+    "gte": lambda a, b: a >= b,
+    "lt": lambda a, b: a < b,
+    "lte": lambda a, b: a <= b,
+}
 
 
-def _compile_compare(column: str, path: str, operator: str, operand: Any) -> tuple[str, list[Any]]:
-    kinds = _json_types(operand)
-    if operand is None or isinstance(operand, bool):
-        wanted = "null" if operand is None else str(operand).lower()
-        if operator == "eq":
-            return f"COALESCE(json_type({column}, ?) = ?, 0)", [path, wanted]
-        return f"COALESCE(json_type({column}, ?) <> ?, 0)", [path, wanted]
-    typed = f"json_type({column}, ?) IN ({', '.join('?' for _ in kinds)})"
-    compared = f"json_extract({column}, ?) {_OPERATORS[operator]} ?"
-    if operator == "ne":
-        # Present and different: another type is different too.
-        return (
-            f"(json_type({column}, ?) IS NOT NULL AND NOT COALESCE({typed} AND json_extract({column}, ?) = ?, 0))",
-            [path, path, *kinds, path, operand],
-        )
-    return f"COALESCE({typed} AND {compared}, 0)", [path, *kinds, path, operand]
-
-
-def _compare(operator: str, found: Any, operand: Any) -> bool:
+def _holds(operator: str, operand: Any, key: str, metadata: Mapping[str, Any]) -> bool:
     if operator == "exists":
-        return (found is not _MISSING) == operand
-    if found is _MISSING:
-        return False
-    if operator == "in":
-        return any(_compare("eq", found, option) for option in operand)
-    alike = _kind(found) == _kind(operand)
-    if operator == "eq":
-        return alike and found == operand
+        return (key in metadata) is operand
     if operator == "ne":
-        return not (alike and found == operand)
-    if not alike or _kind(found) not in ("number", "text"):
+        return not _holds("eq", operand, key, metadata)
+    if key not in metadata:
         return False
-    return {
-        "lt": found < operand,
-        "lte": found <= operand,
-        "gt": found > operand,
-        "gte": found >= operand,
-    }[operator]
+    value = metadata[key]
+    if operator == "in":
+        return any(_same(value, choice) for choice in operand)
+    if operator == "eq":
+        return _same(value, operand)
+    return _kind(value) == _kind(operand) != "other" and _ORDER[operator](value, operand)
 
 
-def _conditions(key: str, value: Any) -> list[tuple[str, Any]]:
-    if not isinstance(value, dict):
-        _check_operand(key, value)
-        return [("eq", value)]
-    conditions = list(cast(dict[str, Any], value).items())
-    if not conditions:
-        raise InvalidInput(f"the filter on {key!r} is empty", hint=_HINT)
-    for operator, operand in conditions:
-        if operator == "exists":
-            if not isinstance(operand, bool):
-                raise InvalidInput(f"exists of {key!r} is {operand!r}", hint="use true or false")
-        elif operator == "in":
-            if not isinstance(operand, list) or len(cast(list[Any], operand)) > _VALUES_MAX:
-                raise InvalidInput(f"in of {key!r} is no list of at most {_VALUES_MAX} values", hint=_HINT)
-            for option in cast(list[Any], operand):
-                _check_operand(key, option)
-        elif operator in _OPERATORS:
-            _check_operand(key, operand)
-            if operator not in ("eq", "ne") and (operand is None or isinstance(operand, bool)):
-                raise InvalidInput(f"{operator} of {key!r} is {operand!r}", hint="compare numbers or texts")
-        else:
-            raise InvalidInput(
-                f"{operator!r} is no comparison (filter on {key!r})",
-                hint=f"use {', '.join([*_OPERATORS, 'in', 'exists'])}",
-            )
-    return conditions
-
-
-def _check_operand(key: str, operand: Any) -> None:
-    if operand is not None and not isinstance(operand, str | int | float | bool):
-        raise InvalidInput(f"the filter on {key!r} compares with {operand!r}", hint=_HINT)
-    if isinstance(operand, int) and not isinstance(operand, bool) and not -(2**63) <= operand < 2**63:
-        raise InvalidInput(f"the filter on {key!r} compares with {operand!r}", hint="use 64-bit integers")
-
-
-def _object(value: Any) -> Filter:
-    if not isinstance(value, dict):
-        raise InvalidInput(f"{value!r} is no filter", hint=_HINT)
-    return cast(Filter, value)
-
-
-def _json_path(key: str) -> str:
-    if not key or '"' in key or "\0" in key:
-        raise InvalidInput(f"{key!r} cannot be a key of a filter", hint=_HINT)
-    return "$" + "".join(f'."{part}"' for part in key.split("."))
-
-
-def _json_types(operand: Any) -> Sequence[str]:
-    if isinstance(operand, str):
-        return ("text",)
-    return ("integer", "real")
-
-
-class _Missing:
-    pass
-
-
-_MISSING = _Missing()
-
-
-def _walk(metadata: Mapping[str, Any], key: str) -> Any:
-    found: Any = metadata
-    for part in key.split("."):
-        if not isinstance(found, Mapping) or part not in found:
-            return _MISSING
-        found = cast(Mapping[str, Any], found)[part]
-    return found
+def _same(value: Any, other: Any) -> bool:
+    if value is None or isinstance(value, bool) or other is None or isinstance(other, bool):
+        return value is other
+    return _kind(value) == _kind(other) != "other" and value == other
 
 
 def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "bool"
-    if isinstance(value, int | float):
-        return "number"
-    return "text" if isinstance(value, str) else "other"
+    if isinstance(value, str):
+        return "text"
+    return "number" if isinstance(value, int | float) and not isinstance(value, bool) else "other"

@@ -1,113 +1,227 @@
-"""From the bytes of a file to text whose lines are what citations count.
+"""Files as text whose line numbers are true: what ingestion, file tools and reviews all read through.
 
-Ingestion, the file tools and the reviewer of a run all read through `text_of`, so a line number means the
-same everywhere, and the same as in an editor: lines end at LF, CRLF or CR. Other characters that Python's
-`splitlines` would end a line at (form feed, U+2028 and so on) become spaces.
+Lines are what an editor counts: separated by LF, CRLF or CR and nothing else. The rarer characters at which
+`str.splitlines` also cuts (form feed, NEL, U+2028, …) are shown as spaces, so that it cuts where editors do.
 """
 
 from __future__ import annotations
 
 import codecs
 import io
+import logging
 import re
+from dataclasses import dataclass
+from html import unescape
+from html.parser import HTMLParser
+from typing import Literal
 
 from agentic_flow.agentdb.chunking import kind_of
-from agentic_flow.core.errors import InvalidInput
+from agentic_flow.core.errors import InvalidInput, TooLarge
 
-_LINE_BREAKS = re.compile(r"\r\n?")
-_NOT_LINE_BREAKS = str.maketrans(dict.fromkeys("\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029", " "))
-_CODING_LINE = re.compile(rb"^[ \t\f]*#.*?coding[:=][ \t]*([-\w.]+)")
+PROBE_BYTES = 8192
+PDF_PAGES_MAX = 5000
+TEXT_CHARS_MAX = 64 * 1024 * 1024
+
+_ODD_BREAKS = re.compile("[\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029]")
+_CODING = re.compile(rb"^[ \t\f]*#.*?coding[:=][ \t]*([-\w.]+)", re.ASCII)
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1a\x7f]")
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark begins it
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-_PROBE_BYTES = 8192
-_CONTROLS = bytes(set(range(32)) - {9, 10, 12, 13, 27})
-_CONTROL_SHARE_MAX = 0.01
-_HIDDEN_TAGS = ["script", "style", "template", "noscript", "svg"]
-_PDF_PAGES_MAX = 5000
+_LATIN_HIGH_SHARE_MAX = 0.3
+
+_UNSEEN = frozenset({"script", "style", "template", "noscript", "svg"})
+_INLINE = frozenset(
+    """
+    a abbr b bdi bdo cite code data del dfn em font i ins kbd mark q s samp small span strong sub sup time tt
+    u var wbr
+    """.split()
+)
 
 
-class NotText(InvalidInput):
-    """The content is not text, so it has no lines."""
+class BinaryContent(InvalidInput):
+    """The content of a file is no text."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileText:
+    """The text of a file. `page_starts` are the 0-based lines at which PDF pages begin."""
+
+    text: str
+    page_starts: tuple[int, ...] = ()
 
 
 def text_of(path: str, data: bytes) -> str:
-    """The text of a file; deterministic.
+    """The text of a file's content, for line numbers that agree everywhere.
+
+    Source code and plain text as they are; of HTML what a reader sees, on the lines where it stands; of PDF
+    the extracted text.
 
     Raises:
-        NotText: it is binary, or a PDF that cannot be read.
+        BinaryContent: the content is no text.
+        InvalidInput: a PDF cannot be read.
+        TooLarge: the extracted text is past 64 Mi characters.
     """
+    return read_text(path, data).text
+
+
+def read_text(path: str, data: bytes) -> FileText:
+    """`text_of`, with the pages of a PDF."""
     kind = kind_of(path)
-    if kind == "pdf":
-        return _normal(_pdf_text(path, data))
-    text = _normal(_decoded(path, data))
-    return _visible(text) if kind == "html" else text
+    if kind == "pdf" and data.lstrip()[:5] == b"%PDF-":
+        return _pdf_text(path, data)
+    text = _plain_lines(decode(path, data))
+    return FileText(_html_text(text) if kind == "html" else text)
 
 
-def _normal(text: str) -> str:
-    return _LINE_BREAKS.sub("\n", text).translate(_NOT_LINE_BREAKS)
+def looks_binary(path: str, head: bytes) -> bool:
+    """Whether the beginning of a file shows already that it is no text: a NUL, as git has it."""
+    return b"\0" in head and kind_of(path) != "pdf" and not any(head.startswith(bom) for bom, _ in _BOMS)
 
 
-def _decoded(path: str, data: bytes) -> str:
-    for mark, encoding in _BOMS:
-        if data.startswith(mark):
-            return data[len(mark) :].decode(encoding, "replace")
-    if b"\0" in data[:_PROBE_BYTES]:
-        raise _binary(path, data)
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        pass
-    for line in data.split(b"\n", 2)[:2]:
-        declared = _CODING_LINE.match(line)
-        if declared:
+def decode(path: str, data: bytes) -> str:
+    """Bytes as text: a byte-order mark decides, then UTF-8, a PEP 263 line, and Latin-1 if it looks so.
+
+    Raises:
+        BinaryContent: none of these gives text.
+    """
+    for bom, encoding in _BOMS:
+        if data.startswith(bom):
             try:
-                return data.decode(declared[1].decode("ascii"))
-            except (LookupError, UnicodeDecodeError):
+                return data[len(bom) :].decode(encoding)
+            except UnicodeDecodeError:
                 break
-    probe = data[:_PROBE_BYTES]
-    if len(probe) - len(probe.translate(None, _CONTROLS)) > _CONTROL_SHARE_MAX * len(probe):
-        raise _binary(path, data)
-    return data.decode("latin-1")
-
-
-def _binary(path: str, data: bytes) -> NotText:
-    return NotText(
-        f"file {path!r} is binary ({len(data)} bytes)", hint="only text has lines to read and cite"
+    if b"\0" not in data:
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            declared = _declared(data)
+            if declared is not None:
+                return declared
+            text = data.decode("latin-1")
+            high = sum(character > "\x7f" for character in text)
+            if not _CONTROL.search(text) and high <= _LATIN_HIGH_SHARE_MAX * len(text):
+                return text
+    raise BinaryContent(
+        f"file {path!r} is binary ({len(data)} bytes)", hint="only text, HTML and PDF can be read as text"
     )
 
 
-def _visible(html: str) -> str:
-    """The text a reader of the page sees, each piece on the line of the file where it stands.
+def _declared(data: bytes) -> str | None:
+    """The text by the encoding that a comment in the first two lines names, if it can be."""
+    for line in data.split(b"\n", 2)[:2]:
+        match = _CODING.match(line)
+        if match:
+            try:
+                return data.decode(codecs.lookup(match[1].decode("ascii")).name)
+            except (LookupError, UnicodeError, TypeError):
+                return None  # an unknown codec, or one that is not for text
+    return None
 
-    Tags are blanked where they stand instead of parsed away, because a parser's text has no line numbers.
+
+def _plain_lines(text: str) -> str:
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return _ODD_BREAKS.sub(" ", text)
+
+
+# HTML
+
+
+def _html_text(text: str) -> str:
+    reader = _VisibleText()
+    reader.feed(text)
+    reader.close()
+    lines = reader.lines(text.count("\n") + 1)
+    return "\n".join(lines) + ("\n" if text.endswith("\n") else "")
+
+
+class _VisibleText(HTMLParser):
+    """Puts every piece of visible text on the line where it stands in the source.
+
+    The standard library's parser and not a faster one: it is the one that says where it is.
     """
-    text = html
-    for tag in _HIDDEN_TAGS:
-        text = re.sub(rf"(?is)<{tag}\b.*?</{tag}\s*>", _only_lines, text)
-    text = re.sub(r"(?s)<!--.*?-->", _only_lines, text)
-    text = re.sub(r"(?s)</?[a-zA-Z!?][^<>]*>", _only_lines, text)
-    from html import unescape
 
-    return "\n".join(unescape(line).strip() for line in text.split("\n"))
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=False)
+        self._found: dict[int, list[str]] = {}
+        self._unseen: list[str] = []
+
+    def lines(self, total: int) -> list[str]:
+        return [" ".join("".join(self._found.get(number, ())).split()) for number in range(1, total + 1)]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in _UNSEEN:
+            self._unseen.append(tag)
+        self._break(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._break(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self._unseen:
+            while self._unseen.pop() != tag:
+                pass
+        self._break(tag)
+
+    def handle_data(self, data: str) -> None:
+        if not self._unseen:
+            start = self.getpos()[0]
+            for offset, line in enumerate(data.split("\n")):
+                self._found.setdefault(start + offset, []).append(line)
+
+    def handle_entityref(self, name: str) -> None:
+        self._reference(f"&{name};")
+
+    def handle_charref(self, name: str) -> None:
+        self._reference(f"&#{name};")
+
+    def _reference(self, written: str) -> None:
+        # What a reference stands for may be a line break, but it is on this line.
+        self.handle_data(_ODD_BREAKS.sub(" ", unescape(written)).replace("\n", " ").replace("\r", " "))
+
+    def _break(self, tag: str) -> None:
+        if tag not in _INLINE:
+            self._found.setdefault(self.getpos()[0], []).append(" ")
 
 
-def _only_lines(match: re.Match[str]) -> str:
-    return " " + "\n" * match[0].count("\n")
+# PDF
 
 
-def _pdf_text(path: str, data: bytes) -> str:
-    from pypdf import PdfReader
+def _pdf_text(path: str, data: bytes) -> FileText:
+    import pypdf
     from pypdf.errors import PyPdfError
 
+    # What is odd about a PDF is for its author; whether it could be read is said by the result.
+    logging.getLogger("pypdf").setLevel(logging.ERROR)
+    lines: list[str] = []
+    starts: list[int] = []
+    size = 0
     try:
-        reader = PdfReader(io.BytesIO(data))
-        pages = [page.extract_text() for page in reader.pages[:_PDF_PAGES_MAX]]
-    except (PyPdfError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
-        # pypdf lets errors of many kinds through on damaged files.
-        raise NotText(f"PDF {path!r} cannot be read: {error}", hint="repair or export it again") from error
-    return "\n".join(pages)
+        pages = pypdf.PdfReader(io.BytesIO(data)).pages
+        if len(pages) > PDF_PAGES_MAX:
+            raise TooLarge(f"file {path!r} has {len(pages)!r} pages", hint=f"at most {PDF_PAGES_MAX}")
+        for page in pages:
+            starts.append(len(lines))
+            found = _plain_lines(page.extract_text()).split("\n")
+            size += sum(map(len, found))
+            if size > TEXT_CHARS_MAX:
+                raise TooLarge(
+                    f"the text of {path!r} is too long", hint=f"at most {TEXT_CHARS_MAX} characters"
+                )
+            lines += found
+    except (PyPdfError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        # Malformed files reach every kind of error inside the library.
+        raise InvalidInput(
+            f"file {path!r} is a PDF that cannot be read: {error}", hint="open and save it anew, unencrypted"
+        ) from error
+    # A surrogate half, as broken fonts yield them, cannot be stored.
+    text = "\n".join(lines).encode("utf-8", "replace").decode()
+    return FileText(text, tuple(starts))
+
+
+SkipReason = Literal["binary", "ignored", "too_large", "unreadable", "empty"]

@@ -1,68 +1,125 @@
-"""Tables of AgentDB. Script i brings a database from version i to i + 1; shipped scripts are never edited.
+"""Tables of an AgentDB file, its limits, and the full-text tables that each namespace has of its own.
 
-Full text lives in one FTS5 table per namespace (`fts_N`), made with the namespace: term statistics of one
-tenant must not move the scores of another.
+Word statistics (and so scores) must not depend on another tenant's rows; hence one pair of full-text tables
+per namespace instead of one for all. They are contentless: the text itself is in `items`.
 """
 
 from __future__ import annotations
 
-MIGRATIONS = [
+import apsw
+
+from agentic_flow.core.db import rows
+
+MIGRATIONS = (
     """
     CREATE TABLE namespaces (
-        ns INTEGER PRIMARY KEY AUTOINCREMENT,
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
         tenant TEXT NOT NULL,
         name TEXT NOT NULL,
         dimension INTEGER NOT NULL,
         metric TEXT NOT NULL,
         embedder_id TEXT NOT NULL,
-        sequence INTEGER NOT NULL DEFAULT 0,
+        vector_format TEXT NOT NULL,
+        created_at_s REAL NOT NULL,
         UNIQUE (tenant, name)
-    );
+    ) STRICT;
+
     CREATE TABLE documents (
-        doc INTEGER PRIMARY KEY,
-        ns INTEGER NOT NULL REFERENCES namespaces ON DELETE CASCADE,
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        namespace_id INTEGER NOT NULL REFERENCES namespaces (id),
         path TEXT NOT NULL,
         size_bytes INTEGER NOT NULL,
         mtime_ns INTEGER NOT NULL,
         sha256 TEXT NOT NULL,
-        UNIQUE (ns, path)
-    );
+        updated_at_s REAL NOT NULL,
+        UNIQUE (namespace_id, path)
+    ) STRICT;
+
+    -- Small columns first: what filters and joins read must not drag overflow pages along.
     CREATE TABLE items (
-        item INTEGER PRIMARY KEY AUTOINCREMENT,
-        ns INTEGER NOT NULL REFERENCES namespaces ON DELETE CASCADE,
+        key INTEGER PRIMARY KEY AUTOINCREMENT,
+        namespace_id INTEGER NOT NULL REFERENCES namespaces (id),
+        document_id INTEGER REFERENCES documents (id),
         id TEXT NOT NULL,
-        doc INTEGER REFERENCES documents ON DELETE CASCADE,
-        text TEXT NOT NULL,
-        metadata TEXT NOT NULL,
-        vector BLOB NOT NULL,
         version INTEGER NOT NULL,
         created_at_s REAL NOT NULL,
         updated_at_s REAL NOT NULL,
         expires_at_s REAL,
-        UNIQUE (ns, id)
-    );
-    CREATE INDEX items_by_document ON items (doc);
+        metadata TEXT NOT NULL,
+        text TEXT NOT NULL,
+        vector BLOB NOT NULL,
+        UNIQUE (namespace_id, id)
+    ) STRICT;
+    CREATE INDEX items_by_document ON items (document_id) WHERE document_id IS NOT NULL;
+    CREATE INDEX items_by_expiry ON items (namespace_id, expires_at_s) WHERE expires_at_s IS NOT NULL;
+
+    -- What changed, in the transaction that changed it. Derived indexes name the last sequence they include.
     CREATE TABLE operations (
         sequence INTEGER PRIMARY KEY AUTOINCREMENT,
-        ns INTEGER NOT NULL,
+        namespace_id INTEGER NOT NULL,
         kind TEXT NOT NULL,
+        item_key INTEGER NOT NULL,
         at_s REAL NOT NULL
-    );
+    ) STRICT;
+    CREATE INDEX operations_by_namespace ON operations (namespace_id, sequence);
+
     CREATE TABLE idempotency (
-        tenant TEXT NOT NULL,
+        namespace_id INTEGER NOT NULL,
         key TEXT NOT NULL,
         request_sha256 TEXT NOT NULL,
-        result TEXT NOT NULL,
+        response TEXT NOT NULL,
         at_s REAL NOT NULL,
-        PRIMARY KEY (tenant, key)
-    );
+        PRIMARY KEY (namespace_id, key)
+    ) STRICT, WITHOUT ROWID;
     """,
-]
+)
+
+KIB, MIB = 1024, 1024 * 1024
+
+ITEMS_PER_CALL_MAX = 10_000
+IDS_PER_CALL_MAX = 50_000
+DOCUMENTS_PER_CALL_MAX = 1000
+CHUNKS_PER_DOCUMENT_MAX = 100_000
+TEXT_MAX_BYTES = MIB
+METADATA_MAX_BYTES = MIB
+DIMENSION_MAX = 16_384
+PAGE_ITEMS_MAX = 1000
+KEY_CHARS_MAX = 256
+TENANT_CHARS_MAX = 128
+QUERY_CHARS_MAX = 20_000
+IDEMPOTENCY_KEPT_S = 24 * 3600.0
+OPERATIONS_KEPT = 200_000
+PURGED_AT_ONCE = 1000
+
+# Weights of the columns: a name says more than a line of the body.
+ITEM_WEIGHTS = (2.0, 1.0, 1.0)
+DOCUMENT_WEIGHTS = (1.0, 1.0)
 
 
-def create_full_text(ns: int) -> str:
-    """The namespace's full-text table: words of the text, of its symbol and of its path, stemmed."""
-    return (
-        f"CREATE VIRTUAL TABLE fts_{ns} USING fts5(body, symbol, path, content='', contentless_delete=1, "
-        "tokenize='porter unicode61 remove_diacritics 2')"
+def item_table(namespace_id: int) -> str:
+    """Full-text table of the namespace's items; its rowid is `items.key`."""
+    return f"item_text_{namespace_id:d}"
+
+
+def document_table(namespace_id: int) -> str:
+    """Full-text table of the namespace's documents; its rowid is `documents.id`."""
+    return f"document_text_{namespace_id:d}"
+
+
+def create_text_tables(connection: apsw.Connection, namespace_id: int) -> None:
+    """Make both full-text tables of a new namespace."""
+    options = "tokenize='porter unicode61', content='', contentless_delete=1"
+    rows(
+        connection,
+        f"CREATE VIRTUAL TABLE {item_table(namespace_id)} USING fts5(symbol, path, text, {options})",
     )
+    rows(
+        connection,
+        f"CREATE VIRTUAL TABLE {document_table(namespace_id)} USING fts5(path, text, {options})",
+    )
+
+
+def drop_text_tables(connection: apsw.Connection, namespace_id: int) -> None:
+    """Remove both."""
+    rows(connection, f"DROP TABLE {item_table(namespace_id)}")
+    rows(connection, f"DROP TABLE {document_table(namespace_id)}")

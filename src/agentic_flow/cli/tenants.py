@@ -55,9 +55,11 @@ def erase(
     name: Name,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Revoke a tenant and remove everything that is kept of it. There is no way back.
+    """Revoke a tenant and remove its keys, their history and its memory. There is no way back.
 
-    Asks first; without a terminal it needs --yes.
+    Memory is all that was read in or learned for it. The records of its runs (goals, steps, answers) stay in
+    the run database, and those of its tool calls in the audit log. Asks first; without a terminal it needs
+    --yes.
     """
     import sys
 
@@ -67,7 +69,7 @@ def erase(
     if not yes:
         if not sys.stdin.isatty():
             raise InvalidInput(f"erasing {name!r} needs a yes and there is no terminal", hint="add --yes")
-        typer.confirm(f"Erase tenant {name!r} and all its data?", abort=True, err=True)
+        typer.confirm(f"Erase the keys and the memory of tenant {name!r}?", abort=True, err=True)
     erased = administer(session.start(), lambda admin: admin.erase_tenant(name))
     session.show(
         {"name": name, "erased": erased},

@@ -188,7 +188,7 @@ class Runtime:
 
         settings = self.settings.tools
         policy = load_policy(settings.policy_file)
-        audit = AuditLog(self.settings.data_dir / AUDIT_FILE)
+        audit = await asyncio.to_thread(AuditLog, self.settings.data_dir / AUDIT_FILE)
         self._stack.callback(audit.close)
         store = await self.store()
         # One reader for memory, tools and reviews: line numbers mean the same lines everywhere.
@@ -314,7 +314,8 @@ def definition_places(settings: Settings) -> list[Path]:
     """Folders of agent definitions, weakest first; not all of them exist."""
     from agentic_flow.swarm.definitions import definition_directories
 
-    return definition_directories(settings, Path.cwd())
+    # Once each: who works in the home folder has the user's and the project's definitions in one place.
+    return list(dict.fromkeys(definition_directories(settings, Path.cwd())))
 
 
 def definition_catalog(settings: Settings) -> DefinitionCatalog:

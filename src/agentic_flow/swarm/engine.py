@@ -1,45 +1,71 @@
 """RunEngine on DBOS: durable workflows on SQLite or Postgres.
 
 What DBOS gives: checkpoints of steps, replay, the fence that refuses a checkpoint of an execution that no
-longer owns its workflow. What is ours: who owns a workflow and whether the owner lives (`run_store`), prompt
+longer owns its workflow. What is ours: who owns a workflow and whether the owner lives (`leases`), prompt
 take-over, JSON instead of pickle, and execution on the event loop of the process that opened the engine.
 
 DBOS is one per process, so one engine can be open per process. All workflows run through one registered DBOS
 workflow, `_entry`, which looks up our function by name; nothing of ours is pickled or registered with DBOS.
+Besides DBOS's public calls three inner ones of the pinned version are used, all in `_Library`: they execute a
+claimed workflow at once instead of through a polled queue.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 import secrets
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+import threading
+import uuid
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, NoReturn, TypeVar, cast
 
 import orjson
 import structlog
+from sqlalchemy.exc import SQLAlchemyError
 
-from agentic_flow.core.errors import AgenticFlowError, Conflict, Unavailable, as_problem, from_problem
+from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
+from agentic_flow.core.errors import (
+    AgenticFlowError,
+    Cancelled,
+    Conflict,
+    Unavailable,
+    as_problem,
+    from_problem,
+)
 from agentic_flow.core.messages import JsonObject
 from agentic_flow.core.ports import RunState, StepContext, StepFunction, StepRecord, Workflow, WorkflowRecord
-from agentic_flow.swarm.run_store import ERROR_KEY as _ERROR
-from agentic_flow.swarm.run_store import RunStore
+from agentic_flow.swarm.leases import (
+    APPLICATION_VERSION,
+    ERROR_KEY,
+    TAKEOVERS_MAX,
+    VALUE_KEY,
+    Claim,
+    Leases,
+    RunDatabase,
+    RunReader,
+    decoded,
+    root_of,
+)
 
+T = TypeVar("T")
 log: structlog.stdlib.BoundLogger = structlog.get_logger("agentic_flow.engine")
 
-APPLICATION_VERSION = "runs-1"
-"""Recovery takes only workflows of its own version. It changes when stored runs can no longer be replayed by
-this code, not with every build: otherwise an upgrade would strand every run under way."""
-
 _ENDED: frozenset[RunState] = frozenset({"completed", "failed", "cancelled"})
-_WAIT_FIRST_S, _WAIT_MOST_S = 0.02, 0.25
+_WAIT_FIRST_S, _WAIT_MOST_S = 0.01, 0.25
 _WATCH_S = 0.5
-_RESUME_POLL_S = 0.1
+_CHILD_POLL_S = 0.1
+_ACCEPT_ATTEMPTS, _ACCEPT_PAUSE_S = 20, 0.05
+_TEARDOWN_S = 30.0
+_THREADS_MAX = 64
+
+StopReason = Literal["closing", "cancelled", "lost"]
 
 _open_engine: DbosRunEngine | None = None
 _entry_workflow: Any = None
@@ -53,21 +79,37 @@ class DbosRunEngine:
         data_dir: Folder of local state.
         lease_s: A process silent for this long has lost its workflows.
         runs_parallel_max: Top-level workflows of this process at a time; more wait their turn, durably.
+        clock: Stamps heartbeats on SQLite.
     """
 
     def __init__(
-        self, database_url: str | None, data_dir: Path, *, lease_s: float, runs_parallel_max: int
+        self,
+        database_url: str | None,
+        data_dir: Path,
+        *,
+        lease_s: float,
+        runs_parallel_max: int,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        self._store = RunStore(database_url, data_dir, lease_s=lease_s)
+        self._database = RunDatabase(database_url, data_dir)
+        self._leases = Leases(self._database, lease_s=lease_s, clock=clock)
+        self._open_reader = RunReader.on(self._database, self._leases)
+        self._closed_reader = RunReader(database_url, data_dir, lease_s=lease_s, clock=clock)
+        self._library = _Library()
         self._lease_s = lease_s
         self._runs_parallel_max = runs_parallel_max
         self._workflows: dict[str, Workflow] = {}
-        self._tasks: dict[str, asyncio.Task[JsonObject]] = {}
-        self._closing = False
         self._is_open = False
-        self._executor_id = ""
-        self._queue: str | None = None
-        self._queue_lock = asyncio.Lock()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._executor_id = f"{socket.gethostname()}-{secrets.token_hex(6)}"
+        self._places = _Places(self._runs_parallel_max)
+        self._executions: set[_Execution] = set()
+        self._epochs: dict[str, int] = {}
+        self._done: dict[str, asyncio.Event] = {}
+        self._accepting: dict[str, asyncio.Task[bool]] = {}
+        self._unaccounted: set[str] = set()
 
     # ---- life --------------------------------------------------------------------------------------------
 
@@ -78,380 +120,703 @@ class DbosRunEngine:
 
     @asynccontextmanager
     async def open(self, *, takeover: bool = False) -> AsyncGenerator[None]:
-        """See RunEngine.
+        """See RunEngine. It can be opened again after it was closed.
 
         Raises:
-            Conflict: another engine is open in this process.
+            Conflict: another engine, or another use of DBOS, is alive in this process.
             Unavailable: the database cannot be reached.
+            DataCorrupted: the database file is damaged.
         """
         global _open_engine
         if _open_engine is not None:
             raise Conflict("a run engine is already open in this process", hint="close it first, or share it")
         _open_engine = self
+        self._reset()
+        heartbeat = _Heartbeat(self._leases, self._executor_id, self._lease_s / 4)
+        keepers: list[asyncio.Task[None]] = []
         try:
-            self._loop = asyncio.get_running_loop()
-            self._slots = asyncio.Semaphore(self._runs_parallel_max)
-            self._queue_lock = asyncio.Lock()
-            self._closing, self._queue = False, None
-            self._executor_id = f"{socket.gethostname()}-{secrets.token_hex(6)}"
-            with self._store.presence(self._executor_id):
-                await asyncio.to_thread(self._launch)
-                self._is_open = True
-                keepers = [asyncio.create_task(self._heartbeat()), asyncio.create_task(self._watch())]
-                if takeover:
-                    keepers.append(asyncio.create_task(self._take_orphans()))
+            with self._leases.presence(self._executor_id):
                 try:
+                    await _unbroken(asyncio.to_thread(self._launch, heartbeat))
+                    self._library.adopt_running_loop()
+                    self._is_open = True
+                    keepers.append(asyncio.create_task(self._keep(_WATCH_S, self._watch)))
+                    if takeover:
+                        keepers.append(asyncio.create_task(self._keep(self._lease_s / 2, self._take_orphans)))
                     yield
                 finally:
-                    await self._close(keepers)
+                    await _unbroken(self._close(keepers, heartbeat))
         finally:
             _open_engine = None
-            self._store.close()
+            self._database.close()
 
-    def _launch(self) -> None:
-        global _entry_workflow
-        from dbos import DBOS
-        from sqlalchemy.exc import SQLAlchemyError
+    def _launch(self, heartbeat: _Heartbeat) -> None:
+        self._database.create()
+        self._leases.forget_the_dead()
+        heartbeat.start()  # before DBOS, whose launch on a slow disk can outlast a short lease
+        self._library.launch(self._database, self._executor_id)
 
-        logging.getLogger("dbos").propagate = False
-        if _entry_workflow is None:
-            _entry_workflow = DBOS.workflow(name="agentic_flow")(_entry)
-        try:
-            self._store.create()
-            self._store.beat(self._executor_id)
-            DBOS(
-                config={
-                    "name": "agentic-flow",
-                    "system_database_url": self._store.url,
-                    "system_database_engine": self._store.engine,
-                    "application_version": APPLICATION_VERSION,
-                    "executor_id": self._executor_id,
-                    "serializer": _serializer(),
-                    "log_level": "CRITICAL",  # what matters is in the store, and logged here
-                    "enable_otlp": False,
-                }
-            )
-            # Of the named queues only the one that this process resumes from, see _own_queue.
-            DBOS.listen_queues([self._queue_name])
-            DBOS.launch()
-        except SQLAlchemyError as error:
-            DBOS.destroy()
-            raise Unavailable(
-                f"the run database cannot be used: {error}", hint="start it, or check swarm.database_url"
-            ) from error
-
-    @property
-    def _queue_name(self) -> str:
-        return f"resume-{self._executor_id}"
-
-    async def _close(self, keepers: Sequence[asyncio.Task[None]]) -> None:
+    async def _close(self, keepers: Sequence[asyncio.Task[None]], heartbeat: _Heartbeat) -> None:
         """Let go without recording anything: what was in flight runs again wherever it is resumed."""
-        from dbos import DBOS
-
-        self._closing, self._is_open = True, False
-        tasks: list[asyncio.Task[Any]] = [*keepers, *self._tasks.values()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        if self._queue is not None:
-            await DBOS.delete_queue_async(self._queue)
+        self._is_open = False
+        accepting = list(self._accepting.values())
+        await asyncio.gather(*accepting, return_exceptions=True)
+        for keeper in keepers:
+            keeper.cancel()
+        tasks = {*keepers, *self._stop(self._executions, "closing"), *self._library.cancel_tasks()}
+        if tasks:
+            _, left = await asyncio.wait(tasks, timeout=_TEARDOWN_S)
+            if left:
+                log.warning("steps_ignore_cancellation", count=len(left))
         # DBOS put its own thread pool under this event loop and now shuts it down.
-        pool = ThreadPoolExecutor(thread_name_prefix="agentic-flow")
-        self._loop.set_default_executor(pool)
-        await asyncio.to_thread(DBOS.destroy)
-        await asyncio.to_thread(self._store.leave, self._executor_id)
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(thread_name_prefix="agentic-flow"))
+        await asyncio.to_thread(self._library.destroy)
+        await asyncio.to_thread(heartbeat.stop)
+        try:
+            await asyncio.to_thread(self._leases.leave, self._executor_id)
+        except AgenticFlowError as error:  # others then wait for the lease to run out
+            log.warning("leave_failed", error=error.message)
 
-    async def _heartbeat(self) -> None:
+    # ---- what runs beside the workflows ------------------------------------------------------------------
+
+    async def _keep(self, interval_s: float, action: Callable[[], Coroutine[Any, Any, None]]) -> None:
         while True:
-            await asyncio.sleep(self._lease_s / 4)
             try:
-                await asyncio.to_thread(self._store.beat, self._executor_id)
-            except Unavailable as error:
-                log.warning("heartbeat_failed", error=error.message)
+                await action()
+            except AgenticFlowError as error:
+                log.warning("engine_upkeep_failed", action=action.__name__, error=error.message)
+            except Exception:  # the next round must come, whatever happened in this one
+                log.exception("engine_upkeep_failed", action=action.__name__)
+            await asyncio.sleep(interval_s)
 
     async def _watch(self) -> None:
         """Notice what others did to our workflows: cancelled them, or took them over while we were silent."""
-        while True:
-            await asyncio.sleep(_WATCH_S)
-            if not self._tasks:
-                continue
-            try:
-                running = list(self._tasks)
-                cancelled = await asyncio.to_thread(self._store.cancelled_among, running)
-                owned = await asyncio.to_thread(self._store.owned_by, self._executor_id)
-            except Unavailable as error:
-                log.warning("watch_failed", error=error.message)
-                continue
-            for workflow_id in running:
-                if workflow_id in cancelled or _root(workflow_id) not in owned:
-                    self._stop_local(workflow_id)
+        here = {execution.workflow_id for execution in self._executions}
+        owned = await asyncio.to_thread(self._leases.owned, self._executor_id)
+        if here:
+            statuses = await asyncio.to_thread(self._leases.statuses, here)
+            for workflow_id in here:
+                if statuses.get(workflow_id) == "CANCELLED":
+                    self._stop_tree(workflow_id, "cancelled")
+                # A root that has just ended is not among the unfinished either.
+                elif root_of(workflow_id) not in owned and statuses.get(workflow_id) == "PENDING":
+                    await self._check_lost(workflow_id)
+        await self._release_unaccounted(owned)
+
+    async def _check_lost(self, workflow_id: str) -> None:
+        record = await asyncio.to_thread(self._reader.get, root_of(workflow_id))
+        if record is not None and record.owner != self._executor_id:
+            self._stop_tree(root_of(workflow_id), "lost")
+
+    async def _release_unaccounted(self, owned: set[str]) -> None:
+        """Let go of what is ours and unfinished but executed by nobody (its outcome could not be written)."""
+        idle = (
+            owned
+            - {root_of(e.workflow_id) for e in self._executions}
+            - set(self._done)
+            - set(self._accepting)
+        )
+        for workflow_id in idle & self._unaccounted:
+            log.error("workflow_abandoned", workflow_id=workflow_id)
+            await asyncio.to_thread(self._leases.release, workflow_id, self._executor_id)
+        self._unaccounted = idle - self._unaccounted
 
     async def _take_orphans(self) -> None:
-        while True:
-            try:
-                for workflow_id in await self.resume_interrupted():
-                    log.info("workflow_taken_over", workflow_id=workflow_id)
-            except Unavailable as error:
-                log.warning("takeover_failed", error=error.message)
-            await asyncio.sleep(self._lease_s / 2)
+        for workflow_id in await self.resume_interrupted():
+            log.info("workflow_taken_over", workflow_id=workflow_id)
 
     # ---- callers -----------------------------------------------------------------------------------------
 
     async def start(self, name: str, workflow_id: str, payload: JsonObject, *, tenant: str) -> bool:
-        """See RunEngine."""
-        from dbos import DBOS, SetWorkflowID
+        """See RunEngine. A caller that is cancelled meanwhile leaves the workflow whole: accepted or not.
 
+        Raises:
+            Unavailable: another process is accepting the same id at this moment.
+        """
         self._check_open()
         assert name in self._workflows, name
         assert "." not in workflow_id, workflow_id
-        if not await asyncio.to_thread(
-            self._store.take_new, workflow_id, self._executor_id, tenant, name
-        ) and not await self._take_unborn(workflow_id):
+        normal = _normal(payload)  # what a replay will see
+        while (other := self._accepting.get(workflow_id)) is not None:
+            await asyncio.wait([other])
+        task = asyncio.create_task(self._accept(name, workflow_id, normal, tenant))
+        self._accepting[workflow_id] = task
+        task.add_done_callback(lambda _: self._accepting.pop(workflow_id, None))
+        return await asyncio.shield(task)
+
+    async def _accept(self, name: str, workflow_id: str, payload: JsonObject, tenant: str) -> bool:
+        for _ in range(_ACCEPT_ATTEMPTS):
+            taken = await asyncio.to_thread(
+                self._leases.take_new, workflow_id, self._executor_id, tenant, name
+            )
+            if taken is not None:
+                break
+            await asyncio.sleep(_ACCEPT_PAUSE_S)
+        else:
+            raise Unavailable(f"workflow {workflow_id!r} is being accepted elsewhere", hint="try again")
+        if not taken:
             return False
-        with SetWorkflowID(workflow_id):
-            await DBOS.start_workflow_async(_entry_workflow, name, payload)
+        self._enter(workflow_id, 1)
+        try:
+            await self._library.start(workflow_id, name, payload)
+        except BaseException:
+            self._leave(workflow_id)
+            raise
         return True
 
     async def wait(self, workflow_id: str) -> WorkflowRecord:
-        """See RunEngine."""
+        """See RunEngine.
+
+        Raises:
+            Unavailable: the workflow is not in the run database.
+        """
         pause_s = _WAIT_FIRST_S
         while True:
             record = await self.get(workflow_id)
             if record is None:
-                raise Unavailable(f"workflow {workflow_id!r} is not in the run database")
+                raise Unavailable(
+                    f"workflow {workflow_id!r} is not in the run database",
+                    hint="list what is there with `agentic-flow runs list`",
+                )
             if record.state in _ENDED:
                 return record
-            await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 1.5, _WAIT_MOST_S)
+            done = self._done.get(workflow_id)
+            if done is None:
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 1.5, _WAIT_MOST_S)
+            else:
+                waiter = asyncio.ensure_future(done.wait())
+                await asyncio.wait([waiter], timeout=_WAIT_MOST_S)
+                waiter.cancel()
 
     async def get(self, workflow_id: str) -> WorkflowRecord | None:
-        """See RunEngine."""
-        return await self._read(lambda: self._store.get(workflow_id), None)
+        """See RunEngine. Works without `open` as well, like all that only reads."""
+        return await asyncio.to_thread(self._reader.get, workflow_id)
 
     async def list_workflows(
         self, tenant: str, *, name: str, states: Sequence[RunState] = (), limit: int = 50
     ) -> list[WorkflowRecord]:
         """See RunEngine."""
-        nothing: list[WorkflowRecord] = []
-        return await self._read(
-            lambda: self._store.list_workflows(tenant, name=name, states=states, limit=limit), nothing
+        return await asyncio.to_thread(
+            self._reader.list_workflows, tenant, name=name, states=states, limit=limit
         )
 
     async def steps(self, workflow_id: str) -> list[StepRecord]:
         """See RunEngine."""
-        nothing: list[StepRecord] = []
-        return await self._read(lambda: self._store.steps(workflow_id), nothing)
+        return await asyncio.to_thread(self._reader.steps, workflow_id)
 
     async def resume(self, workflow_id: str) -> bool:
-        """See RunEngine."""
+        """See RunEngine.
+
+        Raises:
+            Conflict: the workflow was stored by another version, or is one that this process does not have.
+        """
         self._check_open()
         record = await self.get(workflow_id)
         if record is None or record.state not in ("interrupted", "cancelled"):
             return False
-        cancelled = record.state == "cancelled"
-        if cancelled:
-            self._stop_local(workflow_id)
-        # Whoever owned a cancelled workflow has stopped, or its next checkpoint is refused.
-        if not await asyncio.to_thread(
-            self._store.take_over, workflow_id, self._executor_id, even_from_the_living=cancelled
-        ):
-            return False
-        await self._continue(workflow_id)
-        return True
+        if record.name not in self._workflows:
+            raise Conflict(
+                f"workflow {workflow_id!r} needs {record.name!r}, which this process does not have",
+                hint="resume it with the version that started it",
+            )
+        if record.state == "cancelled":
+            # Its executions here may still be cleaning up; their steps must not run twice at once.
+            old = self._stop_tree(workflow_id, "cancelled")
+            if old:
+                await asyncio.wait(old, timeout=_TEARDOWN_S)
+        return await _unbroken(self._continue(workflow_id, asked=True))
 
     async def resume_interrupted(self) -> list[str]:
-        """See RunEngine."""
+        """See RunEngine. Takes only workflows whose name is registered here."""
         self._check_open()
-        taken: list[str] = []
-        for workflow_id in await asyncio.to_thread(self._store.orphans):
-            if await asyncio.to_thread(self._store.take_over, workflow_id, self._executor_id):
-                await self._continue(workflow_id)
-                taken.append(workflow_id)
-        return taken
+        orphans = await asyncio.to_thread(self._leases.orphans, list(self._workflows))
+        return [each for each in orphans if await _unbroken(self._continue(each, asked=False))]
 
     async def cancel(self, workflow_id: str) -> bool:
-        """See RunEngine."""
-        from dbos import DBOS
-
+        """See RunEngine. Owners in other processes notice within a second."""
         self._check_open()
-        record = await self.get(workflow_id)
-        if record is None or record.state in _ENDED:
-            return False
-        await _outside_workflows(DBOS.cancel_workflow_async(workflow_id, cancel_children=True))
-        self._stop_local(workflow_id)
-        return True
+        cancelled = await _unbroken(asyncio.to_thread(self._leases.cancel, workflow_id))
+        if cancelled:
+            self._stop_tree(workflow_id, "cancelled")
+        return cancelled
 
     # ---- execution ---------------------------------------------------------------------------------------
 
+    async def _continue(self, workflow_id: str, *, asked: bool) -> bool:
+        """Claim a workflow and execute its unfinished part here, children before their parents."""
+        token = str(uuid.uuid4())
+        claim: Claim | None = await asyncio.to_thread(
+            self._leases.claim, workflow_id, self._executor_id, token, asked=asked
+        )
+        if claim is None:
+            return False
+        self._enter(workflow_id, claim.epoch)
+        for unfinished in claim.unfinished:
+            try:
+                await asyncio.to_thread(self._library.execute_claimed, unfinished, token)
+            except Exception as error:  # noqa: BLE001 - whatever DBOS met, the workflow must not hang
+                await self._not_continued(workflow_id, unfinished, error)
+        return True
+
+    async def _not_continued(self, root: str, workflow_id: str, error: Exception) -> None:
+        """A claimed workflow did not start: its end is recorded (bad payload, many attempts), or let go."""
+        log.warning("workflow_not_continued", workflow_id=workflow_id, error=str(error))
+        if workflow_id == root:
+            self._leave(root)
+        statuses = await asyncio.to_thread(self._leases.statuses, [workflow_id])
+        if statuses.get(workflow_id) == "PENDING":
+            self._stop_tree(root, "lost")
+            self._leave(root)
+            await asyncio.to_thread(self._leases.release, root, self._executor_id)
+            raise Unavailable(f"workflow {workflow_id!r} could not be continued: {error}") from error
+
+    def _enter(self, workflow_id: str, epoch: int) -> None:
+        self._epochs[workflow_id] = epoch
+        self._done[workflow_id] = asyncio.Event()
+        self._places.reserve(workflow_id)
+
+    def _leave(self, workflow_id: str) -> None:
+        self._places.give_back(workflow_id)
+        if (done := self._done.pop(workflow_id, None)) is not None:
+            done.set()
+
     async def execute(self, name: str, payload: JsonObject) -> JsonObject:
-        """The body of a DBOS workflow: our function, on the loop of this engine.
-
-        DBOS runs what it takes from a queue on an event loop of its own, where connections of our services
-        do not work. The DBOS context travels along in the context variables.
-        """
-        from dbos import DBOS
-
-        workflow_id = cast(str, DBOS.workflow_id)
-        body = self._body(name, workflow_id, payload)
-        if asyncio.get_running_loop() is self._loop:
-            return await self._own(workflow_id, body)
-        context = contextvars.copy_context()
-        outcome: asyncio.Future[JsonObject] = asyncio.get_running_loop().create_future()
-        outer = asyncio.get_running_loop()
-
-        def settle(task: asyncio.Task[JsonObject]) -> None:
-            def set_outcome() -> None:
-                if outcome.done():
-                    return
-                if task.cancelled():
-                    outcome.cancel()
-                elif (error := task.exception()) is not None:
-                    outcome.set_exception(error)
-                else:
-                    outcome.set_result(task.result())
-
-            with suppress(RuntimeError):  # DBOS's loop is gone while closing: nobody waits any more
-                outer.call_soon_threadsafe(set_outcome)
-
-        def begin() -> None:
-            task = self._loop.create_task(self._own(workflow_id, body), context=context)
-            task.add_done_callback(settle)
-
-        self._loop.call_soon_threadsafe(begin)
-        return await outcome
-
-    async def _own(self, workflow_id: str, body: Awaitable[JsonObject]) -> JsonObject:
-        task = asyncio.ensure_future(body)
-        self._tasks[workflow_id] = task
+        """The body of the one DBOS workflow: our function by its name."""
+        signals = self._library.signals
+        workflow_id = self._library.workflow_id
+        execution = _Execution(workflow_id, cast("asyncio.Task[Any]", asyncio.current_task()))
+        self._executions.add(execution)
+        execution.task.add_done_callback(lambda _: self._executions.discard(execution))
+        epoch = self._epochs.get(root_of(workflow_id), 0)
         try:
-            return await task
+            result = await self._outcome(execution, name, payload)
+            await self.drop_abandoned(execution)
+            return result
+        except asyncio.CancelledError as error:
+            if execution.stopped == "cancelled":
+                raise signals.cancelled(f"workflow {workflow_id!r} was cancelled") from error
+            raise
         finally:
-            if self._tasks.get(workflow_id) is task:
-                del self._tasks[workflow_id]
+            if root_of(workflow_id) == workflow_id and self._epochs.get(workflow_id) == epoch:
+                self._leave(workflow_id)
 
-    async def _body(self, name: str, workflow_id: str, payload: JsonObject) -> JsonObject:
+    async def _outcome(self, execution: _Execution, name: str, payload: JsonObject) -> JsonObject:
+        """What our function returned, as JSON, or what went wrong in words of the product."""
+        try:
+            result = _normal(await self._body(execution, name, payload))
+        except asyncio.CancelledError as error:
+            if execution.is_being_stopped:
+                raise
+            failure = _internal(f"workflow {name!r}", error)
+        except AgenticFlowError as error:
+            failure = error
+        except Exception as error:
+            log.exception("workflow_failed", workflow_id=execution.workflow_id, workflow=name)
+            failure = _internal(f"workflow {name!r}", error)
+        else:
+            if execution.broken is None:
+                return result
+            failure = execution.broken
+        await self.drop_abandoned(execution)
+        raise execution.broken or failure
+
+    async def _body(self, execution: _Execution, name: str, payload: JsonObject) -> JsonObject:
+        workflow_id = execution.workflow_id
         workflow = self._workflows.get(name)
         if workflow is None:
-            raise Unavailable(
+            raise Conflict(
                 f"workflow {workflow_id!r} needs {name!r}, which this process does not have",
-                hint="resume it with a version that has it",
+                hint="run it with the version that started it",
             )
-        context = _Context(self, workflow_id)
-        if _root(workflow_id) != workflow_id:
-            return await workflow(context, payload)
-        async with self._slots:
-            await asyncio.to_thread(self._store.note_started, workflow_id)
-            return await workflow(context, payload)
+        if root_of(workflow_id) == workflow_id:
+            await self._places.taken(workflow_id)
+            if not await asyncio.to_thread(
+                self._leases.note_started, workflow_id, self._executor_id, self._epochs[workflow_id]
+            ):
+                self._stop_tree(workflow_id, "lost")
+                await asyncio.sleep(0)  # where the cancellation arrives
+        return await workflow(_Context(self, self._library, execution), payload)
 
-    def _stop_local(self, workflow_id: str) -> None:
-        """Interrupt the executions here of a workflow and its children; nothing of it is recorded."""
-        for running, task in list(self._tasks.items()):
-            if running == workflow_id or _root(running) == workflow_id:
-                task.cancel()
+    def _stop_tree(self, workflow_id: str, reason: StopReason) -> list[asyncio.Task[Any]]:
+        """Interrupt the executions here of a workflow and everything below it; nothing of it is recorded."""
+        below = f"{workflow_id}."
+        return self._stop(
+            [e for e in self._executions if e.workflow_id == workflow_id or e.workflow_id.startswith(below)],
+            reason,
+        )
 
-    async def stop_children(self, workflow_ids: Sequence[str]) -> None:
-        """Cancel children whose parent gave up on them (not when the whole process lets go)."""
-        from dbos import DBOS
+    def _stop(self, executions: Collection[_Execution], reason: StopReason) -> list[asyncio.Task[Any]]:
+        for execution in executions:
+            if execution.stopped is None:
+                execution.stopped = reason
+                execution.task.cancel()
+        return [execution.task for execution in executions]
 
-        if self._closing:
-            return
-        for workflow_id in workflow_ids:
-            await _outside_workflows(DBOS.cancel_workflow_async(workflow_id))
-            self._stop_local(workflow_id)
+    async def give_up(self, execution: _Execution) -> NoReturn:
+        """The store refused a write of this execution: find out why, and stop its tree here.
 
-    async def _continue(self, workflow_id: str) -> None:
-        """Put the unfinished part of a tree on this process's own queue, children first."""
-        from dbos import DBOS
+        Raises:
+            CancelledError: always.
+        """
+        if execution.stopped is None:
+            statuses = await asyncio.to_thread(self._leases.statuses, [execution.workflow_id])
+            if statuses.get(execution.workflow_id) == "CANCELLED":
+                self._stop_tree(execution.workflow_id, "cancelled")
+            else:
+                log.warning("workflow_lost", workflow_id=execution.workflow_id)
+                self._stop_tree(root_of(execution.workflow_id), "lost")
+        raise asyncio.CancelledError
 
-        queue = await self._own_queue()
-        for unfinished in await asyncio.to_thread(self._store.unfinished_tree, workflow_id):
-            await _outside_workflows(DBOS.resume_workflow_async(unfinished, queue_name=queue))
+    async def drop_abandoned(self, execution: _Execution) -> None:
+        """Cancel the children that this workflow gave up on and went on without.
 
-    async def _own_queue(self) -> str:
-        """DBOS resumes through a queue; with one of our own nobody else can pick the workflow up."""
-        from dbos import DBOS
+        Only now, not when it was interrupted: from inside, an end of the process looks like a timeout of the
+        workflow. Refused when the tree has changed hands.
+        """
+        while execution.abandoned and execution.stopped is None:
+            child_id = execution.abandoned.pop()
+            as_owner = (self._executor_id, self._epochs.get(root_of(child_id), 0))
+            cancelling = asyncio.to_thread(self._leases.cancel, child_id, only_as=as_owner)
+            if await _unbroken(cancelling):
+                self._stop_tree(child_id, "cancelled")
 
-        async with self._queue_lock:
-            if self._queue is None:
-                await DBOS.register_queue_async(self._queue_name, polling_interval_sec=_RESUME_POLL_S)
-                self._queue = self._queue_name
-            return self._queue
+    async def until_left(self, workflow_id: str) -> None:
+        """Wait until no execution of this workflow is left here."""
+        tasks = [e.task for e in self._executions if e.workflow_id == workflow_id]
+        if tasks:
+            await asyncio.wait(tasks)
 
-    async def _take_unborn(self, workflow_id: str) -> bool:
-        """Whether an id that is known was never started (its process died in between) and is ours now."""
-        for _ in range(20):
-            if await self.get(workflow_id) is not None:
-                return False
-            if await asyncio.to_thread(self._store.take_over, workflow_id, self._executor_id):
-                return True
-            await asyncio.sleep(0.05)  # a living process has taken the id and is about to store it
-        raise Unavailable(f"workflow {workflow_id!r} is being accepted elsewhere", hint="try again")
-
-    async def _read(self, read: Callable[[], Any], nothing: Any) -> Any:
-        if not self._is_open:
-            if not await asyncio.to_thread(lambda: self._store.exists):
-                return nothing
-            await asyncio.to_thread(self._store.create)
-        return await asyncio.to_thread(read)
+    @property
+    def _reader(self) -> RunReader:
+        return self._open_reader if self._is_open else self._closed_reader
 
     def _check_open(self) -> None:
         if not self._is_open:
             raise Unavailable("the run engine is not open", hint="use it inside `async with engine.open()`")
 
 
+@dataclass(eq=False)
+class _Execution:
+    """One execution of a workflow in this process.
+
+    `broken` is set when a replay took another path, `abandoned` are children it no longer waits for.
+    """
+
+    workflow_id: str
+    task: asyncio.Task[Any]
+    stopped: StopReason | None = None
+    broken: AgenticFlowError | None = None
+    abandoned: list[str] = field(default_factory=list[str])
+
+    @property
+    def is_being_stopped(self) -> bool:
+        """Whether a CancelledError comes from outside, not from a library inside that raised one."""
+        return self.stopped is not None or self.task.cancelling() > 0
+
+
 class _Context:
     """WorkflowContext of one execution."""
 
-    def __init__(self, engine: DbosRunEngine, workflow_id: str) -> None:
+    def __init__(self, engine: DbosRunEngine, library: _Library, execution: _Execution) -> None:
         self._engine = engine
-        self._workflow_id = workflow_id
-        self._busy = False
+        self._library = library
+        self._execution = execution
+        self._busy: str | None = None
 
     @property
     def workflow_id(self) -> str:
-        return self._workflow_id
+        return self._execution.workflow_id
 
     async def step(self, name: str, function: StepFunction) -> JsonObject:
         """See WorkflowContext. One at a time: steps are numbered by the order in which they start."""
-        from dbos import DBOS
-
-        assert not self._busy, f"two steps of {self._workflow_id} at once, the second is {name!r}"
-        self._busy = True
-
-        async def call() -> JsonObject:
-            try:
-                return await function(StepContext(f"{self._workflow_id}:{DBOS.step_id}"))
-            except AgenticFlowError:
-                raise
-            except Exception as error:
-                log.exception("step_failed", workflow_id=self._workflow_id, step=name)
-                raise _internal(f"step {name!r}", error) from error
-
+        assert self._busy is None, f"steps {self._busy!r} and {name!r} of {self.workflow_id!r} at once"
+        self._busy = name
         try:
-            return await DBOS.run_step_async({"name": name, "preemptible": True}, call)
+            await self._engine.drop_abandoned(self._execution)
+            recorded = await self._guarded(self._library.step(name, lambda: self._call(name, function)))
         finally:
-            self._busy = False
+            self._busy = None
+        # Live and replayed results are the same JSON: a tuple is a list on the first run already.
+        return decoded(recorded.text) if isinstance(recorded, _Encoded) else recorded
+
+    async def _call(self, name: str, function: StepFunction) -> _Encoded:
+        execution = self._execution
+        try:
+            key = f"{execution.workflow_id}:{self._library.step_id}"
+            return _Encoded(_encode(await function(StepContext(key))))
+        except asyncio.CancelledError as error:
+            if execution.is_being_stopped:
+                raise
+            raise _internal(f"step {name!r}", error) from error
+        except Exception as error:
+            if execution.is_being_stopped:
+                # Whatever it says, it says it because it was interrupted: that is no result.
+                raise asyncio.CancelledError from error
+            if isinstance(error, AgenticFlowError):
+                raise
+            log.exception("step_failed", workflow_id=execution.workflow_id, step=name)
+            raise _internal(f"step {name!r}", error) from error
 
     async def children(self, name: str, payloads: Mapping[str, JsonObject]) -> dict[str, JsonObject]:
-        """See WorkflowContext."""
-        from dbos import DBOS, SetWorkflowID
-
+        """See WorkflowContext. When the parent gives up on them or fails, its children are cancelled."""
+        assert self._busy is None, f"step {self._busy!r} and children of {self.workflow_id!r} at once"
+        assert not any("." in key for key in payloads), list(payloads)
+        self._busy = name
         handles: dict[str, Any] = {}
         results: dict[str, JsonObject] = {}
+        finished = False
         try:
+            await self._engine.drop_abandoned(self._execution)
             for key, payload in payloads.items():
-                with SetWorkflowID(f"{self._workflow_id}.{key}"):
-                    handles[key] = await DBOS.start_workflow_async(_entry_workflow, name, payload)
+                handles[key] = None
+                child_id = f"{self.workflow_id}.{key}"
+                starting = _unbroken(self._library.start(child_id, name, _normal(payload)))
+                handles[key] = await self._guarded(starting, child_id)
             for key, handle in handles.items():
-                try:
-                    results[key] = await handle.get_result(polling_interval_sec=_RESUME_POLL_S)
-                except AgenticFlowError as error:
-                    results[key] = {"error": as_problem(error)}
-        except asyncio.CancelledError:
-            unfinished = [f"{self._workflow_id}.{key}" for key in handles if key not in results]
-            await self._engine.stop_children(unfinished)
-            raise
+                results[key] = await self._result(f"{self.workflow_id}.{key}", handle)
+            finished = True
+        finally:
+            self._busy = None
+            if not finished:
+                left = [f"{self.workflow_id}.{key}" for key in handles if key not in results]
+                self._execution.abandoned.extend(left)
         return results
+
+    async def _result(self, child_id: str, handle: Any) -> JsonObject:
+        # A child that was resumed is known to DBOS's handle only by polling.
+        await self._engine.until_left(child_id)
+        try:
+            return await self._guarded(handle.get_result(polling_interval_sec=_CHILD_POLL_S))
+        except AgenticFlowError as error:
+            if error is self._execution.broken:
+                raise
+            return {"error": as_problem(error)}
+        except self._library.signals.child_cancelled:
+            return {"error": as_problem(_child_cancelled(child_id))}
+
+    async def _guarded(self, operation: Coroutine[Any, Any, Any], child_id: str | None = None) -> Any:
+        """Await a call into DBOS and put its signals into our words."""
+        signals = self._library.signals
+        if self._execution.broken is not None:
+            operation.close()
+            raise self._execution.broken
+        try:
+            result = await operation
+        except (signals.refused, signals.cancelled):
+            await self._engine.give_up(self._execution)
+        except (signals.other_step, signals.other_outcome) as error:
+            raise self._broken(str(error)) from error
+        if child_id is not None and result.get_workflow_id() != child_id:
+            raise self._broken(f"child {result.get_workflow_id()!r} was recorded where {child_id!r} is now")
+        return result
+
+    def _broken(self, what: str) -> AgenticFlowError:
+        self._execution.broken = Conflict(
+            f"workflow {self.workflow_id!r} took another path than the one recorded: {what}",
+            hint="its code has changed since it was started; start it anew",
+        )
+        return self._execution.broken
+
+
+class _Places:
+    """Turns of the top-level workflows of this process, in the order of their reservation."""
+
+    def __init__(self, places_max: int) -> None:
+        self._free = places_max
+        self._waiting: deque[str] = deque()
+        self._turns: dict[str, asyncio.Event] = {}
+
+    def reserve(self, workflow_id: str) -> None:
+        self.give_back(workflow_id)
+        self._turns[workflow_id] = asyncio.Event()
+        self._waiting.append(workflow_id)
+        self._admit()
+
+    async def taken(self, workflow_id: str) -> None:
+        await self._turns[workflow_id].wait()
+
+    def give_back(self, workflow_id: str) -> None:
+        turn = self._turns.pop(workflow_id, None)
+        if turn is None:
+            return
+        if turn.is_set():
+            self._free += 1
+        else:
+            self._waiting.remove(workflow_id)
+        self._admit()
+
+    def _admit(self) -> None:
+        while self._free and self._waiting:
+            self._free -= 1
+            self._turns[self._waiting.popleft()].set()
+
+
+class _Heartbeat:
+    """Renews the lease from a thread of its own, so that a busy event loop does not look like death."""
+
+    def __init__(self, leases: Leases, executor_id: str, interval_s: float) -> None:
+        self._leases = leases
+        self._executor_id = executor_id
+        self._interval_s = interval_s
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="run-engine-heartbeat", daemon=True)
+
+    def start(self) -> None:
+        """Beat once now, so that others see this process, and then regularly."""
+        self._leases.beat(self._executor_id)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._end.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._end.wait(self._interval_s):
+            try:
+                self._leases.beat(self._executor_id)
+            except AgenticFlowError as error:
+                log.warning("heartbeat_failed", error=error.message)
+
+
+@dataclass(frozen=True, slots=True)
+class _Signals:
+    """Exceptions of DBOS that the engine understands."""
+
+    refused: type[BaseException]
+    cancelled: type[BaseException]
+    child_cancelled: type[Exception]
+    other_step: type[Exception]
+    other_outcome: type[Exception]
+
+
+class _Library:
+    """DBOS, imported when the engine opens. Everything the engine asks of it is here."""
+
+    signals: _Signals
+    _dbos: Any = None
+
+    def launch(self, database: RunDatabase, executor_id: str) -> None:
+        """Create or migrate DBOS's tables and start it.
+
+        Raises:
+            Conflict: something else in this process uses DBOS.
+            Unavailable: the database cannot be reached.
+        """
+        global _entry_workflow
+        from dbos import DBOS, _error
+        from dbos import _dbos as inner  # pyright: ignore[reportPrivateUsage] - no public way to ask
+
+        if inner._dbos_global_instance is not None:  # pyright: ignore[reportPrivateUsage]
+            raise Conflict("DBOS is already in use in this process", hint="run the engine in another process")
+        self.signals = _Signals(
+            _error.DBOSWorkflowConflictIDError,
+            _error.DBOSWorkflowCancelledError,
+            _error.DBOSAwaitedWorkflowCancelledError,
+            _error.DBOSUnexpectedStepError,
+            _error.DBOSStepNondeterminismError,
+        )
+        if _entry_workflow is None:
+            _entry_workflow = DBOS.workflow(name="agentic_flow", max_recovery_attempts=TAKEOVERS_MAX)(_entry)
+        logger = logging.getLogger("dbos")
+        logger.handlers = [_LogToStructlog(logging.WARNING)]
+        logger.propagate = False
+        try:
+            self._dbos = DBOS(
+                config={
+                    "name": "agentic-flow",
+                    "system_database_url": database.url,
+                    "system_database_engine": database.engine,
+                    "application_version": APPLICATION_VERSION,
+                    "executor_id": executor_id,
+                    "serializer": _serializer(),
+                    "log_level": "WARNING",
+                    "enable_otlp": False,
+                    "max_executor_threads": _THREADS_MAX,
+                    "notification_listener_polling_interval_sec": 0.1,  # close waits for it
+                }
+            )
+            DBOS.listen_queues([])  # what is to run here is started here, see execute_claimed
+            DBOS.launch()
+        except BaseException as error:
+            self.destroy()
+            if isinstance(error, SQLAlchemyError):
+                raise database.translate(error) from error
+            if isinstance(error, _error.DBOSException):
+                raise Unavailable(f"the run database cannot be used: {error.message}") from error
+            raise
+
+    def adopt_running_loop(self) -> None:
+        """Have claimed workflows run on this loop, not on a background loop of DBOS."""
+        self._dbos._background_event_loop.set_main_loop()
+
+    def cancel_tasks(self) -> list[asyncio.Task[Any]]:
+        """Cancel what DBOS still does on its own account, and return everything that is to end."""
+        if self._dbos is None:
+            return []
+        tasks: list[asyncio.Task[Any]] = [task for task in self._dbos._workflow_tasks if not task.done()]
+        for task in tasks:
+            if not task.cancelling():
+                task.cancel()
+        return tasks
+
+    def destroy(self) -> None:
+        """Stop what this object launched, and nothing else."""
+        if self._dbos is None:
+            return
+        from dbos import DBOS
+
+        self._dbos = None
+        DBOS.destroy()
+
+    @property
+    def workflow_id(self) -> str:
+        from dbos import DBOS
+
+        return cast(str, DBOS.workflow_id)
+
+    @property
+    def step_id(self) -> int:
+        from dbos import DBOS
+
+        return cast(int, DBOS.step_id)
+
+    async def start(self, workflow_id: str, name: str, payload: JsonObject) -> Any:
+        """Store a workflow, as a child when called by a workflow, and begin it on this loop."""
+        from dbos import DBOS, SetWorkflowID
+
+        with SetWorkflowID(workflow_id):
+            return await DBOS.start_workflow_async(_entry_workflow, name, payload)
+
+    async def step(self, name: str, call: Callable[[], Coroutine[Any, Any, _Encoded]]) -> Any:
+        from dbos import DBOS
+
+        async def run() -> _Encoded:
+            return await call()
+
+        return await DBOS.run_step_async({"name": name}, run)
+
+    def execute_claimed(self, workflow_id: str, owner_token: str) -> None:
+        """Execute a stored workflow on the adopted loop. Not to be called on that loop's thread."""
+        from dbos._core import execute_dequeued_workflow
+
+        status = self._dbos._sys_db.get_workflow_status(workflow_id)
+        execute_dequeued_workflow(self._dbos, status, owner_token)
+
+
+class _LogToStructlog(logging.Handler):
+    """What DBOS has to say. What happened to workflows is in the store and logged by the engine itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log.info("durability_library_reported", level=record.levelname, text=record.getMessage())
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """A result that is JSON text already."""
+
+    text: str
 
 
 async def _entry(name: str, payload: JsonObject) -> JsonObject:
@@ -459,41 +824,54 @@ async def _entry(name: str, payload: JsonObject) -> JsonObject:
     engine = _open_engine
     if engine is None:
         raise asyncio.CancelledError("the engine has been closed")
-    try:
-        return await engine.execute(name, payload)
-    except AgenticFlowError:
-        raise
-    except Exception as error:
-        if type(error).__module__.startswith("dbos"):
-            raise  # its own signals: cancelled, no longer the owner
-        log.exception("workflow_failed", workflow=name)
-        raise _internal(f"workflow {name!r}", error) from error
+    return await engine.execute(name, payload)
 
 
-def _internal(what: str, error: Exception) -> AgenticFlowError:
+def _internal(what: str, error: BaseException) -> AgenticFlowError:
     return AgenticFlowError(
         f"{what} failed unexpectedly: {type(error).__name__}: {error}",
         hint="this is a bug of agentic-flow; the log has the traceback",
     )
 
 
+def _child_cancelled(workflow_id: str) -> Cancelled:
+    return Cancelled(f"workflow {workflow_id!r} was cancelled")
+
+
+def _normal(value: JsonObject) -> JsonObject:
+    """The value as it will come back from the store."""
+    return orjson.loads(orjson.dumps(value))
+
+
+def _encode(value: Any) -> str:
+    marked = isinstance(value, dict) and list(cast(JsonObject, value)) in ([ERROR_KEY], [VALUE_KEY])
+    return orjson.dumps({VALUE_KEY: value} if marked else value).decode()
+
+
 def _serializer() -> Any:
     """What DBOS stores, as JSON: readable by other languages, and nothing is executed by reading it."""
     from dbos import Serializer
+    from dbos._error import DBOSAwaitedWorkflowCancelledError
 
     class JsonSerializer(Serializer):
         def serialize(self, data: Any) -> str:
+            if isinstance(data, _Encoded):
+                return data.text
+            if isinstance(data, DBOSAwaitedWorkflowCancelledError):
+                data = _child_cancelled(data.workflow_id)
             if isinstance(data, AgenticFlowError):
-                data = {_ERROR: as_problem(data)}
-            elif isinstance(data, Exception):
-                data = {_ERROR: as_problem(_internal("the engine", data))}
-            return orjson.dumps(data).decode()
+                return orjson.dumps({ERROR_KEY: as_problem(data)}).decode()
+            if isinstance(data, Exception):
+                return orjson.dumps({ERROR_KEY: as_problem(_internal("the run engine", data))}).decode()
+            return _encode(data)
 
-        def deserialize(self, serialized_data: str) -> Any:
-            data: Any = orjson.loads(serialized_data)
-            if isinstance(data, dict) and _ERROR in data:
-                return from_problem(cast(JsonObject, data)[_ERROR])
-            return cast(Any, data)
+        def deserialize(self, serialized_data: str) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] - names its self "cls"
+            raw: Any = (
+                orjson.loads(serialized_data) if serialized_data.startswith(f'{{"{ERROR_KEY}"') else None
+            )
+            if isinstance(raw, dict):
+                return from_problem(cast(JsonObject, raw)[ERROR_KEY])
+            return decoded(serialized_data)
 
         def name(self) -> str:
             return "agentic-flow-json"
@@ -501,15 +879,14 @@ def _serializer() -> Any:
     return JsonSerializer()
 
 
-async def _outside_workflows(operation: Awaitable[Any]) -> Any:
-    """Await a DBOS call without the current workflow recording it as one of its steps."""
-    context = contextvars.Context()
-    return await asyncio.get_running_loop().create_task(_await(operation), context=context)
-
-
-async def _await(operation: Awaitable[Any]) -> Any:
-    return await operation
-
-
-def _root(workflow_id: str) -> str:
-    return workflow_id.partition(".")[0]
+async def _unbroken(operation: Coroutine[Any, Any, T]) -> T:
+    """Await to the end even when cancelled meanwhile: half of it would leave a workflow that nobody runs."""
+    task = asyncio.ensure_future(operation)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        if not task.done():
+            await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # seen; the cancellation is what the caller hears of
+        raise

@@ -116,11 +116,8 @@ class Inputs:
         return IngestReport.model_validate(report.model_dump())
 
     async def paths(self, tenant: str, folder: Folder) -> list[str]:
-        """The paths whose text is in memory, sorted."""
-        from agentic_flow.agentdb.ingest import NO_TEXT
-
-        known = await self._store.fingerprints(tenant, folder.namespace)
-        return sorted(path for path, entry in known.items() if not entry.sha256.startswith(NO_TEXT))
+        """The paths that are in memory, sorted."""
+        return sorted(await self._store.fingerprints(tenant, folder.namespace))
 
     def read_lines(self, folder: Folder, run_id: str) -> Callable[[str], Sequence[str]]:
         """A reader of cited files: confined like any tool, lines counted as ingestion counted them.
