@@ -137,6 +137,7 @@ async def _measure() -> dict[str, Any]:
         "chunks": report.chunks,
         "citations": CITATIONS,
         "questions": {group: len(members) for group, members in groups.items()},
+        "members": {group: [q.id for q in members] for group, members in groups.items()},
         "share": {
             name: {
                 group: sum(hits[q.id] for q in members) / len(members) for group, members in groups.items()

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from scripted_team import GOAL, TRUE_CITATION, make_folder, team
 
-from agentic_flow.swarm.run_store import RunStore
+from agentic_flow.swarm.leases import RunReader
 from agentic_flow.testing.fake_provider import FakeProvider, Reply
 from agentic_flow.testing.fake_wires import SeenRequest
 from agentic_flow.tools.audit import AuditLog
@@ -40,7 +40,7 @@ class Machine:
         self.folder = make_folder(place)
         self.data_dir = place / "data"
         self.provider = provider
-        self.store = RunStore(None, self.data_dir, lease_s=2.0)
+        self.store = RunReader(None, self.data_dir, lease_s=2.0)
         self.environment = {
             **os.environ,
             "AGENTIC_FLOW_DATA_DIR": str(self.data_dir),
@@ -63,9 +63,6 @@ class Machine:
         )
 
     def run_ids(self) -> set[str]:
-        if not self.store.exists:
-            return set()
-        self.store.create()
         records = self.store.list_workflows("default", name="run", states=(), limit=1000)
         return {record.workflow_id for record in records}
 
@@ -92,9 +89,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
         return team(request, delay_s=DELAY_S)
 
     with FakeProvider(slow_team) as provider:
-        made = Machine(tmp_path, provider)
-        yield made
-        made.store.close()
+        yield Machine(tmp_path, provider)
 
 
 def wait_for(condition: object, what: str) -> None:

@@ -100,7 +100,7 @@ def test_a_taken_port_starts_nothing(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         place = Place(tmp_path)
         refused = place.run("serve", "all", AGENTIC_FLOW_SERVE__AGENTDB_PORT=str(port))
-    assert refused.code == 5
+    assert refused.code == 7
     assert str(port) in refused.problem
     assert "owner key" not in refused.err
     assert not place.data_dir.exists()

@@ -135,9 +135,12 @@ def _packed(
 
 
 def _joined(first: str | None, second: str | None) -> str | None:
-    if first is None or second is None or first == second:
+    """`A.f` and `A.g` → `A.f, g`; a scope that continues is named once."""
+    if first is None or second is None:
         return first or second
-    return f"{first}, {second.rpartition('.')[2]}"
+    name = second.rpartition(".")[2]
+    known = {part.rpartition(".")[2] for part in first.split(", ")}
+    return first if name in known else f"{first}, {name}"
 
 
 def _pieces(
@@ -212,18 +215,19 @@ def _python_sections(lines: Sequence[str]) -> list[_Section]:
     marks: list[tuple[int, str | None, str | None]] = [(0, None, None)]
     scopes: list[tuple[int, str, bool]] = []  # indentation, qualified name, whether it is a class
     lead = 0  # first of the comments and decorators directly above
+    unclosed = 0  # brackets that a decorator left open
     for number, line in enumerate(lines):
         stripped = line.strip()
-        if number in in_string:
+        if unclosed > 0:
+            unclosed += _opened(stripped)
+            continue
+        if number in in_string or not stripped or stripped[0] in ")]}":
             lead = number + 1
             continue
-        if not stripped:
-            lead = number + 1
+        if stripped[0] == "@":
+            unclosed = _opened(stripped)
             continue
-        if stripped[0] in "#@":
-            continue
-        if stripped[0] in ")]}":
-            lead = number + 1
+        if stripped[0] == "#":
             continue
         indent = len(line) - len(line.lstrip())
         match = _DEFINITION.match(line)
@@ -247,6 +251,11 @@ def _python_sections(lines: Sequence[str]) -> list[_Section]:
             marks.append((min(lead, number), name, name if is_class else parent))
         lead = number + 1
     return _from_marks(marks, len(lines))
+
+
+def _opened(line: str) -> int:
+    """How many more brackets a line opens than it closes."""
+    return sum(line.count(mark) for mark in "([{") - sum(line.count(mark) for mark in ")]}")
 
 
 def _from_marks(marks: Sequence[tuple[int, str | None, str | None]], total: int) -> list[_Section]:

@@ -90,6 +90,12 @@ def _to_unit(values: Floats) -> Floats:
     return (values - low) / (high - low) if high - low > 1e-12 else np.ones_like(values)
 
 
+def as_relevance(scores: Floats) -> Floats:
+    """Scores as relevance in 0..1: as shares of the best where they have a zero, else shifted to one."""
+    low, high = float(scores.min(initial=0.0)), float(scores.max(initial=0.0))
+    return scores / high if low >= 0 and high > 0 else _to_unit(scores)
+
+
 def mmr(relevance: Floats, similarity: NDArray[np.floating], k: int, lambda_: float) -> list[int]:
     """Maximal marginal relevance: indices of `k` candidates, picked one by one.
 

@@ -12,7 +12,6 @@ import logging
 import re
 from dataclasses import dataclass
 from html import unescape
-from html.parser import HTMLParser
 from typing import Literal
 
 from agentic_flow.agentdb.chunking import kind_of
@@ -34,7 +33,6 @@ _BOMS = (
 )
 _LATIN_HIGH_SHARE_MAX = 0.3
 
-_UNSEEN = frozenset({"script", "style", "template", "noscript", "svg"})
 _INLINE = frozenset(
     """
     a abbr b bdi bdo cite code data del dfn em font i ins kbd mark q s samp small span strong sub sup time tt
@@ -117,7 +115,8 @@ def _declared(data: bytes) -> str | None:
         match = _CODING.match(line)
         if match:
             try:
-                return data.decode(codecs.lookup(match[1].decode("ascii")).name)
+                text = data.decode(codecs.lookup(match[1].decode("ascii")).name)
+                return text.encode("utf-8", "replace").decode()  # some codecs give lone surrogates
             except (LookupError, UnicodeError, TypeError):
                 return None  # an unknown codec, or one that is not for text
     return None
@@ -132,61 +131,57 @@ def _plain_lines(text: str) -> str:
 # HTML
 
 
+_MARKUP = re.compile(
+    r"<(?:(?P<unseen>script|style|template|noscript|svg)\b|(?P<comment>!--)|/?(?P<name>[a-z][a-z0-9]*)|[!?])",
+    re.IGNORECASE,
+)
+_TAG_REST = re.compile(r"[^<>]*>")
+_REFERENCE = re.compile(r"&(?:#\w{1,10}|\w{1,40});")
+
+
 def _html_text(text: str) -> str:
-    reader = _VisibleText()
-    reader.feed(text)
-    reader.close()
-    lines = reader.lines(text.count("\n") + 1)
-    return "\n".join(lines) + ("\n" if text.endswith("\n") else "")
+    """What a reader of the page sees, every piece on the line of the file where it stands.
 
-
-class _VisibleText(HTMLParser):
-    """Puts every piece of visible text on the line where it stands in the source.
-
-    The standard library's parser and not a faster one: it is the one that says where it is.
+    Markup is blanked where it stands; a parser's tree would have no line numbers. One pass, linear in the
+    text whatever is in it: a closing mark that was once not found is not looked for again.
     """
+    pieces: list[str] = []
+    missing: set[str] = set()
+    position = 0
+    while (found := _MARKUP.search(text, position)) is not None:
+        pieces.append(text[position : found.start()])
+        end = _end_of_unseen(text, found, missing)
+        if end is None:
+            rest = _TAG_REST.match(text, found.start() + 1)
+            if rest is None:  # a lone "<"
+                pieces.append("<")
+                position = found.start() + 1
+                continue
+            end = rest.end()
+        inline = (found["name"] or "").lower() in _INLINE
+        pieces.append(("" if inline else " ") + "\n" * text.count("\n", found.start(), end))
+        position = end
+    pieces.append(text[position:])
+    visible = _REFERENCE.sub(_referred, "".join(pieces))
+    return "\n".join(" ".join(line.split()) for line in visible.split("\n"))
 
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=False)
-        self._found: dict[int, list[str]] = {}
-        self._unseen: list[str] = []
 
-    def lines(self, total: int) -> list[str]:
-        return [" ".join("".join(self._found.get(number, ())).split()) for number in range(1, total + 1)]
+def _end_of_unseen(text: str, found: re.Match[str], missing: set[str]) -> int | None:
+    """Where a comment, or an element that is not shown, ends; None for everything else."""
+    kind = "comment" if found["comment"] else (found["unseen"] or "").lower()
+    if not kind or kind in missing:
+        return None
+    closing = "-->" if kind == "comment" else rf"</{kind}\s*>"
+    end = re.compile(closing, re.IGNORECASE).search(text, found.end())
+    if end is None:
+        missing.add(kind)
+        return None
+    return end.end()
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in _UNSEEN:
-            self._unseen.append(tag)
-        self._break(tag)
 
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._break(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in self._unseen:
-            while self._unseen.pop() != tag:
-                pass
-        self._break(tag)
-
-    def handle_data(self, data: str) -> None:
-        if not self._unseen:
-            start = self.getpos()[0]
-            for offset, line in enumerate(data.split("\n")):
-                self._found.setdefault(start + offset, []).append(line)
-
-    def handle_entityref(self, name: str) -> None:
-        self._reference(f"&{name};")
-
-    def handle_charref(self, name: str) -> None:
-        self._reference(f"&#{name};")
-
-    def _reference(self, written: str) -> None:
-        # What a reference stands for may be a line break, but it is on this line.
-        self.handle_data(_ODD_BREAKS.sub(" ", unescape(written)).replace("\n", " ").replace("\r", " "))
-
-    def _break(self, tag: str) -> None:
-        if tag not in _INLINE:
-            self._found.setdefault(self.getpos()[0], []).append(" ")
+def _referred(reference: re.Match[str]) -> str:
+    # What a reference stands for may be a line break, but it stands on this line.
+    return _ODD_BREAKS.sub(" ", unescape(reference[0])).replace("\n", " ").replace("\r", " ")
 
 
 # PDF

@@ -83,6 +83,12 @@ CHUNKS_PER_DOCUMENT_MAX = 100_000
 TEXT_MAX_BYTES = MIB
 METADATA_MAX_BYTES = MIB
 DIMENSION_MAX = 16_384
+VECTOR_ABS_MAX = 1e15
+"""Largest value of a vector: the sum of DIMENSION_MAX squared differences is still finite in float32."""
+DIRECTION_ABS_MIN = 1e-15
+"""Least largest value of a vector under cosine: its square is still no zero in float32."""
+HALF_ABS_MAX = 65_504.0
+"""Largest value of float16."""
 PAGE_ITEMS_MAX = 1000
 KEY_CHARS_MAX = 256
 TENANT_CHARS_MAX = 128

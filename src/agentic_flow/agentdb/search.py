@@ -228,9 +228,7 @@ def _diversified(
     matrix = np.stack([np.frombuffer(vectors[int(keys[index])], layout.dtype) for index in pool])
     unit = matrix.astype(np.float32)
     unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
-    relevance = scores[pool]
-    spread = float(relevance.max() - relevance.min())
-    relevance = (relevance - relevance.min()) / spread if spread > 0 else np.ones_like(relevance)
+    relevance = ranking.as_relevance(scores[pool])
     picked = ranking.mmr(relevance, unit @ unit.T, len(pool), query.mmr_lambda)
     return [pool[index] for index in picked]
 

@@ -39,7 +39,7 @@ from agentic_flow.agentdb.records import (
     read_namespaces,
 )
 from agentic_flow.agentdb.search import SPELLING_WEIGHT, Mode, Request, run_search
-from agentic_flow.agentdb.vector_cache import VectorCache
+from agentic_flow.agentdb.vector_cache import Layout, VectorCache
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
 from agentic_flow.core.db import Database, rows
 from agentic_flow.core.errors import Conflict, InvalidInput, TooLarge
@@ -374,7 +374,7 @@ class AgentDB:
         vector: NDArray[np.float32] | None = None
         if query.mode != "text":
             if query.vector is not None:
-                vector = check_vector(query.vector, row.layout, "the query")
+                vector = _bounded_vector(query.vector, row.layout, "the query")
                 norm = float(np.linalg.norm(vector))
                 vector = vector / norm if row.metric == "cosine" else vector
             elif text and not row.brings_vectors:
@@ -486,7 +486,7 @@ class AgentDB:
         def check() -> tuple[list[bytes], dict[str, NDArray[np.float32]]]:
             metadata = [check_item(item) for item in items]
             brought = {
-                item.id: check_vector(item.vector, layout, f"item {item.id!r}")
+                item.id: _bounded_vector(item.vector, layout, f"item {item.id!r}")
                 for item in items
                 if item.vector is not None
             }
@@ -513,6 +513,23 @@ class AgentDB:
 
 def _layout(row: NamespaceRow) -> Any:
     return row.layout if row.brings_vectors else None
+
+
+def _bounded_vector(values: Sequence[float], layout: Layout, what: str) -> NDArray[np.float32]:
+    """The vector, if sums of squares stay within single precision and its values within what is stored.
+
+    Under cosine, half precision stores the unit vector: nothing overflows and small values are not lost.
+    """
+    vector = check_vector(values, layout, what)
+    cosine, half = layout.metric == "cosine", layout.vector_format == "f16"
+    most = schema.HALF_ABS_MAX if half and not cosine else schema.VECTOR_ABS_MAX
+    largest = float(np.abs(vector).max())
+    if largest > most or (cosine and largest < schema.DIRECTION_ABS_MIN):
+        raise InvalidInput(
+            f"{what} has a vector whose largest value is {largest!r}",
+            hint=f"scale vectors to lengths near 1; values go up to {most:g}",
+        )
+    return vector / np.float32(np.linalg.norm(vector)) if cosine and half else vector
 
 
 def _checked_ids(ids: Sequence[str]) -> str:

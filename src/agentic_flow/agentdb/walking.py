@@ -215,7 +215,7 @@ def _ignore_file(descriptor: int, depth: int, entries: list[os.DirEntry[str]]) -
     finally:
         os.close(opened_file)
     kept: list[str] = []
-    for line in data.decode("utf-8", "replace").splitlines():
+    for line in data.decode("utf-8-sig", "replace").splitlines():
         try:
             GitIgnoreSpec.from_lines([line])
         except ValueError:

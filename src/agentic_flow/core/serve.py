@@ -115,11 +115,16 @@ def bind(service: str, host: str, port: int) -> socket.socket:
     return listener
 
 
-def _check_host(app: Starlette, host: str) -> None:
-    if app.state.auth_required or is_loopback(host):
+def check_host(service: str, host: str, *, auth_required: bool) -> None:
+    """Refuse an address that others can reach while no credential is asked for.
+
+    Raises:
+        InvalidSettings: names the service and the address.
+    """
+    if auth_required or is_loopback(host):
         return
     raise InvalidSettings(
-        f"{app.state.service} would listen on {host!r} for everybody, without authentication",
+        f"{service} would listen on {host!r} for everybody, without authentication",
         hint=f"set {env_name('auth.required')}=true, or listen on 127.0.0.1",
     )
 

@@ -18,7 +18,7 @@ from starlette.routing import BaseRoute, Route
 
 from agentic_flow.core.auth import DEFAULT_TENANT, LOCAL_OWNER, Authenticator
 from agentic_flow.core.errors import AgenticFlowError, InvalidInput
-from agentic_flow.core.serve import bind, serve
+from agentic_flow.core.serve import bind, check_host, serve
 from agentic_flow.core.settings import Settings
 from agentic_flow.core.web import create_app, json_response, require
 from agentic_flow.runtime.build import SERVICES, Runtime, definition_catalog
@@ -61,7 +61,8 @@ async def serve_services(
     host = settings.serve.host
     ports = {name: int(getattr(settings.serve, f"{name}_port")) for name in chosen}
     for name, port in ports.items():
-        # Asked before anything is opened, so that a taken port leaves no trace; `serve` binds them for good.
+        # Asked before anything is opened, so that a refusal leaves no trace; `serve` binds them for good.
+        check_host(name, host, auth_required=settings.auth.required)
         bind(name, host, port).close()
     async with Runtime(settings, serves=chosen) as runtime:
         apps = await _Apps(runtime, on_owner_key).build(chosen)

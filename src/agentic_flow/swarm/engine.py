@@ -869,7 +869,7 @@ def _serializer() -> Any:
             raw: Any = (
                 orjson.loads(serialized_data) if serialized_data.startswith(f'{{"{ERROR_KEY}"') else None
             )
-            if isinstance(raw, dict):
+            if isinstance(raw, dict) and len(cast(JsonObject, raw)) == 1:
                 return from_problem(cast(JsonObject, raw)[ERROR_KEY])
             return decoded(serialized_data)
 

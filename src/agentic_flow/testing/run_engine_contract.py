@@ -165,7 +165,7 @@ async def keeps_accepting_when_the_caller_leaves(case: RunEngineCase) -> None:
         return {}
 
     async with case.engine(flow=flow) as engine:
-        for turns in range(12):
+        for turns in range(40):
             workflow_id = case.id(f"left-{turns}")
             start = asyncio.ensure_future(engine.start(case.id("flow"), workflow_id, {}, tenant=TENANT))
             for _ in range(turns):

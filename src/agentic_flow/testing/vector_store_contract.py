@@ -1,430 +1,561 @@
-"""What every `VectorStore` must do, embedded or over HTTP.
+"""What every `VectorStore` must do, whether it is embedded or reached over HTTP.
 
-A test gives `VectorStoreContract` a factory of empty stores and runs each scenario of `SCENARIOS`. Another
-implementation imports this module and does the same.
+A test module gives `run_all` a store; tenants are made up by the scenarios, so one store serves all of them.
+Another implementation imports this module and does the same.
 """
 
 from __future__ import annotations
 
 import math
+import random
+import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
-from typing import Any, TypeVar
+from typing import Any
 
-from agentic_flow.core.errors import AgenticFlowError, Conflict, InvalidInput, NotFound, TooLarge
+from agentic_flow.agentdb.filters import matches
+from agentic_flow.core.errors import AgenticFlowError, Conflict, InvalidInput, NotFound
 from agentic_flow.core.ports import VectorStore
-from agentic_flow.core.vectors import Document, Fingerprint, Item, SearchQuery
+from agentic_flow.core.vectors import Document, Fingerprint, Item, SearchQuery, SearchResult
 
-E = TypeVar("E", bound=AgenticFlowError)
+SPACE = "notes"
+TENANTS = 50
 
-Advance = Callable[[float], None]
-StoreFactory = Callable[[], AbstractAsyncContextManager[tuple[VectorStore, Advance]]]
-"""Opens an empty store and gives the function that moves its clock, in seconds."""
-
-TENANT, OTHER = "acme", "rival"
-START_S = 1_700_000_000.0
-"""What the clock of a store under test says at first."""
-
-TEXTS = {
-    "fox": "The quick brown fox jumps over the lazy dog.",
-    "parser": "def parseConfigFile(path): read the settings file and return a mapping",
-    "socket": "class SocketServer: accept connections and answer each in its own thread",
-    "cycle": "raise CycleError when the graph of prerequisites has a cycle",
-    "cache": "least recently used entries are evicted from the cache first",
-}
+Scenario = Callable[[VectorStore], Awaitable[None]]
 
 
-async def raises(kind: type[E], call: Awaitable[Any]) -> E:
-    """The error that the call raised; it must be of this kind and say what to do."""
-    caught: E | None = None
-    try:
-        await call
-    except kind as error:
-        caught = error
-    assert caught is not None, f"{kind.__name__} was not raised"
-    assert caught.hint, f"{kind.__name__} without a hint: {caught.message}"
-    return caught
+async def namespaces_are_made_once(store: VectorStore) -> None:
+    """The same settings twice are one namespace; others are a Conflict; made anew it is empty."""
+    tenant = "t-namespaces"
+    first = await store.create_namespace(tenant, SPACE)
+    assert await store.create_namespace(tenant, SPACE) == first
+    await fails(Conflict, store.create_namespace(tenant, SPACE, metric="dot"))
+    await fails(Conflict, store.create_namespace(tenant, SPACE, dimension=3))
+    await store.create_namespace(tenant, "also", metric="euclidean", dimension=3)
+    await store.upsert(tenant, SPACE, [Item(id="a", text="some words")])
+    listed = await store.namespaces(tenant)
+    assert [(space.name, space.items, space.metric) for space in listed] == [
+        ("also", 0, "euclidean"),
+        (SPACE, 1, "cosine"),
+    ]
+    assert await store.delete_namespace(tenant, SPACE) is True
+    assert await store.delete_namespace(tenant, SPACE) is False
+    await fails(NotFound, store.search(tenant, SPACE, SearchQuery(text="words")))
+    await store.create_namespace(tenant, SPACE, metric="dot", dimension=2)
+    assert (await store.list_items(tenant, SPACE)).items == ()
+    assert (await store.search(tenant, SPACE, SearchQuery(vector=(1.0, 0.0)))).hits == ()
 
 
-def items(*names: str, **metadata: Any) -> list[Item]:
-    return [Item(id=name, text=TEXTS[name], metadata={"name": name, **metadata}) for name in names]
+async def bad_names_are_refused(store: VectorStore) -> None:
+    """Names that could leave their folder, table or URL are refused, never cleaned up silently."""
+    for name in ("a b", "-a", "a/b", "x" * 129, "ä", "a\nb", 'a"b', "a\n"):
+        await fails(InvalidInput, store.create_namespace("t-names", name))
+    await fails(InvalidInput, store.create_namespace("t-names", SPACE, dimension=0))
+    await fails(InvalidInput, store.create_namespace("t-names", SPACE, dimension=10**6))
+    assert await store.namespaces("t-names") == []
 
 
-def document(path: str, *texts: str, sha256: str = "", mtime_ns: int = 1) -> Document:
-    """A document with one chunk per text, a line each."""
+async def unknown_namespaces_are_not_found(store: VectorStore) -> None:
+    """No call creates a namespace by accident or answers as if it were empty."""
+    tenant, mark = "t-unknown", Fingerprint(size_bytes=1, mtime_ns=1, sha256="0")
+    calls: list[Callable[[], Awaitable[Any]]] = [
+        lambda: store.upsert(tenant, "none", [Item(id="a")]),
+        lambda: store.get(tenant, "none", ["a"]),
+        lambda: store.delete(tenant, "none", ["a"]),
+        lambda: store.delete_where(tenant, "none", {"a": 1}),
+        lambda: store.list_items(tenant, "none"),
+        lambda: store.search(tenant, "none", SearchQuery(text="a")),
+        lambda: store.put_documents(tenant, "none", [Document(path="a", fingerprint=mark, chunks=())]),
+        lambda: store.fingerprints(tenant, "none"),
+        lambda: store.delete_documents(tenant, "none", ["a"]),
+    ]
+    for call in calls:
+        await fails(NotFound, call())
+    assert await store.namespaces(tenant) == []
+
+
+async def items_are_what_was_stored(store: VectorStore) -> None:
+    """Text, metadata, times and order survive: unicode, NUL bytes, quotes, nested and long values."""
+    tenant = "t-items"
+    await store.create_namespace(tenant, SPACE)
+    metadata = {
+        "none": None,
+        "flag": True,
+        "n": 2**53 + 1,
+        "x": 0.1,
+        "list": [1, {"ключ": "'\""}],
+        'key."q"': "v",
+    }
+    items = [
+        Item(id="plain", text="some words", metadata=metadata),
+        Item(id="empty"),
+        Item(id="no words", text="… !? —"),
+        Item(id="nul", text="before\x00after", metadata={"nul": "a\x00b"}),
+        Item(id="long", text="word " * 100_000),
+        Item(id="ид/🙂 'x'", text="日本語 текст"),
+        Item(id="late", text="later", expires_at_s=4e9),
+    ]
+    result = await store.upsert(tenant, SPACE, items)
+    assert result.ids == tuple(item.id for item in items)
+    assert (result.inserted, result.updated) == (len(items), 0)
+    wanted = ["late", "missing", *(item.id for item in items[:-1])]
+    found = await store.get(tenant, SPACE, wanted)
+    assert [item.id for item in found] == [item_id for item_id in wanted if item_id != "missing"]
+    stored = {item.id: item for item in found}
+    for item in items:
+        assert (stored[item.id].text, stored[item.id].metadata, stored[item.id].expires_at_s) == (
+            item.text,
+            item.metadata,
+            item.expires_at_s,
+        )
+        assert stored[item.id].version == 1
+        assert abs(stored[item.id].created_at_s - time.time()) < 3600
+    assert (await store.search(tenant, SPACE, SearchQuery(text="after"))).hits[0].item.id == "nul"
+
+
+async def versions_count_changes(store: VectorStore) -> None:
+    """A lost update: whoever writes over a version it has not seen is refused, with the whole batch."""
+    tenant = "t-versions"
+    await store.create_namespace(tenant, SPACE)
+    assert (await upsert_one(store, tenant, "a", "one", 0)) == 1
+    assert (await upsert_one(store, tenant, "a", "two", 1)) == 2
+    await fails(Conflict, upsert_one(store, tenant, "a", "three", 1))
+    await fails(Conflict, upsert_one(store, tenant, "a", "three", 0))
+    both = [Item(id="new", text="new"), Item(id="a", text="three")]
+    await fails(Conflict, store.upsert(tenant, SPACE, both, expected_version=0))
+    assert await ids_of(store, tenant) == ["a"], "a refused batch left something behind"
+    (kept,) = await store.get(tenant, SPACE, ["a"])
+    assert (kept.text, kept.version) == ("two", 2)
+    assert kept.updated_at_s >= kept.created_at_s
+    assert (await upsert_one(store, tenant, "a", "three", None)) == 3
+    await store.delete(tenant, SPACE, ["a"])
+    assert (await upsert_one(store, tenant, "a", "again", 0)) == 1
+    await fails(InvalidInput, store.upsert(tenant, SPACE, [Item(id="b"), Item(id="b")]))
+
+
+async def updates_replace_what_is_found(store: VectorStore) -> None:
+    """Stale index rows: the old words of a changed or deleted item must not find it."""
+    tenant = "t-updates"
+    await store.create_namespace(tenant, SPACE)
+    await store.upsert(tenant, SPACE, [Item(id="a", text="zebra stripes"), Item(id="b", text="walrus")])
+    await store.upsert(tenant, SPACE, [Item(id="a", text="giraffe neck")])
+    assert await found_by(store, tenant, text="zebra", mode="text") == []
+    assert await found_by(store, tenant, text="giraffe", mode="text") == ["a"]
+    assert (await found_by(store, tenant, text="giraffe neck", mode="vector"))[0] == "a"
+    assert await store.delete(tenant, SPACE, ["a", "a", "never"]) == 1
+    assert await found_by(store, tenant, text="giraffe", mode="text") == []
+    assert await found_by(store, tenant, text="giraffe", mode="vector") == ["b"]
+
+
+async def idempotency_keys_replay(store: VectorStore) -> None:
+    """A retried request is applied once and answered alike; a key is not lent to another request."""
+    tenant = "t-idempotency"
+    await store.create_namespace(tenant, SPACE)
+    item = Item(id="a", text="once")
+    first = await store.upsert(tenant, SPACE, [item], idempotency_key="k")
+    assert await store.upsert(tenant, SPACE, [item], idempotency_key="k") == first
+    assert (await store.get(tenant, SPACE, ["a"]))[0].version == 1
+    await fails(Conflict, store.upsert(tenant, SPACE, [Item(id="a", text="other")], idempotency_key="k"))
+    await store.create_namespace(tenant, "other")
+    elsewhere = await store.upsert(tenant, "other", [Item(id="z")], idempotency_key="k")
+    assert elsewhere.ids == ("z",), "keys of one namespace answered for another"
+
+
+async def expired_items_are_gone(store: VectorStore) -> None:
+    """Rows past their time must not be read, listed, counted, found or block a new version 1."""
+    tenant = "t-expiry"
+    await store.create_namespace(tenant, SPACE)
+    await store.upsert(
+        tenant,
+        SPACE,
+        [Item(id="old", text="walrus", expires_at_s=1.0), Item(id="new", text="walrus", expires_at_s=4e9)],
+    )
+    assert await ids_of(store, tenant) == ["new"]
+    assert [item.id for item in await store.get(tenant, SPACE, ["old", "new"])] == ["new"]
+    for mode in ("hybrid", "text", "vector"):
+        assert await found_by(store, tenant, text="walrus", mode=mode) == ["new"], mode
+    assert (await store.namespaces(tenant))[0].items == 1
+    assert await store.delete(tenant, SPACE, ["old"]) == 0
+    assert (await upsert_one(store, tenant, "old", "walrus again", 0)) == 1
+    assert await ids_of(store, tenant) == ["new", "old"]
+
+
+FILTERS: tuple[dict[str, Any], ...] = (
+    {"lang": "py"},
+    {"size": {"gte": 3, "lt": 9}},
+    {"lang": {"in": ["py", "md"]}},
+    {"note": {"exists": True}},
+    {"note": {"exists": False}},
+    {"and": [{"lang": "py"}, {"size": {"gt": 5}}]},
+    {"or": [{"lang": "md"}, {"size": 1}]},
+    {"not": {"lang": "py"}},
+    {"lang": {"ne": "py"}},
+    {"note": None},
+    {"rare": True},
+)
+
+
+async def filters_select_exactly(store: VectorStore) -> None:
+    """Listing, paging and deleting by a filter agree with the filter's definition."""
+    tenant = "t-filters"
+    items = await fill(store, tenant, 60)
+    for where in FILTERS:
+        expected = sorted(item.id for item in items if matches(where, item.metadata))
+        assert expected, f"{where} selects nothing, so it proves nothing"
+        assert await ids_of(store, tenant, where=where) == expected, where
+    for where in (
+        {"size": {"like": 3}},
+        {"and": 3},
+        {"or": [3]},
+        {"lang": {"in": "py"}},
+        {"size": {"gt": True}},
+    ):
+        await fails(InvalidInput, store.list_items(tenant, SPACE, where=where))
+        await fails(InvalidInput, store.search(tenant, SPACE, SearchQuery(text="word", filter=where)))
+    await fails(InvalidInput, store.delete_where(tenant, SPACE, {}))
+    gone = [item.id for item in items if matches(FILTERS[1], item.metadata)]
+    assert await store.delete_where(tenant, SPACE, FILTERS[1]) == len(gone)
+    assert await ids_of(store, tenant) == sorted({item.id for item in items} - set(gone))
+    assert await store.delete_where(tenant, SPACE, FILTERS[1]) == 0
+
+
+async def filters_never_cost_recall(store: VectorStore) -> None:
+    """Filtering after the nearest were picked: the few rows a filter admits must all be found."""
+    tenant = "t-recall"
+    items = await fill(store, tenant, 600)
+    for where in FILTERS:
+        expected = {item.id for item in items if matches(where, item.metadata)}
+        for mode in ("hybrid", "text", "vector"):
+            found = await found_by(store, tenant, text="common word", mode=mode, filter=where, k=1000)
+            assert set(found) == expected if len(expected) <= 200 else set(found) <= expected, (where, mode)
+            few = await found_by(store, tenant, text="common word", mode=mode, filter=where, k=5)
+            assert len(few) == min(5, len(expected)), (where, mode)
+            assert set(few) <= expected, (where, mode)
+
+
+async def pages_cover_everything(store: VectorStore) -> None:
+    """A page lost or repeated, also when rows go while paging; cursors of others are refused."""
+    tenant = "t-pages"
+    items = await fill(store, tenant, 25)
+    for limit in (1, 7, 25, 26):
+        seen: list[str] = []
+        cursor: str | None = None
+        while True:
+            page = await store.list_items(tenant, SPACE, cursor=cursor, limit=limit)
+            assert len(page.items) <= limit
+            seen += [item.id for item in page.items]
+            if (cursor := page.cursor) is None:
+                break
+        assert seen == sorted(item.id for item in items)
+    first = await store.list_items(tenant, SPACE, limit=10)
+    await store.delete(tenant, SPACE, [item.id for item in first.items])
+    second = await store.list_items(tenant, SPACE, cursor=first.cursor, limit=100)
+    assert [item.id for item in second.items] == sorted(item.id for item in items)[10:]
+    for cursor in ("%%%", "not a cursor", "é"):
+        await fails(InvalidInput, store.list_items(tenant, SPACE, cursor=cursor))
+    for limit in (0, -1, 10**6):
+        await fails(InvalidInput, store.list_items(tenant, SPACE, limit=limit))
+
+
+def document(path: str, texts: Sequence[str], sha256: str = "a") -> Document:
+    """A document of one chunk per text."""
+    chunks = tuple(
+        Item(
+            id=f"{path}:{line}-{line}",
+            text=text,
+            metadata={"path": path, "line_start": line, "line_end": line},
+        )
+        for line, text in enumerate(texts, 1)
+    )
     return Document(
         path=path,
-        fingerprint=Fingerprint(
-            size_bytes=sum(map(len, texts)), mtime_ns=mtime_ns, sha256=sha256 or repr(texts)
-        ),
-        chunks=tuple(
-            Item(
-                id=f"{path}:{number}-{number}",
-                text=text,
-                metadata={"path": path, "line_start": number, "line_end": number},
-            )
-            for number, text in enumerate(texts, start=1)
-        ),
+        fingerprint=Fingerprint(size_bytes=len(texts), mtime_ns=2**60 + 1, sha256=sha256),
+        chunks=chunks,
     )
 
 
-async def all_ids(store: VectorStore, tenant: str, namespace: str, **how: Any) -> list[str]:
-    """Ids of every item, page by page."""
-    found: list[str] = []
-    cursor: str | None = None
-    while True:
-        page = await store.list_items(tenant, namespace, cursor=cursor, **how)
-        found += [item.id for item in page.items]
-        cursor = page.cursor
-        if cursor is None:
-            return found
+async def documents_are_replaced_whole(store: VectorStore) -> None:
+    """Chunks of an older version left behind, fingerprints out of step, half of a refused batch stored."""
+    tenant = "t-documents"
+    await store.create_namespace(tenant, SPACE)
+    old = document("a.py", ["zebra one", "zebra two", "zebra three"])
+    other = document("b.py", ["walrus"])
+    assert await store.put_documents(tenant, SPACE, [old, other]) == 4
+    assert await store.fingerprints(tenant, SPACE) == {"a.py": old.fingerprint, "b.py": other.fingerprint}
+    new = document("a.py", ["giraffe"], "b")
+    assert await store.put_documents(tenant, SPACE, [new]) == 1
+    assert await ids_of(store, tenant) == ["a.py:1-1", "b.py:1-1"]
+    assert (await store.fingerprints(tenant, SPACE))["a.py"] == new.fingerprint
+    assert await found_by(store, tenant, text="zebra", mode="text") == []
+    assert await found_by(store, tenant, text="giraffe", mode="text") == ["a.py:1-1"]
+    (space,) = await store.namespaces(tenant)
+    assert (space.items, space.documents) == (2, 2)
+    stolen = Document(path="c.py", fingerprint=new.fingerprint, chunks=(Item(id="b.py:1-1", text="mine"),))
+    await fails(Conflict, store.put_documents(tenant, SPACE, [document("d.py", ["kept?"]), stolen]))
+    assert set(await store.fingerprints(tenant, SPACE)) == {"a.py", "b.py"}
+    await fails(InvalidInput, store.put_documents(tenant, SPACE, [old, old]))
+    assert await store.delete_documents(tenant, SPACE, ["a.py", "never.py"]) == 1
+    assert await ids_of(store, tenant) == ["b.py:1-1"]
+    assert set(await store.fingerprints(tenant, SPACE)) == {"b.py"}
+    assert await found_by(store, tenant, text="giraffe", mode="text") == []
 
 
-class VectorStoreContract:
-    """The scenarios. Each opens a store of its own.
-
-    Args:
-        factory: Opens an empty store whose clock starts at START_S.
-    """
-
-    def __init__(self, factory: StoreFactory) -> None:
-        self._factory = factory
-
-    async def check_namespaces(self) -> None:
-        """Creating twice gives the same; other settings conflict; deleting takes everything along."""
-        async with self._factory() as (store, _):
-            assert await store.namespaces(TENANT) == []
-            made = await store.create_namespace(TENANT, "docs")
-            assert made == await store.create_namespace(TENANT, "docs")
-            assert made.metric == "cosine"
-            assert made.dimension >= 256
-            await raises(Conflict, store.create_namespace(TENANT, "docs", metric="dot"))
-            await raises(Conflict, store.create_namespace(TENANT, "docs", dimension=3))
-            await store.create_namespace(TENANT, "a.b:c-d_e", metric="euclidean", dimension=3)
-            await store.upsert(TENANT, "docs", items("fox", "cache"))
-            await store.put_documents(TENANT, "docs", [document("a.py", "one", "two")])
-            listed = await store.namespaces(TENANT)
-            assert [(n.name, n.items, n.documents) for n in listed] == [("a.b:c-d_e", 0, 0), ("docs", 4, 1)]
-            assert await store.delete_namespace(TENANT, "docs") is True
-            assert await store.delete_namespace(TENANT, "docs") is False
-            await raises(NotFound, store.get(TENANT, "docs", ["fox"]))
-            assert (await store.create_namespace(TENANT, "docs")).items == 0
-            assert (await store.search(TENANT, "docs", SearchQuery(text="fox"))).hits == ()
-
-    async def check_bad_names(self) -> None:
-        """Names that could mean something else are refused, not normalised."""
-        async with self._factory() as (store, _):
-            for name in ("a b", ".hidden", "x" * 129, "a/b", "ü"):
-                await raises(InvalidInput, store.create_namespace(TENANT, name))
-            await raises(InvalidInput, store.create_namespace(TENANT, "zero", dimension=0))
-
-    async def check_upsert_and_get(self) -> None:
-        """What went in comes out, in the order asked; versions grow; creation times stay."""
-        async with self._factory() as (store, advance):
-            await store.create_namespace(TENANT, "docs")
-            metadata = {"n": 1, "x": 1.5, "s": "ü\n", "none": None, "list": [1, {"a": True}]}
-            item = Item(id="weird/id ?#%&:1-2", text="some\ntext", metadata=metadata)
-            result = await store.upsert(TENANT, "docs", [item, *items("fox")])
-            assert (result.ids, result.versions) == ((item.id, "fox"), (1, 1))
-            assert (result.inserted, result.updated) == (2, 0)
-            got = await store.get(TENANT, "docs", ["fox", "absent", item.id, "fox"])
-            assert [found.id for found in got] == ["fox", item.id, "fox"]
-            assert (got[1].text, got[1].metadata, got[1].version) == (item.text, metadata, 1)
-            assert got[1].created_at_s == got[1].updated_at_s == START_S
-            advance(10)
-            again = await store.upsert(TENANT, "docs", [item.model_copy(update={"text": "new"})])
-            assert (again.versions, again.inserted, again.updated) == ((2,), 0, 1)
-            [changed] = await store.get(TENANT, "docs", [item.id])
-            assert (changed.text, changed.created_at_s, changed.updated_at_s) == (
-                "new",
-                START_S,
-                START_S + 10,
-            )
-            assert (await store.upsert(TENANT, "docs", [])).ids == ()
-
-    async def check_expected_version(self) -> None:
-        """The slower of two writers is refused, and a refused batch changes nothing."""
-        async with self._factory() as (store, _):
-            await store.create_namespace(TENANT, "docs")
-            await store.upsert(TENANT, "docs", items("fox"), expected_version=0)
-            await raises(Conflict, store.upsert(TENANT, "docs", items("fox"), expected_version=0))
-            await raises(Conflict, store.upsert(TENANT, "docs", items("cache"), expected_version=3))
-            await store.upsert(TENANT, "docs", items("fox", changed=1), expected_version=1)
-            await raises(Conflict, store.upsert(TENANT, "docs", items("cache", "fox"), expected_version=0))
-            assert await store.get(TENANT, "docs", ["cache"]) == []
-            [fox] = await store.get(TENANT, "docs", ["fox"])
-            assert (fox.version, fox.metadata["changed"]) == (2, 1)
-
-    async def check_idempotency(self) -> None:
-        """A repeated request answers as the first did and changes nothing; its key serves no other."""
-        async with self._factory() as (store, _):
-            await store.create_namespace(TENANT, "docs")
-            first = await store.upsert(TENANT, "docs", items("fox"), idempotency_key="k1")
-            assert await store.upsert(TENANT, "docs", items("fox"), idempotency_key="k1") == first
-            assert (await store.get(TENANT, "docs", ["fox"]))[0].version == 1
-            await raises(Conflict, store.upsert(TENANT, "docs", items("cache"), idempotency_key="k1"))
-            await store.create_namespace(TENANT, "more")
-            elsewhere = await store.upsert(TENANT, "more", items("cache"), idempotency_key="k1")
-            assert elsewhere.inserted == 1
-
-    async def check_expiry(self) -> None:
-        """No read shows an expired item, and its id is free again."""
-        async with self._factory() as (store, advance):
-            await store.create_namespace(TENANT, "docs")
-            short = items("fox")[0].model_copy(update={"expires_at_s": START_S + 60})
-            await store.upsert(TENANT, "docs", [short, *items("cache")])
-            assert (await store.get(TENANT, "docs", ["fox"]))[0].expires_at_s == START_S + 60
-            assert (await store.search(TENANT, "docs", SearchQuery(text="fox", k=1))).hits[0].item.id == "fox"
-            advance(60)
-            assert await store.get(TENANT, "docs", ["fox"]) == []
-            assert await all_ids(store, TENANT, "docs") == ["cache"]
-            for mode in ("hybrid", "vector", "text"):
-                query = SearchQuery.model_validate({"text": "quick fox", "mode": mode})
-                assert "fox" not in [h.item.id for h in (await store.search(TENANT, "docs", query)).hits]
-            assert (await store.namespaces(TENANT))[0].items == 1
-            assert await store.delete(TENANT, "docs", ["fox"]) == 0
-            renewed = await store.upsert(TENANT, "docs", items("fox"), expected_version=0)
-            assert renewed.versions == (1,)
-            assert await all_ids(store, TENANT, "docs") == ["cache", "fox"]
-
-    async def check_delete(self) -> None:
-        """Deleting counts what was there, and no side of the search finds it afterwards."""
-        async with self._factory() as (store, _):
-            await store.create_namespace(TENANT, "docs")
-            await store.upsert(TENANT, "docs", items(*TEXTS))
-            await store.search(TENANT, "docs", SearchQuery(text="fox"))
-            assert await store.delete(TENANT, "docs", ["fox", "absent"]) == 1
-            assert await store.delete_where(TENANT, "docs", {"name": {"in": ["cache", "cycle", "fox"]}}) == 2
-            await raises(InvalidInput, store.delete_where(TENANT, "docs", {}))
-            for mode in ("hybrid", "vector", "text"):
-                query = SearchQuery.model_validate({"text": "fox cache graph socket", "mode": mode})
-                found = {hit.item.id for hit in (await store.search(TENANT, "docs", query)).hits}
-                assert found <= {"parser", "socket"}, mode
-                assert "socket" in found, mode
-
-    async def check_paging(self) -> None:
-        """Pages join to everything exactly once, in id order, with and without a filter."""
-        async with self._factory() as (store, _):
-            await store.create_namespace(TENANT, "docs")
-            names = [f"item-{number:03d}" for number in range(57)]
-            await store.upsert(
-                TENANT,
-                "docs",
-                [
-                    Item(id=name, text=name, metadata={"even": number % 2 == 0})
-                    for number, name in enumerate(names)
-                ],
-            )
-            for limit in (1, 10, 57, 100):
-                assert await all_ids(store, TENANT, "docs", limit=limit) == names
-            assert await all_ids(store, TENANT, "docs", limit=7, where={"even": True}) == names[::2]
-            await raises(InvalidInput, store.list_items(TENANT, "docs", limit=0))
-            await raises(InvalidInput, store.list_items(TENANT, "docs", cursor="not ours!"))
-
-    async def check_filters(self) -> None:
-        """Each operator keeps what it says, in search as in listing; what is none is refused."""
-        async with self._factory() as (store, _):
-            await store.create_namespace(TENANT, "docs")
-            rows: list[dict[str, Any]] = [{"n": 1, "s": "a"}, {"n": 2.5, "s": "b"}, {"s": None}, {"n": True}]
-            await store.upsert(
-                TENANT,
-                "docs",
-                [Item(id=str(i), text="fox text", metadata=metadata) for i, metadata in enumerate(rows)],
-            )
-            wanted: list[tuple[dict[str, Any], list[str]]] = [
-                ({}, ["0", "1", "2", "3"]),
-                ({"n": 1.0}, ["0"]),
-                ({"n": True}, ["3"]),
-                ({"s": None}, ["2"]),
-                ({"s": {"ne": "a"}}, ["1", "2", "3"]),
-                ({"n": {"gt": 1, "lte": 2.5}}, ["1"]),
-                ({"s": {"gte": "a", "lt": "b"}}, ["0"]),
-                ({"s": {"in": ["b", None, 7]}}, ["1", "2"]),
-                ({"s": {"exists": False}}, ["3"]),
-                ({"or": [{"n": 1}, {"n": True}]}, ["0", "3"]),
-                ({"not": {"n": {"exists": True}}, "s": {"exists": True}}, ["2"]),
-                ({"and": [{"s": "a"}, {"n": 2}]}, []),
-                ({"n' OR 1=1 --": 1}, []),
-            ]
-            for where, expected in wanted:
-                assert await all_ids(store, TENANT, "docs", where=where) == expected, where
-                for mode in ("hybrid", "vector", "text"):
-                    query = SearchQuery.model_validate({"text": "fox", "mode": mode, "filter": where})
-                    found = (await store.search(TENANT, "docs", query)).hits
-                    assert sorted(hit.item.id for hit in found) == expected, (mode, where)
-            refused: Sequence[dict[str, Any]] = (
-                {"n": {"almost": 1}}, {"n": {}}, {"n": {"in": 3}}, {"and": {}}, {"not": []},
-                {"n": {"gt": None}}, {"n": [1]}, {"n": {"exists": 1}},
-            )  # fmt: skip
-            for where in refused:
-                await raises(InvalidInput, store.list_items(TENANT, "docs", where=where))
-            deep: dict[str, Any] = {"n": 1}
-            for _ in range(40):
-                deep = {"not": deep}
-            await raises(InvalidInput, store.list_items(TENANT, "docs", where=deep))
-
-    async def check_search_modes(self) -> None:
-        """Each mode finds by its own side, says what it did, and refuses a query it cannot serve."""
-        async with self._factory() as (store, _):
-            made = await store.create_namespace(TENANT, "docs")
-            await store.upsert(TENANT, "docs", items(*TEXTS))
-            for mode in ("hybrid", "vector", "text"):
-                query = SearchQuery.model_validate({"text": "parse config", "mode": mode, "k": 2})
-                found = await store.search(TENANT, "docs", query)
-                assert found.hits[0].item.id == "parser", mode
-                assert (found.mode, found.embedder_id) == (mode, made.embedder_id)
-                scores = [hit.score for hit in found.hits]
-                assert scores == sorted(scores, reverse=True)
-                assert set(found.hits[0].score_parts) >= {"hybrid": {"text", "vector"}}.get(mode, {mode})
-            # Inflected words and the parts of identifiers are the same words.
-            text = SearchQuery(text="parsing configs", mode="text")
-            assert (await store.search(TENANT, "docs", text)).hits[0].item.id == "parser"
-            # Spelling alone: no whole word is shared.
-            vector = SearchQuery(text="prerequisit graf", mode="vector", k=1)
-            assert (await store.search(TENANT, "docs", vector)).hits[0].item.id == "cycle"
-            await raises(InvalidInput, store.search(TENANT, "docs", SearchQuery()))
-            await raises(InvalidInput, store.search(TENANT, "docs", SearchQuery(mode="text", vector=(1.0,))))
-            await raises(NotFound, store.search(TENANT, "absent", SearchQuery(text="fox")))
-            # Operators of the full-text language are only words.
-            for odd in ('"', "fox AND", "NEAR(", "text: *", "'; DROP TABLE items", "\x00fox"):
-                await store.search(TENANT, "docs", SearchQuery(text=odd))
-
-    async def check_own_vectors(self) -> None:
-        """Vectors that callers bring keep their values and are compared by the namespace's metric."""
-        async with self._factory() as (store, _):
-            points = {"east": (1.0, 0.0), "north": (0.0, 1.0), "far": (10.0, 1.0)}
-            best = {"cosine": "east", "dot": "far", "euclidean": "east"}
-            for metric, nearest in best.items():
-                await store.create_namespace(TENANT, metric, metric=metric, dimension=2)  # pyright: ignore[reportArgumentType]
-                await store.upsert(
-                    TENANT, metric, [Item(id=name, text=name, vector=point) for name, point in points.items()]
-                )
-                found = await store.search(TENANT, metric, SearchQuery(vector=(1.0, 0.02), k=3))
-                assert found.hits[0].item.id == nearest, metric
-                assert (found.mode, found.semantic) == ("vector", False)
-                assert (await store.get(TENANT, metric, ["far"]))[0].vector == points["far"]
-                # Text alone is searched as text, and the answer says so.
-                texted = await store.search(TENANT, metric, SearchQuery(text="north"))
-                assert (texted.mode, [hit.item.id for hit in texted.hits]) == ("text", ["north"])
-            for vector in (
-                (1.0,),
-                (1.0, 2.0, 3.0),
-                (math.nan, 1.0),
-                (math.inf, 1.0),
-                (0.0, 0.0),
-                (1e39, 0.0),
-            ):
-                if all(map(math.isfinite, vector)):
-                    bad = Item(id="bad", vector=vector)
-                    await raises(InvalidInput, store.upsert(TENANT, "cosine", [bad]))
-                    await raises(InvalidInput, store.search(TENANT, "cosine", SearchQuery(vector=vector)))
-            await raises(InvalidInput, store.upsert(TENANT, "cosine", [Item(id="bare", text="no vector")]))
-            assert await all_ids(store, TENANT, "cosine") == ["east", "far", "north"]
-
-    async def check_diversity(self) -> None:
-        """MMR prefers something new to a copy; `per_document` limits what one document may take."""
-        async with self._factory() as (store, _):
-            await store.create_namespace(TENANT, "docs", dimension=3)
-            near = {"a": (1.0, 0.0, 0.0), "a-copy": (0.999, 0.001, 0.0), "b": (0.9, 0.0, 0.436)}
-            await store.upsert(TENANT, "docs", [Item(id=i, text=i, vector=v) for i, v in near.items()])
-            plain = SearchQuery(vector=(1.0, 0.0, 0.1), k=2)
-            ids = [hit.item.id for hit in (await store.search(TENANT, "docs", plain)).hits]
-            assert set(ids) == {"a", "a-copy"}
-            diverse = plain.model_copy(update={"mmr_lambda": 0.3})
-            ids = [hit.item.id for hit in (await store.search(TENANT, "docs", diverse)).hits]
-            assert "b" in ids
-            await store.create_namespace(TENANT, "files")
-            await store.put_documents(
-                TENANT,
-                "files",
-                [document("big.txt", *(f"fox number {n}" for n in range(9))), document("small.txt", "a fox")],
-            )
-            query = SearchQuery(text="fox", k=10, per_document=2)
-            paths = [h.item.metadata["path"] for h in (await store.search(TENANT, "files", query)).hits]
-            assert sorted(paths) == ["big.txt", "big.txt", "small.txt"]
-
-    async def check_documents(self) -> None:
-        """Replacing a document leaves nothing of the old one; equal content may refresh its times only."""
-        async with self._factory() as (store, _):
-            await store.create_namespace(TENANT, "docs")
-            one, two = document("a.py", "alpha", "beta"), document("b/c.md", "gamma")
-            assert await store.put_documents(TENANT, "docs", [one, two]) == 3
-            assert await store.fingerprints(TENANT, "docs") == {
-                "a.py": one.fingerprint,
-                "b/c.md": two.fingerprint,
-            }
-            assert await all_ids(store, TENANT, "docs") == ["a.py:1-1", "a.py:2-2", "b/c.md:1-1"]
-            assert await store.put_documents(TENANT, "docs", [document("a.py", "delta")]) == 1
-            assert await all_ids(store, TENANT, "docs") == ["a.py:1-1", "b/c.md:1-1"]
-            for mode in ("hybrid", "vector", "text"):
-                query = SearchQuery.model_validate({"text": "alpha delta", "mode": mode})
-                texts = [h.item.text for h in (await store.search(TENANT, "docs", query)).hits]
-                assert texts[0] == "delta"
-                assert "alpha" not in texts
-            touched = two.model_copy(
-                update={"chunks": (), "fingerprint": two.fingerprint.model_copy(update={"mtime_ns": 99})}
-            )
-            await store.put_documents(TENANT, "docs", [touched])
-            assert (await store.fingerprints(TENANT, "docs"))["b/c.md"].mtime_ns == 99
-            assert len(await store.get(TENANT, "docs", ["b/c.md:1-1"])) == 1
-            emptied = document("b/c.md", sha256="other")
-            await store.put_documents(TENANT, "docs", [emptied])
-            assert await store.get(TENANT, "docs", ["b/c.md:1-1"]) == []
-            assert await store.delete_documents(TENANT, "docs", ["a.py", "absent"]) == 1
-            assert set(await store.fingerprints(TENANT, "docs")) == {"b/c.md"}
-            assert await all_ids(store, TENANT, "docs") == []
-
-    async def check_documents_are_atomic(self) -> None:
-        """One bad document of a batch, and none of the batch is stored."""
-        async with self._factory() as (store, _):
-            await store.create_namespace(TENANT, "docs")
-            await store.upsert(TENANT, "docs", [Item(id="taken.py:1-1", text="mine")])
-            batch = [document("good.py", "fine"), document("taken.py", "stolen")]
-            await raises(Conflict, store.put_documents(TENANT, "docs", batch))
-            assert await store.fingerprints(TENANT, "docs") == {}
-            assert await all_ids(store, TENANT, "docs") == ["taken.py:1-1"]
-            twice = [document("a.py", "x"), document("a.py", "y")]
-            await raises(InvalidInput, store.put_documents(TENANT, "docs", twice))
-
-    async def check_tenants_are_walls(self) -> None:
-        """Equal names in two tenants are two things; nothing of one shows in the other."""
-        async with self._factory() as (store, _):
-            for tenant in (TENANT, OTHER):
-                await store.create_namespace(tenant, "docs")
-            await store.upsert(TENANT, "docs", items("fox", "cache"))
-            await store.put_documents(TENANT, "docs", [document("secret.py", "the secret fox")])
-            assert (await store.namespaces(OTHER))[0].items == 0
-            assert await store.get(OTHER, "docs", ["fox"]) == []
-            assert await all_ids(store, OTHER, "docs") == []
-            assert await store.fingerprints(OTHER, "docs") == {}
-            assert await store.delete(OTHER, "docs", ["fox"]) == 0
-            assert await store.delete_where(OTHER, "docs", {"name": "fox"}) == 0
-            assert await store.delete_documents(OTHER, "docs", ["secret.py"]) == 0
-            await store.upsert(
-                OTHER, "docs", [Item(id="fox", text="another fox entirely")], expected_version=0
-            )
-            before = await store.search(OTHER, "docs", SearchQuery(text="fox"))
-            assert [hit.item.text for hit in before.hits] == ["another fox entirely"]
-            # Scores, too, must not tell how many rows the neighbour has.
-            await store.upsert(TENANT, "docs", [Item(id=str(n), text="fox fox fox") for n in range(50)])
-            assert await store.search(OTHER, "docs", SearchQuery(text="fox")) == before
-            await store.create_namespace(TENANT, "only-mine")
-            await raises(NotFound, store.search(OTHER, "only-mine", SearchQuery(text="fox")))
-            assert await store.delete_namespace(OTHER, "only-mine") is False
-            assert await store.erase_tenant(TENANT) == 53
-            assert await store.erase_tenant(TENANT) == 0
-            assert await store.namespaces(TENANT) == []
-            assert await store.search(OTHER, "docs", SearchQuery(text="fox")) == before
-
-    async def check_limits(self) -> None:
-        """What is past a limit is refused by name, and nothing of it is stored."""
-        async with self._factory() as (store, _):
-            await store.create_namespace(TENANT, "docs")
-            await raises(TooLarge, store.upsert(TENANT, "docs", [Item(id="big", text="x" * (1 << 20) + "x")]))
-            heavy = Item(id="heavy", metadata={"blob": "x" * (1 << 20)})
-            await raises(TooLarge, store.upsert(TENANT, "docs", [heavy]))
-            await raises(InvalidInput, store.upsert(TENANT, "docs", items("fox", "fox")))
-            assert await all_ids(store, TENANT, "docs") == []
+async def the_right_item_is_found(store: VectorStore) -> None:
+    """Searching by words, by parts of identifiers and by likeness of spelling; scores descend."""
+    tenant = "t-search"
+    await store.create_namespace(tenant, SPACE)
+    texts = {
+        "loop": "def call_soon_threadsafe(self, callback): schedules a callback from another thread",
+        "cancel": "The task was cancelled while it waited for the lock",
+        "json": "Serialise an object to a JSON formatted string",
+        "mail": "Parse the headers of an electronic mail message",
+        "zip": "Compress files into an archive",
+    }
+    await store.upsert(tenant, SPACE, [Item(id=name, text=text) for name, text in texts.items()])
+    for words, right in (
+        ("threadsafe callback", "loop"),
+        ("callSoonThreadsafe", "loop"),
+        ("how do I serialise an object?", "json"),
+        ("mail headers", "mail"),
+        ("compress archive", "zip"),
+    ):
+        for mode in ("hybrid", "text"):
+            assert (await found_by(store, tenant, text=words, mode=mode))[0] == right, (words, mode)
+    # No word of it is stored: likeness finds it.
+    assert (await found_by(store, tenant, text="cancellation", mode="vector"))[0] == "cancel"
+    assert (await found_by(store, tenant, text="cancellation"))[0] == "cancel"
+    result = await store.search(tenant, SPACE, SearchQuery(text="callback thread lock", k=1000))
+    scores = [hit.score for hit in result.hits]
+    assert scores == sorted(scores, reverse=True)
+    assert len({hit.item.id for hit in result.hits}) == len(result.hits) <= len(texts)
+    assert result.mode == "hybrid"
+    assert all(hit.item.text == texts[hit.item.id] for hit in result.hits)
+    assert await found_by(store, tenant, text="callback", k=1) == ["loop"]
+    assert await found_by(store, tenant, text="xylophone", mode="text") == []
+    again = await store.search(tenant, SPACE, SearchQuery(text="callback thread lock", k=1000))
+    assert again == result, "the same query gave another answer"
+    for query in (SearchQuery(), SearchQuery(text="  "), SearchQuery(mode="text", vector=(1.0,))):
+        await fails(InvalidInput, store.search(tenant, SPACE, query))
 
 
-SCENARIOS = tuple(name for name in vars(VectorStoreContract) if name.startswith("check_"))
+async def odd_queries_are_answered(store: VectorStore) -> None:
+    """Operators of the full-text language, quotes, NUL and emptiness must not reach the query parser."""
+    tenant = "t-odd"
+    await store.create_namespace(tenant, SPACE)
+    assert (await store.search(tenant, SPACE, SearchQuery(text="anything"))).hits == ()
+    await store.upsert(tenant, SPACE, [Item(id="a", text="near and not or words"), Item(id="b")])
+    for text in ('"', "a AND", "NEAR(", "*", "x:y", "^a", "text : {", "(", "\x00", "and\x00not", "'--", "日本",
+                 "a" * 30_000, "word " * 10_000, "🙂"):  # fmt: skip
+        for mode in ("hybrid", "text", "vector"):
+            result = await store.search(tenant, SPACE, SearchQuery(text=text, mode=mode))
+            assert {hit.item.id for hit in result.hits} <= {"a", "b"}, (text[:20], mode)
+
+
+async def own_vectors_are_ranked_by_metric(store: VectorStore) -> None:
+    """The wrong metric, a wrong order, or a vector that does not fit accepted."""
+    tenant, rng = "t-vectors", random.Random(7)
+    vectors = {
+        f"v{i:02}": tuple(rng.uniform(-1, 1) * 10 ** rng.uniform(-1, 1) for _ in range(4)) for i in range(40)
+    }
+    query = (0.5, -1.0, 2.0, 0.1)
+    for metric in ("cosine", "dot", "euclidean"):
+        await store.create_namespace(tenant, metric, metric=metric, dimension=4)
+        await store.upsert(tenant, metric, [Item(id=key, vector=value) for key, value in vectors.items()])
+        result = await store.search(tenant, metric, SearchQuery(vector=query, k=40, mode="vector"))
+        expected = sorted(vectors, key=lambda key: -similarity(metric, query, vectors[key]))
+        assert [hit.item.id for hit in result.hits] == expected, metric
+        (back,) = await store.get(tenant, metric, ["v05"])
+        assert back.vector is not None
+        assert all(
+            abs(a - b) < 1e-5 * max(1, abs(b)) for a, b in zip(back.vector, vectors["v05"], strict=True)
+        )
+        for bad in ((1.0,), (1.0,) * 5, (1.0, 2.0, 3.0, 1e39)):
+            await fails(InvalidInput, store.upsert(tenant, metric, [Item(id="bad", vector=bad)]))
+            await fails(InvalidInput, store.search(tenant, metric, SearchQuery(vector=bad)))
+        await fails(InvalidInput, store.upsert(tenant, metric, [Item(id="bad", text="no vector")]))
+        assert (await store.get(tenant, metric, ["bad"])) == []
+
+
+async def extreme_vectors_keep_their_order(store: VectorStore) -> None:
+    """Values past half precision, or whose squares leave single precision: scores infinite, NaN or alike."""
+    tenant = "t-extreme"
+    for metric in ("dot", "euclidean"):
+        await store.create_namespace(tenant, metric, metric=metric, dimension=2)
+        items = [Item(id=str(i), vector=(1e6 * i, 1e3)) for i in range(1, 6)]
+        await store.upsert(tenant, metric, items)
+        result = await store.search(tenant, metric, SearchQuery(vector=(5e6, 1e3), k=5, mode="vector"))
+        assert [hit.item.id for hit in result.hits] == ["5", "4", "3", "2", "1"], metric
+    for metric in ("cosine", "dot", "euclidean"):
+        for name, size in (("huge", 1e14), ("tiny", 1e-14)):
+            space = f"{metric}-{name}"
+            await store.create_namespace(tenant, space, metric=metric, dimension=2)
+            items = [Item(id=str(i), vector=(size * i, size)) for i in range(1, 4)]
+            await store.upsert(tenant, space, items)
+            query = SearchQuery(vector=(3 * size, size), k=3, mode="vector")
+            result = await store.search(tenant, space, query)
+            assert [hit.item.id for hit in result.hits] == ["3", "2", "1"], space
+            assert all(math.isfinite(hit.score) for hit in result.hits), space
+            beyond = Item(id="beyond", vector=(1e30, 1.0))
+            await fails(InvalidInput, store.upsert(tenant, space, [beyond]))
+            await fails(InvalidInput, store.search(tenant, space, SearchQuery(vector=beyond.vector)))
+            if metric == "cosine":
+                for nothing in (0.0, 1e-30):
+                    item = Item(id="nothing", vector=(nothing, 0.0))
+                    await fails(InvalidInput, store.upsert(tenant, space, [item]))
+                    await fails(InvalidInput, store.search(tenant, space, SearchQuery(vector=item.vector)))
+                assert abs(result.hits[0].score - 1) < 1e-5, space
+
+
+async def hits_of_a_document_are_limited(store: VectorStore) -> None:
+    """One long document crowding out the others although per_document asks for variety."""
+    tenant = "t-perdocument"
+    await store.create_namespace(tenant, SPACE)
+    await store.put_documents(
+        tenant,
+        SPACE,
+        [document("long.py", [f"zebra number {i}" for i in range(30)])]
+        + [document(f"short{i}.py", ["a zebra among many other animals here"]) for i in range(4)],
+    )
+    await store.upsert(tenant, SPACE, [Item(id=f"loose{i}", text="zebra loose") for i in range(3)])
+    for mode in ("hybrid", "text", "vector"):
+        found = await found_by(store, tenant, text="zebra", mode=mode, per_document=2, k=100)
+        assert sum(item_id.startswith("long.py") for item_id in found) == 2, mode
+        assert sum(item_id.startswith("short") for item_id in found) == 4, mode
+        assert sum(item_id.startswith("loose") for item_id in found) == 3, "loose items are no document"
+        assert len(await found_by(store, tenant, text="zebra", mode=mode, k=100)) == 37
+
+
+async def mmr_prefers_novelty(store: VectorStore) -> None:
+    """Near duplicates filling the answer although the query asks for diversity."""
+    tenant = "t-mmr"
+    await store.create_namespace(tenant, SPACE, dimension=3)
+    same = [Item(id=f"same{i}", vector=(1.0, 0.001 * i, 0.0)) for i in range(5)]
+    await store.upsert(tenant, SPACE, [*same, Item(id="other", vector=(0.7, 0.0, 0.7))])
+    query = SearchQuery(vector=(1.0, 0.0, 0.1), k=2, mode="vector")
+    plain = await store.search(tenant, SPACE, query)
+    assert "other" not in {hit.item.id for hit in plain.hits}
+    varied = await store.search(tenant, SPACE, query.model_copy(update={"mmr_lambda": 0.3}))
+    assert varied.hits[0].item.id == plain.hits[0].item.id
+    assert varied.hits[1].item.id == "other"
+    relevance = await store.search(tenant, SPACE, query.model_copy(update={"mmr_lambda": 1.0}))
+    assert [hit.item.id for hit in relevance.hits] == [hit.item.id for hit in plain.hits]
+
+
+ALWAYS: tuple[Scenario, ...] = (
+    namespaces_are_made_once,
+    bad_names_are_refused,
+    unknown_namespaces_are_not_found,
+    items_are_what_was_stored,
+    versions_count_changes,
+    updates_replace_what_is_found,
+    idempotency_keys_replay,
+    expired_items_are_gone,
+    filters_select_exactly,
+    filters_never_cost_recall,
+    pages_cover_everything,
+    documents_are_replaced_whole,
+    the_right_item_is_found,
+    odd_queries_are_answered,
+    own_vectors_are_ranked_by_metric,
+    extreme_vectors_keep_their_order,
+    hits_of_a_document_are_limited,
+    mmr_prefers_novelty,
+)
+
+
+async def tenants_never_meet(store: VectorStore, *, seed: int) -> None:
+    """50 tenants with equal names, changed in random order: each sees what a dict of its own would hold."""
+    rng = random.Random(seed)
+    names = [f"tenant-{i}" for i in range(TENANTS)]
+    truth: dict[str, dict[str, str]] = {name: {} for name in names}
+    for name in names:
+        await store.create_namespace(name, SPACE)
+    for step in range(4 * TENANTS):
+        name = rng.choice(names)
+        item_id, secret = f"item{rng.randrange(4)}", f"secret{step}of{name.replace('-', '')}"
+        action = rng.randrange(5)
+        if action < 3:
+            await store.upsert(name, SPACE, [Item(id=item_id, text=secret, metadata={"k": "same"})])
+            truth[name][item_id] = secret
+        elif action == 3:
+            assert await store.delete(name, SPACE, [item_id]) == (truth[name].pop(item_id, None) is not None)
+        else:
+            assert await store.delete_where(name, SPACE, {"k": "same"}) == len(truth[name])
+            truth[name].clear()
+    every = " ".join(secret for held in truth.values() for secret in held.values())
+    for name in names:
+        page = await store.list_items(name, SPACE)
+        assert {item.id: item.text for item in page.items} == truth[name], (seed, name)
+        hits = (await store.search(name, SPACE, SearchQuery(text=every, k=1000))).hits
+        assert {hit.item.id: hit.item.text for hit in hits} == truth[name], (seed, name)
+    erased, *others = names
+    assert await store.erase_tenant(erased) == len(truth[erased])
+    assert await store.erase_tenant(erased) == 0
+    assert await store.namespaces(erased) == []
+    for name in others:
+        assert (await store.namespaces(name))[0].items == len(truth[name]), (seed, name)
+
+
+async def run_all(store: VectorStore) -> list[str]:
+    """Every scenario that applies to any store, in order; the names of those that ran."""
+    for check in ALWAYS:
+        await check(store)
+    return [getattr(check, "__name__", "") for check in ALWAYS]
+
+
+async def fails(kind: type[AgenticFlowError], call: Awaitable[Any]) -> None:
+    """Await a call that must raise exactly this kind, saying what was wrong."""
+    try:
+        result = await call
+    except AgenticFlowError as error:
+        assert type(error) is kind, f"{error!r} instead of {kind.__name__}"
+        assert error.message, "an error without a message"
+        return
+    raise AssertionError(f"{result!r} instead of {kind.__name__}")
+
+
+async def upsert_one(
+    store: VectorStore, tenant: str, item_id: str, text: str, expected_version: int | None
+) -> int:
+    """The version that one item got."""
+    item = Item(id=item_id, text=text)
+    return (await store.upsert(tenant, SPACE, [item], expected_version=expected_version)).versions[0]
+
+
+async def ids_of(store: VectorStore, tenant: str, *, where: dict[str, Any] | None = None) -> list[str]:
+    """Ids of one page that holds everything."""
+    page = await store.list_items(tenant, SPACE, where=where, limit=1000)
+    assert page.cursor is None
+    return [item.id for item in page.items]
+
+
+async def found_by(store: VectorStore, tenant: str, **query: Any) -> list[str]:
+    """Ids of the hits, best first."""
+    result: SearchResult = await store.search(tenant, SPACE, SearchQuery.model_validate(query))
+    return [hit.item.id for hit in result.hits]
+
+
+async def fill(store: VectorStore, tenant: str, count: int) -> list[Item]:
+    """Items that all match "common word", with metadata of several kinds; three of them are rare."""
+    await store.create_namespace(tenant, SPACE)
+    items: list[Item] = []
+    for i in range(count):
+        metadata: dict[str, Any] = {"lang": ("py", "md", "txt")[i % 3], "size": i % 12}
+        if i % 5 == 0:
+            metadata["note"] = None if i % 2 else f"note {i}"
+        if i in (7, 31, 53 % count):
+            metadata["rare"] = True
+        # The rare ones match worst: a ranking cut before the filter would lose them.
+        text = "common word " + ("filler text that dilutes " * 20 if "rare" in metadata else f"number {i}")
+        items.append(Item(id=f"i{i:04}", text=text, metadata=metadata))
+    await store.upsert(tenant, SPACE, items)
+    return items
+
+
+def similarity(metric: str, one: Sequence[float], other: Sequence[float]) -> float:
+    """The metric in plain Python; higher is closer."""
+    product = sum(a * b for a, b in zip(one, other, strict=True))
+    if metric == "dot":
+        return product
+    if metric == "cosine":
+        return product / (sum(a * a for a in one) * sum(b * b for b in other)) ** 0.5
+    return -(sum((a - b) ** 2 for a, b in zip(one, other, strict=True)) ** 0.5)
