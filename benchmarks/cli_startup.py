@@ -44,13 +44,24 @@ def cpu_s(arguments: list[str]) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+def measure(runs: int = 5) -> dict[str, float]:
+    """Case → CPU seconds, the best of `runs`."""
+    return {name: min(cpu_s(arguments) for _ in range(runs)) for name, arguments in CASES.items()}
+
+
+def table(figures: dict[str, float]) -> str:
+    """The figures as a Markdown table."""
+    rows = [f"| {name} | {seconds:.3f} |" for name, seconds in figures.items()]
+    return "\n".join(["| command | CPU s |", "|---|---|", *rows])
+
+
 def main() -> int:
     """Print the table; with `--check` fail when a claim does not hold."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="exit with 1 when a claim does not hold")
     parser.add_argument("--runs", type=int, default=5)
     options = parser.parse_args()
-    best = {name: min(cpu_s(arguments) for _ in range(options.runs)) for name, arguments in CASES.items()}
+    best = measure(options.runs)
     print(f"CPU seconds, best of {options.runs} (Python {sys.version.split()[0]})")
     for name, seconds in best.items():
         claim = f"  claim: under {LIMIT_S:g}" if name in CLAIMED else ""
