@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
@@ -137,6 +139,8 @@ def main() -> int:
     parser.add_argument("--task", choices=("ingest", "query", "queries"), help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    # Data on stdout, talk on stderr.
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     if options.task is not None:
         if options.task == "ingest":
             figures = asyncio.run(_ingest(options.data))

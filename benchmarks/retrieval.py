@@ -25,6 +25,7 @@ from types import ModuleType
 from typing import Any
 
 import apsw
+import structlog
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
@@ -174,6 +175,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Retrieval quality over the standard library.")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
+    # Data on stdout, talk on stderr.
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     figures = measure()
     print(json.dumps(figures) if options.json else table(figures))
     share = figures["share"]

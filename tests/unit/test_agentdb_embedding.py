@@ -7,6 +7,7 @@ import hashlib
 import subprocess
 import sys
 
+import apsw
 import numpy as np
 import pytest
 from hypothesis import given
@@ -89,3 +90,14 @@ def test_query_words() -> None:
     assert analysis.match_expression('say "hi" OR (x*') == '"say" OR "hi"'
     assert analysis.match_expression("?!") is None
     assert len(analysis.query_words(" ".join(f"word{n}" for n in range(500)))) == analysis.QUERY_WORDS_MAX
+
+
+@given(st.text(max_size=20))
+def test_any_question_is_a_valid_expression(text: str) -> None:
+    """Catches a character that means something to the full-text query language."""
+    expression = analysis.match_expression(text)
+    if expression is not None:
+        with apsw.Connection(":memory:") as connection:
+            connection.execute("CREATE VIRTUAL TABLE t USING fts5(x, tokenize='porter unicode61')")
+            connection.execute("SELECT * FROM t WHERE t MATCH ?", (expression,)).fetchall()
+        connection.close()

@@ -32,6 +32,7 @@ _BOMS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 _LATIN_HIGH_SHARE_MAX = 0.3
+_ASCII = bytes(range(128))
 
 _INLINE = frozenset(
     """
@@ -101,8 +102,8 @@ def decode(path: str, data: bytes) -> str:
             if declared is not None:
                 return declared
             text = data.decode("latin-1")
-            high = sum(character > "\x7f" for character in text)
-            if not _CONTROL.search(text) and high <= _LATIN_HIGH_SHARE_MAX * len(text):
+            high = len(data.translate(None, _ASCII))
+            if not _CONTROL.search(text) and high <= _LATIN_HIGH_SHARE_MAX * len(data):
                 return text
     raise BinaryContent(
         f"file {path!r} is binary ({len(data)} bytes)", hint="only text, HTML and PDF can be read as text"

@@ -1,9 +1,10 @@
 """Checking what callers bring, and turning rows of the file into values and back."""
 
-# ruff: noqa: S608 - SQL is put together from our own names; every value is bound
+
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,7 +21,7 @@ from agentic_flow.agentdb.vector_cache import Layout
 from agentic_flow.core.db import rows
 from agentic_flow.core.errors import DataCorrupted, InvalidInput, NotFound, TooLarge
 from agentic_flow.core.messages import JsonObject
-from agentic_flow.core.vectors import Item, Metric, Namespace
+from agentic_flow.core.vectors import Document, Item, Metric, Namespace
 
 CALLER = "caller"
 """`embedder_id` of namespaces whose vectors the caller brings."""
@@ -91,7 +92,9 @@ def read_namespaces(
     found = rows(
         connection,
         "SELECT name, dimension, metric, embedder_id, "
-        f"(SELECT count(*) FROM items WHERE namespace_id = namespaces.id AND {LIVE}), "
+        # Both counts are answered by an index alone, however many items there are.
+        "(SELECT count(*) FROM items WHERE namespace_id = namespaces.id) "
+        "- (SELECT count(*) FROM items WHERE namespace_id = namespaces.id AND expires_at_s <= ?), "
         "(SELECT count(*) FROM documents WHERE namespace_id = namespaces.id) "
         "FROM namespaces WHERE tenant = ? AND (? IS NULL OR name = ?) ORDER BY name",
         (now_s, check_tenant(tenant), name, name),
@@ -144,6 +147,12 @@ def check_item(item: Item) -> bytes:
             hint=f"at most {schema.TEXT_MAX_BYTES} bytes; store it in pieces",
         )
     _size(item.id, "an item id")
+    if "\0" in item.id:
+        raise InvalidInput(f"item id {item.id!r} contains NUL", hint="use printable characters")
+    if item.expires_at_s is not None and not math.isfinite(item.expires_at_s):
+        raise InvalidInput(
+            f"item {item.id!r} expires at {item.expires_at_s!r}", hint="give Unix seconds, or leave it out"
+        )
     try:
         metadata = orjson.dumps(item.metadata)
     except (orjson.JSONEncodeError, TypeError) as error:
@@ -157,6 +166,33 @@ def check_item(item: Item) -> bytes:
             hint=f"at most {schema.METADATA_MAX_BYTES}",
         )
     return metadata
+
+
+def json_list(texts: Sequence[str], what: str) -> str:
+    """The texts as one binding for `json_each`.
+
+    Raises:
+        InvalidInput: one of them is no valid Unicode.
+    """
+    try:
+        return orjson.dumps(list(texts)).decode()
+    except (orjson.JSONEncodeError, TypeError) as error:
+        raise InvalidInput(f"{what} cannot be read: {error}", hint="send valid Unicode") from None
+
+
+def check_document(document: Document) -> None:
+    """Raise InvalidInput or TooLarge unless the document can be stored, its chunks aside."""
+    if len(document.chunks) > schema.CHUNKS_PER_DOCUMENT_MAX:
+        raise TooLarge(
+            f"document {document.path!r} has {len(document.chunks)!r} chunks",
+            hint=f"at most {schema.CHUNKS_PER_DOCUMENT_MAX}",
+        )
+    _size(document.path, "a document path")
+    mark = document.fingerprint
+    if "\0" in document.path or not (0 <= mark.size_bytes < 2**63 and abs(mark.mtime_ns) < 2**63):
+        raise InvalidInput(
+            f"document {document.path!r} has an impossible path, size or time", hint="take them from the file"
+        )
 
 
 def _size(text: str, what: str) -> int:

@@ -18,7 +18,6 @@ from typing import Any, Self, TypeVar
 
 import apsw
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
 from agentic_flow.agentdb import schema, writing
@@ -31,9 +30,11 @@ from agentic_flow.agentdb.records import (
     LIVE,
     NamespaceRow,
     PreparedItem,
+    check_document,
     check_item,
     check_vector,
     find_namespace,
+    json_list,
     prepare,
     read_item,
     read_namespaces,
@@ -408,11 +409,7 @@ class AgentDB:
         if len({document.path for document in documents}) != len(documents):
             raise InvalidInput("a path occurs twice in one call", hint="send each document once")
         for document in documents:
-            if len(document.chunks) > schema.CHUNKS_PER_DOCUMENT_MAX:
-                raise TooLarge(
-                    f"document {document.path!r} has {len(document.chunks)!r} chunks",
-                    hint=f"at most {schema.CHUNKS_PER_DOCUMENT_MAX}",
-                )
+            check_document(document)
         row = await self._namespace(tenant, namespace)
         chunks = [chunk for document in documents for chunk in document.chunks]
         if len({chunk.id for chunk in chunks}) != len(chunks):
@@ -451,11 +448,12 @@ class AgentDB:
 
     async def delete_documents(self, tenant: str, namespace: str, paths: Sequence[str]) -> int:
         """See VectorStore; how many existed."""
+        wanted = json_list(paths, "the paths")
         now_s = self._clock.time_s()
 
         def job(connection: apsw.Connection) -> int:
             row = find_namespace(connection, tenant, namespace)
-            return writing.delete_documents(connection, row, paths, now_s)
+            return writing.delete_documents(connection, row, wanted, now_s)
 
         return await self._db.write(job)
 
@@ -535,7 +533,7 @@ def _bounded_vector(values: Sequence[float], layout: Layout, what: str) -> NDArr
 def _checked_ids(ids: Sequence[str]) -> str:
     if len(ids) > schema.IDS_PER_CALL_MAX:
         raise TooLarge(f"{len(ids)!r} ids in one call", hint=f"at most {schema.IDS_PER_CALL_MAX}")
-    return orjson.dumps(list(ids)).decode()
+    return json_list(ids, "the ids")
 
 
 def _request_digest(items: Sequence[Item], expected_version: int | None) -> str:

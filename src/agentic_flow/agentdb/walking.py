@@ -123,10 +123,11 @@ class _Walker:
 
     def single(self, path: Path) -> None:
         """A root that is one file."""
-        status = os.stat(path, follow_symlinks=False)
         shown = "/".join((*self.prefix, path.name))
-        with open(path, "rb"):
-            self._file(shown, (), status)
+        # The caller named it, link or not; what it stands for is what is read.
+        self.root = path.resolve(strict=True)
+        with self.root.open("rb") as file:
+            self._file(shown, (), os.fstat(file.fileno()))
 
     def folder(self, descriptor: int, parts: tuple[str, ...], ignores: Ignores) -> None:
         """Everything below an open folder."""

@@ -141,14 +141,12 @@ def put_document(
     return len(keys)
 
 
-def delete_documents(
-    connection: apsw.Connection, namespace: NamespaceRow, paths: Sequence[str], now_s: float
-) -> int:
-    """Remove documents with their chunks. Returns how many existed."""
+def delete_documents(connection: apsw.Connection, namespace: NamespaceRow, paths: str, now_s: float) -> int:
+    """Remove the documents of a JSON list of paths, with their chunks. Returns how many existed."""
     found = rows(
         connection,
         "SELECT id FROM documents WHERE namespace_id = ? AND path IN (SELECT value FROM json_each(?))",
-        (namespace.id, orjson.dumps(list(paths)).decode()),
+        (namespace.id, paths),
     )
     for (document_id,) in found:
         keys = _document_keys(connection, document_id)

@@ -65,7 +65,7 @@ async def serve(
     context = server_context(tls) if tls else None
     with ExitStack() as bound:
         for app, host, _ in apps:
-            _check_host(app, host)
+            check_host(app.state.service, host, auth_required=app.state.auth_required)
         sockets = [bound.enter_context(bind(app.state.service, host, port)) for app, host, port in apps]
         async with AsyncExitStack() as lifespans:
             for app, _, _ in apps:

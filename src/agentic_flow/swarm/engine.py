@@ -172,6 +172,8 @@ class DbosRunEngine:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(thread_name_prefix="agentic-flow"))
         await asyncio.to_thread(self._library.destroy)
         await asyncio.to_thread(heartbeat.stop)
+        if not heartbeat.has_begun:
+            return
         try:
             await asyncio.to_thread(self._leases.leave, self._executor_id)
         except AgenticFlowError as error:  # others then wait for the lease to run out
@@ -659,12 +661,14 @@ class _Heartbeat:
         self._leases = leases
         self._executor_id = executor_id
         self._interval_s = interval_s
+        self.has_begun = False
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="run-engine-heartbeat", daemon=True)
 
     def start(self) -> None:
         """Beat once now, so that others see this process, and then regularly."""
         self._leases.beat(self._executor_id)
+        self.has_begun = True
         self._thread.start()
 
     def stop(self) -> None:
@@ -809,7 +813,7 @@ class _LogToStructlog(logging.Handler):
     """What DBOS has to say. What happened to workflows is in the store and logged by the engine itself."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        log.info("durability_library_reported", level=record.levelname, text=record.getMessage())
+        log.info("durability_library_reported", severity=record.levelname, text=record.getMessage())
 
 
 @dataclass(frozen=True, slots=True)

@@ -185,7 +185,7 @@ class RunDatabase:
     def translate(self, error: SQLAlchemyError) -> AgenticFlowError:
         """What a database error means to a caller."""
         place = repr(str(self.file)) if self.file else "at swarm.database_url"
-        cause = str(getattr(error, "orig", None) or error).strip()
+        cause = " ".join(str(getattr(error, "orig", None) or error).split())
         if "not a database" in cause or "malformed" in cause:
             return DataCorrupted(
                 f"the run database {place} is damaged: {cause}", hint="restore it from a backup"

@@ -337,14 +337,19 @@ async def the_right_item_is_found(store: VectorStore) -> None:
         await fails(InvalidInput, store.search(tenant, SPACE, query))
 
 
+ODD_TEXTS = (
+    '"', "a AND", "NEAR(", "*", "x:y", "^a", "text : {", "(", "\x00", "and\x00not", "'--", "日本",
+    "a" * 30_000, "word " * 10_000, "🙂",
+)  # fmt: skip
+
+
 async def odd_queries_are_answered(store: VectorStore) -> None:
     """Operators of the full-text language, quotes, NUL and emptiness must not reach the query parser."""
     tenant = "t-odd"
     await store.create_namespace(tenant, SPACE)
     assert (await store.search(tenant, SPACE, SearchQuery(text="anything"))).hits == ()
     await store.upsert(tenant, SPACE, [Item(id="a", text="near and not or words"), Item(id="b")])
-    for text in ('"', "a AND", "NEAR(", "*", "x:y", "^a", "text : {", "(", "\x00", "and\x00not", "'--", "日本",
-                 "a" * 30_000, "word " * 10_000, "🙂"):  # fmt: skip
+    for text in ODD_TEXTS:
         for mode in ("hybrid", "text", "vector"):
             result = await store.search(tenant, SPACE, SearchQuery(text=text, mode=mode))
             assert {hit.item.id for hit in result.hits} <= {"a", "b"}, (text[:20], mode)
@@ -504,13 +509,15 @@ async def run_all(store: VectorStore) -> list[str]:
 
 async def fails(kind: type[AgenticFlowError], call: Awaitable[Any]) -> None:
     """Await a call that must raise exactly this kind, saying what was wrong."""
+    raised: AgenticFlowError | None = None
+    result: Any = None
     try:
         result = await call
     except AgenticFlowError as error:
-        assert type(error) is kind, f"{error!r} instead of {kind.__name__}"
-        assert error.message, "an error without a message"
-        return
-    raise AssertionError(f"{result!r} instead of {kind.__name__}")
+        raised = error
+    assert raised is not None, f"{result!r} instead of {kind.__name__}"
+    assert type(raised) is kind, f"{raised!r} instead of {kind.__name__}"
+    assert raised.message, "an error without a message"
 
 
 async def upsert_one(

@@ -1,0 +1,211 @@
+"""AgentDB among processes: kill -9 in the middle of an ingestion, and two processes on one folder."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import sys
+from asyncio.subprocess import PIPE
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from agentic_flow.agentdb import vector_cache
+from agentic_flow.agentdb.ingest import ingest
+from agentic_flow.agentdb.schema import MIGRATIONS
+from agentic_flow.agentdb.service import AgentDB
+from agentic_flow.agentdb.vector_cache import VectorCache
+from agentic_flow.core.db import Database, rows
+from agentic_flow.core.settings import AgentDBSettings
+from agentic_flow.core.vectors import Item, SearchQuery
+
+pytestmark = pytest.mark.anyio
+
+TENANT, NAMESPACE = "acme", "input"
+SETTINGS = AgentDBSettings(embedding_dimension=256)
+FILES = 400
+
+INGEST = """
+import asyncio, sys
+from pathlib import Path
+from agentic_flow.agentdb.ingest import ingest
+from agentic_flow.agentdb.service import AgentDB
+from agentic_flow.core.settings import AgentDBSettings
+
+async def main(data, root):
+    settings = AgentDBSettings(embedding_dimension=256)
+    async with AgentDB(Path(data), settings) as store:
+        await ingest(store, "acme", "input", {"root": Path(root)}, settings=settings,
+                     progress=lambda done, total: print(done, flush=True))
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+WRITE = """
+import asyncio, sys
+from pathlib import Path
+from agentic_flow.agentdb.service import AgentDB
+from agentic_flow.core.settings import AgentDBSettings
+from agentic_flow.core.vectors import Item
+
+async def main(data, name, count):
+    async with AgentDB(Path(data), AgentDBSettings(embedding_dimension=256)) as store:
+        await store.create_namespace("acme", "input")
+        for number in range(int(count)):
+            await store.upsert("acme", "input", [Item(id=f"{name}-{number}", text=f"{name} wrote {number}")])
+            print(number, flush=True)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+def many_files(root: Path) -> None:
+    for number in range(FILES):
+        folder = root / f"part{number % 7}"
+        folder.mkdir(parents=True, exist_ok=True)
+        body = "\n\n".join(f"Paragraph {p} of file {number}." for p in range(5))
+        (folder / f"file{number:03d}.md").write_text(f"# File {number}\n\n{body}\n", "utf-8")
+
+
+async def check_whole(data: Path) -> set[str]:
+    """Every stored document has all its chunks, and both indexes have them too. Returns the paths."""
+    async with AgentDB(data, SETTINGS) as store:
+        if not await store.namespaces(TENANT):
+            return set()
+        known = set(await store.fingerprints(TENANT, NAMESPACE))
+        found: dict[str, list[Item]] = {path: [] for path in known}
+        cursor: str | None = None
+        while True:
+            page = await store.list_items(TENANT, NAMESPACE, cursor=cursor, limit=1000)
+            for item in page.items:
+                found[item.metadata["path"]].append(item)  # a chunk without its document would be a KeyError
+            cursor = page.cursor
+            if cursor is None:
+                break
+        for path, chunks in found.items():
+            number = int(path[-6:-3])
+            text = "\n".join(chunk.text for chunk in sorted(chunks, key=lambda c: c.metadata["line_start"]))
+            assert f"# File {number}" in text
+            assert f"Paragraph 4 of file {number}." in text
+    return known
+
+
+async def test_kill_during_ingestion_loses_nothing_and_leaves_nothing_half(tmp_path: Path) -> None:
+    """Catches a document with some of its chunks, or an acknowledged one that is gone, after kill -9."""
+    root, data = tmp_path / "root", tmp_path / "data"
+    many_files(root)
+    chance = random.Random(7)
+    rounds = 0
+    while rounds < 12:
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", INGEST, str(data), str(root), stdout=PIPE
+        )
+        assert child.stdout is not None
+        acknowledged = 0
+        for _ in range(chance.randint(1, 4)):
+            line = await child.stdout.readline()
+            acknowledged = int(line) if line.strip() else acknowledged
+        await asyncio.sleep(chance.random() * 0.02)
+        if child.returncode is None:
+            os.kill(child.pid, signal.SIGKILL)
+        await child.wait()
+        rounds += 1
+        kept = await check_whole(data) if (data / "agentdb").exists() else set[str]()
+        assert len(kept) >= acknowledged
+        if acknowledged == FILES:
+            break
+    async with AgentDB(data, SETTINGS) as store:
+        report = await ingest(store, TENANT, NAMESPACE, {"root": root}, settings=SETTINGS)
+        assert report.added + report.unchanged == FILES
+        assert report.changed == 0
+        found = await store.search(TENANT, NAMESPACE, SearchQuery(text="paragraph of file 399", k=3))
+        assert "part0/file399.md" in {hit.item.metadata["path"] for hit in found.hits}
+    assert len(await check_whole(data)) == FILES
+
+
+async def test_two_processes_write_one_folder(tmp_path: Path) -> None:
+    """Catches a lost write of either process, and a search here that does not see what was written there."""
+    async with AgentDB(tmp_path, SETTINGS) as store:
+        await store.create_namespace(TENANT, NAMESPACE)
+        await store.upsert(TENANT, NAMESPACE, [Item(id="own", text="zebra of the parent")])
+        assert len((await store.search(TENANT, NAMESPACE, SearchQuery(text="zebra"))).hits) == 1
+        children = [
+            await asyncio.create_subprocess_exec(
+                sys.executable, "-c", WRITE, str(tmp_path), name, "25", stdout=PIPE
+            )
+            for name in ("anna", "berta")
+        ]
+        for child in children:
+            assert child.stdout is not None
+            while line := await child.stdout.readline():
+                # Acknowledged there means visible here, on every side of the search.
+                number = int(line)
+                name = "anna" if child is children[0] else "berta"
+                if number % 8 == 0:
+                    query = SearchQuery(text=f"{name} wrote {number}", mode="vector", k=3)
+                    hits = (await store.search(TENANT, NAMESPACE, query)).hits
+                    assert f"{name}-{number}" in {hit.item.id for hit in hits}
+            assert await child.wait() == 0
+        ids = {item.id for item in (await store.list_items(TENANT, NAMESPACE, limit=1000)).items}
+        assert ids == {"own", *(f"{name}-{n}" for name in ("anna", "berta") for n in range(25))}
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["upsert", "delete", "search", "reopen"]),
+        st.lists(st.integers(0, 12), min_size=1, max_size=4, unique=True),
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=STEPS, case=st.uuids())
+def test_cached_vectors_equal_a_rebuild(
+    tmp_path: Path, steps: list[tuple[str, list[int]]], case: object
+) -> None:
+    """Catches a derived cache that, after any history of two writers, differs from one made afresh."""
+    asyncio.run(_play(tmp_path / str(case), steps))
+
+
+async def _play(folder: Path, steps: list[tuple[str, list[int]]]) -> None:
+    async with AgentDB(folder, SETTINGS) as one, AgentDB(folder, SETTINGS) as other:
+        await one.create_namespace(TENANT, NAMESPACE, dimension=2)
+        cache = VectorCache()
+        database = Database(folder / "agentdb" / "agentdb.db", MIGRATIONS)
+        try:
+            for turn, (kind, numbers) in enumerate(steps):
+                store = (one, other)[turn % 2]
+                ids = [str(number) for number in numbers]
+                if kind == "upsert":
+                    vectors = [(1.0 + turn, float(number)) for number in numbers]
+                    await store.upsert(
+                        TENANT, NAMESPACE, [Item(id=i, vector=v) for i, v in zip(ids, vectors, strict=True)]
+                    )
+                elif kind == "delete":
+                    await store.delete(TENANT, NAMESPACE, ids)
+                elif kind == "reopen":
+                    cache = VectorCache()
+                else:
+                    await _compare(database, cache)
+            await _compare(database, cache)
+        finally:
+            database.close()
+
+
+async def _compare(database: Database, cache: VectorCache) -> None:
+    layout = vector_cache.Layout(1, 2, "euclidean", "f32")
+    query = np.array([1.0, 2.0], np.float32)
+    kept = await database.read(lambda connection: cache.similarities(connection, layout, query))
+    fresh = await database.read(lambda connection: VectorCache().similarities(connection, layout, query))
+    tiny = await database.read(lambda connection: VectorCache(0).similarities(connection, layout, query))
+    for other in (fresh, tiny):
+        assert kept[0].tolist() == other[0].tolist()
+        assert kept[1].tolist() == other[1].tolist()
+    stored = await database.read(lambda connection: rows(connection, "SELECT key FROM items ORDER BY key"))
+    assert kept[0].tolist() == [key for (key,) in stored]
