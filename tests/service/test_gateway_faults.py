@@ -117,7 +117,7 @@ async def test_a_passing_fault_is_retried(bad: Reply, wire: str, stream: bool) -
         (Reply.broken("truncated"), ProviderProtocol),
         (Reply.broken("reset"), ProviderFailed),
     ],
-    ids=lambda value: getattr(value, "fault", None) or str(getattr(value, "status", "")),
+    ids=lambda value: value.__name__ if isinstance(value, type) else value.fault or str(value.status),
 )
 async def test_a_lasting_fault_says_how_often_it_was_tried(
     bad: Reply, kind: type[AgenticFlowError], wire: str, stream: bool

@@ -222,10 +222,10 @@ class AgentDB:
         row = await self._namespace(tenant, namespace)
         digest = ""
         if idempotency_key is not None:
-            if not 0 < len(idempotency_key) <= schema.KEY_CHARS_MAX:
+            if not 0 < len(idempotency_key) <= schema.KEY_CHARS_MAX or not idempotency_key.isprintable():
                 raise InvalidInput(
-                    f"the idempotency key has {len(idempotency_key)!r} characters",
-                    hint=f"1 to {schema.KEY_CHARS_MAX}",
+                    f"{idempotency_key[: schema.KEY_CHARS_MAX]!r} is no idempotency key",
+                    hint=f"1 to {schema.KEY_CHARS_MAX} printable characters",
                 )
             digest = await asyncio.to_thread(_request_digest, items, expected_version)
         prepared = await self._prepare(row, items)

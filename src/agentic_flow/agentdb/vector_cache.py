@@ -16,6 +16,7 @@ import apsw
 import numpy as np
 from numpy.typing import NDArray
 
+from agentic_flow.agentdb.schema import OPERATIONS_KEPT
 from agentic_flow.core.db import rows
 from agentic_flow.core.vectors import Metric
 
@@ -25,6 +26,7 @@ CACHE_MAX_BYTES = 512 * 1024 * 1024
 _BLOCK_ROWS = 4096
 _SMALL_SEGMENTS_MAX = 16
 _REBUILD_SHARE = 0.25
+"""Changed and dead rows, as a share of the live ones, past which everything is loaded anew."""
 
 Keys = NDArray[np.int64]
 Vectors = NDArray[np.float32]
@@ -69,6 +71,11 @@ class Snapshot:
     @property
     def size_bytes(self) -> int:
         return sum(segment.vectors.nbytes + segment.keys.nbytes for segment in self.segments)
+
+    @property
+    def rows(self) -> int:
+        """Rows in memory, those included that are no longer live."""
+        return sum(len(segment.keys) for segment in self.segments)
 
     @property
     def live_rows(self) -> int:
@@ -140,15 +147,15 @@ class VectorCache:
 
 
 def _refreshed(connection: apsw.Connection, layout: Layout, held: Snapshot | None) -> Snapshot:
-    oldest, newest, own = rows(
+    newest, own = rows(
         connection,
-        "SELECT (SELECT coalesce(min(sequence), 0) FROM operations), "
-        "(SELECT coalesce(max(sequence), 0) FROM operations), "
+        # The counter and not the log's last row: the log of a deleted namespace goes with it.
+        "SELECT (SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'operations'), "
         "(SELECT coalesce(max(sequence), 0) FROM operations WHERE namespace_id = ?)",
         (layout.namespace_id,),
     )[0]
-    # Operations before `oldest` are pruned: a snapshot from before that cannot know what it missed.
-    if held is None or held.sequence < oldest - 1:
+    # Older operations are pruned: a snapshot from before that cannot know what it missed.
+    if held is None or held.sequence < newest - OPERATIONS_KEPT:
         return _rebuilt(connection, layout, newest)
     if held.sequence >= own:
         return Snapshot(max(held.sequence, newest), held.segments)
@@ -163,7 +170,8 @@ def _refreshed(connection: apsw.Connection, layout: Layout, held: Snapshot | Non
             (layout.namespace_id, held.sequence),
         )
     ]
-    if len(changed) > _REBUILD_SHARE * max(held.live_rows, 1):
+    dead = held.rows - held.live_rows
+    if len(changed) + dead > _REBUILD_SHARE * max(held.live_rows, 1):
         return _rebuilt(connection, layout, newest)
     keys = np.array(changed, np.int64)
     kept = tuple(
