@@ -1,7 +1,5 @@
 """Checking what callers bring, and turning rows of the file into values and back."""
 
-
-
 from __future__ import annotations
 
 import math

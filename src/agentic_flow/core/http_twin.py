@@ -21,6 +21,7 @@ from agentic_flow.core.errors import (
     AgenticFlowError,
     CircuitOpen,
     DeadlineExceeded,
+    InvalidInput,
     InvalidSettings,
     RateLimited,
     TooLarge,
@@ -356,7 +357,12 @@ class _Unreached(Unavailable):
 def _content(body: Any) -> bytes | None:
     if body is None or isinstance(body, bytes):
         return body
-    return orjson.dumps(body)
+    try:
+        return orjson.dumps(body)
+    except orjson.JSONEncodeError as error:
+        raise InvalidInput(
+            f"the call cannot be sent as JSON: {error}", hint="use Unicode text and 64-bit integers"
+        ) from None
 
 
 async def _bounded(answer: aiohttp.ClientResponse, peer: str) -> bytes:
