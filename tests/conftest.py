@@ -6,10 +6,12 @@ import ipaddress
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from hypothesis import settings as hypothesis_settings
 
 # A busy machine must not turn a property test red: no time limit of an example.
@@ -40,6 +42,13 @@ for _name in list(os.environ):
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def _own_logs() -> Iterator[None]:
+    """Each test starts with structlog as it comes: what a client or command set up ends with its test."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(autouse=True)

@@ -7,12 +7,13 @@ import os
 import random
 import signal
 import sys
+import tempfile
 from asyncio.subprocess import PIPE
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentic_flow.agentdb import vector_cache
@@ -164,13 +165,12 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(steps=STEPS, case=st.uuids())
-def test_cached_vectors_equal_a_rebuild(
-    tmp_path: Path, steps: list[tuple[str, list[int]]], case: object
-) -> None:
+@settings(max_examples=30, deadline=None)
+@given(steps=STEPS)
+def test_cached_vectors_equal_a_rebuild(steps: list[tuple[str, list[int]]]) -> None:
     """Catches a derived cache that, after any history of two writers, differs from one made afresh."""
-    asyncio.run(_play(tmp_path / str(case), steps))
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(_play(Path(folder), steps))
 
 
 async def _play(folder: Path, steps: list[tuple[str, list[int]]]) -> None:
