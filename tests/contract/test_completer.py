@@ -72,7 +72,7 @@ async def test_providers_over_http(model: str, stream: bool, far: bool) -> None:
     with FakeProvider(player, models=["fake-model"]) as fake:
         async with Gateway(settings_for(fake)) as gateway, near_or_far(gateway, far) as completer:
             ran = await run_all(CompleterCase(completer, model, player.play, stream))
-        assert len(ran) == 11
+        assert len(ran) == 12
         malformed = [refused for refused in fake.refused if refused.status != 404]
         assert not malformed, "the vendor would have refused these requests"
 
@@ -81,4 +81,4 @@ async def test_providers_over_http(model: str, stream: bool, far: bool) -> None:
 async def test_extractive_model(far: bool) -> None:
     """Catches the keyless model behaving unlike a provider, in process or remote."""
     async with Gateway(GatewaySettings()) as gateway, near_or_far(gateway, far) as completer:
-        assert len(await run_all(CompleterCase(completer, "extractive"))) == 6
+        assert len(await run_all(CompleterCase(completer, "extractive"))) == 7
