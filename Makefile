@@ -47,11 +47,11 @@ test-integration: setup-dev ## the wheel in a clean environment, real folders, r
 test-crash: setup-dev ## kill -9 at random points, recovery by the same and by another process
 	@$(PYTEST) $(CRASH) $(wildcard tests/simulation)
 
-check-retrieval: setup-dev ## the right file among the first three citations, beside BM25: at least as recorded
-	@$(BIN)/python benchmarks/retrieval.py --check
+check-retrieval: setup-dev ## whole runs: the right file among the first three citations, above plain BM25
+	@$(BIN)/python benchmarks/answers.py
 
 bench: setup-dev ## every benchmark, written to benchmarks/RESULTS.md
-	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@$(BIN)/python benchmarks/report.py
 
 reference: setup-dev ## write docs/reference from the code
 	@$(BIN)/python scripts/reference.py

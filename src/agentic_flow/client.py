@@ -29,8 +29,6 @@ from pydantic import ValidationError
 from agentic_flow.core.errors import Conflict, InvalidInput, PathNotFound
 
 if TYPE_CHECKING:
-    from anyio.from_thread import BlockingPortal
-
     from agentic_flow.core.messages import ModelInfo
     from agentic_flow.core.ports import RunState
     from agentic_flow.core.settings import Settings
@@ -307,11 +305,13 @@ class Client:
         data_dir: str | Path | None = None,
         settings: Settings | None = None,
     ) -> None:
-        from anyio.from_thread import start_blocking_portal
-
         self._async = AsyncClient(url, token=token, data_dir=data_dir, settings=settings)
-        self._stack = contextlib.ExitStack()
-        self._portal: BlockingPortal | None = self._stack.enter_context(start_blocking_portal("asyncio"))
+        self._loop: asyncio.AbstractEventLoop | None = asyncio.new_event_loop()
+        # A daemon: a script that forgets to close its client ends all the same, and its run can be resumed.
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="agentic-flow-client", daemon=True
+        )
+        self._thread.start()
         self.runs = Runs(self, self._async.runs)
 
     @property
@@ -329,12 +329,15 @@ class Client:
 
     def close(self) -> None:
         """Let go of everything; idempotent."""
-        if self._portal is not None:
+        if self._loop is not None:
             try:
                 self._call(self._async.close)
+                self._call(self._loop.shutdown_default_executor)
             finally:
-                self._portal = None
-                self._stack.close()
+                loop, self._loop = self._loop, None
+                loop.call_soon_threadsafe(loop.stop)
+                self._thread.join()
+                loop.close()
 
     def run(
         self,
@@ -380,7 +383,7 @@ class Client:
         return self._call(lambda: self._async.search(query, input=input, namespace=namespace, k=k))
 
     def _call(self, function: Callable[[], Awaitable[T]]) -> T:
-        if self._portal is None:
+        if self._loop is None:
             raise Conflict("this client is closed", hint="make a new one")
         ended = threading.Event()
 
@@ -390,7 +393,7 @@ class Client:
             finally:
                 ended.set()
 
-        future = self._portal.start_task_soon(call)
+        future = asyncio.run_coroutine_threadsafe(call(), self._loop)
         try:
             return future.result()
         except BaseException:

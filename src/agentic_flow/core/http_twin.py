@@ -6,6 +6,7 @@ connection was refused, or it answered 429), or when the call is idempotent and 
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -250,7 +251,7 @@ class HttpTwin:
             async with self._open_session().request(
                 method,
                 self._base_url + path,
-                data=content,
+                data=None if content is None else io.BytesIO(content),  # aiohttp warns of large bytes
                 params=params,
                 headers=headers,
                 timeout=timeout,

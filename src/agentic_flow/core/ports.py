@@ -155,7 +155,10 @@ class VectorStore(Protocol):
     async def search(self, tenant: str, namespace: str, query: SearchQuery) -> SearchResult: ...
 
     async def put_documents(self, tenant: str, namespace: str, documents: Sequence[Document]) -> int:
-        """Replace each document's chunks, all in one transaction. Returns the number of chunks stored."""
+        """Replace each document's chunks, all in one transaction. Returns the number of chunks stored.
+
+        A document without chunks whose hash is the stored one keeps its chunks: only its times are new.
+        """
         ...
 
     async def fingerprints(self, tenant: str, namespace: str) -> dict[str, Fingerprint]:
