@@ -55,11 +55,11 @@ def erase(
     name: Name,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Revoke a tenant and remove its keys, their history and its memory. There is no way back.
+    """Revoke a tenant and remove its keys, their history, its memory and its runs. There is no way back.
 
-    Memory is all that was read in or learned for it. The records of its runs (goals, steps, answers) stay in
-    the run database, and those of its tool calls in the audit log. Asks first; without a terminal it needs
-    --yes.
+    Memory is all that was read in or learned for it; runs are goals, steps and answers. The records of its
+    tool calls stay in the audit log, whose chain would break without them. Asks first; without a terminal it
+    needs --yes.
     """
     import sys
 

@@ -86,8 +86,7 @@ class _Local:
         return await self._identity.revoke_tenant(name)
 
     async def erase_tenant(self, name: str) -> dict[str, int]:
-        store = await self._runtime.store()
-        return await self._identity.erase_tenant(name, others={"memory": store.erase_tenant})
+        return await self._identity.erase_tenant(name, others=await self._runtime.erasers())
 
 
 class _Remote:

@@ -195,6 +195,24 @@ class Runtime:
         tools = [*file_tools(text_of=text_of), *shell_tools(settings), *memory_tools(store)]
         return StandardToolBox(tools, settings=settings, policy=policy, audit=audit)
 
+    async def erasers(self) -> dict[str, Callable[[str], Awaitable[int]]]:
+        """Place → what removes a tenant's data there. Runs only where their database is ours to write."""
+        found: dict[str, Callable[[str], Awaitable[int]]] = {"memory": (await self.store()).erase_tenant}
+        if self.peer_url("swarm") is None:
+            found["runs"] = self._erase_runs
+        return found
+
+    async def _erase_runs(self, tenant: str) -> int:
+        from agentic_flow.swarm.leases import Leases, RunDatabase
+
+        own = self.settings.swarm
+        url = own.database_url.get_secret_value() if own.database_url else None
+        database = RunDatabase(url, self.settings.data_dir, pooled=False)
+        try:
+            return await asyncio.to_thread(Leases(database, lease_s=own.lease_s).erase_tenant, tenant)
+        finally:
+            database.close()
+
     async def _make_identity(self) -> Identity:
         from agentic_flow.runtime.identity import Identity
 

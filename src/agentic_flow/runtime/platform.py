@@ -158,7 +158,7 @@ class _Apps:
             *run_routes(runs),
             *memory_routes(store),
             *_agent_routes(self._settings),
-            *identity_routes(await runtime.identity(), erasers={"memory": store.erase_tenant}),
+            *identity_routes(await runtime.identity(), erasers=await runtime.erasers()),
         ]
         return routes, self._peers_ready("agentdb", "swarm"), PUBLIC_PATHS
 

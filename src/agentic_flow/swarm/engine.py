@@ -200,6 +200,8 @@ class DbosRunEngine:
             for workflow_id in here:
                 if statuses.get(workflow_id) == "CANCELLED":
                     self._stop_tree(workflow_id, "cancelled")
+                elif workflow_id not in statuses:  # erased with its tenant
+                    self._stop_tree(workflow_id, "lost")
                 # A root that has just ended is not among the unfinished either.
                 elif root_of(workflow_id) not in owned and statuses.get(workflow_id) == "PENDING":
                     await self._check_lost(workflow_id)

@@ -479,6 +479,26 @@ class Leases:
             )
             return True
 
+    def erase_tenant(self, tenant: str) -> int:
+        """Remove a tenant's workflows with their steps, payloads and leases; the number of top-level ones.
+
+        One that runs is removed as well: its owner finds the lease gone and stops, and what it still tries
+        to record is refused.
+        """
+        if not self._database.has_runs():
+            return 0
+        table = self._database.table
+        roots = self._database.rows("SELECT workflow_id FROM af_leases WHERE tenant = :tenant", tenant=tenant)
+        for (root,) in roots:
+            with self._database.transaction() as connection:
+                tree = execute(connection, f"{self._tree()} SELECT id FROM tree", id=root)
+                ids = [str(row[0]) for row in tree]
+                for name in ("operation_outputs", "workflow_input", "workflow_output", "workflow_status"):
+                    if ids:
+                        execute(connection, f"DELETE FROM {table(name)} WHERE workflow_uuid IN :ids", ids=ids)
+                execute(connection, "DELETE FROM af_leases WHERE workflow_id = :id", id=root)
+        return len(roots)
+
     # ---- plumbing ----------------------------------------------------------------------------------------
 
     def _lease(self, connection: sa.Connection, workflow_id: str) -> Sequence[Any] | None:
