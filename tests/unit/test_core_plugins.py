@@ -24,7 +24,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         info = tmp_path / f"{distribution.replace('-', '_')}-1.2.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.2\n")
-        (info / "entry_points.txt").write_text(f"[agentic_flow.embedders]\n{name} = {value}\n")
+        (info / "entry_points.txt").write_text(f"[agentic_flow.providers]\n{name} = {value}\n")
         (tmp_path / f"{module or value.partition(':')[0]}.py").write_text(source)
 
     yield put
@@ -35,16 +35,16 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
 def test_a_registered_object_is_loaded_by_name(install: Install) -> None:
     """Catches plugins that are installed and never found."""
     install("their-embedder", "theirs", "their_module:build", "def build(): return 42")
-    assert "theirs" in plugins.names("agentic_flow.embedders")
-    assert plugins.load("agentic_flow.embedders", "theirs")() == 42
-    assert plugins.load_all("agentic_flow.embedders")["theirs"]() == 42
+    assert "theirs" in plugins.names("agentic_flow.providers")
+    assert plugins.load("agentic_flow.providers", "theirs")() == 42
+    assert plugins.load_all("agentic_flow.providers")["theirs"]() == 42
 
 
 def test_an_unknown_name_lists_what_there_is(install: Install) -> None:
     """Catches an error that leaves the reader guessing."""
     install("their-embedder", "theirs", "their_module:build", "build = 1")
     with pytest.raises(NotFound) as caught:
-        plugins.load("agentic_flow.embedders", "ours")
+        plugins.load("agentic_flow.providers", "ours")
     assert "theirs" in (caught.value.hint or "")
 
 
@@ -57,7 +57,7 @@ def test_a_plugin_that_fails_is_named_with_its_distribution(
     """Catches a bare ImportError from somebody else's code."""
     install("their-embedder", "theirs", "their_module:build", source)
     with pytest.raises(InvalidSettings) as caught:
-        plugins.load("agentic_flow.embedders", "theirs")
+        plugins.load("agentic_flow.providers", "theirs")
     assert "'their-embedder 1.2'" in caught.value.message
     assert "'theirs' (their_module:build)" in caught.value.message
     assert words in caught.value.message
@@ -68,6 +68,6 @@ def test_two_distributions_cannot_claim_one_name(install: Install) -> None:
     install("one", "same", "module_one:build")
     install("two", "same", "module_two:build")
     with pytest.raises(Conflict) as caught:
-        plugins.load("agentic_flow.embedders", "same")
+        plugins.load("agentic_flow.providers", "same")
     assert "one 1.2" in caught.value.message
     assert "two 1.2" in caught.value.message

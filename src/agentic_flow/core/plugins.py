@@ -1,9 +1,12 @@
-"""Extension points: entry-point groups, in which our own parts stand beside a stranger's.
+"""Extension points: entry-point groups in which other distributions register parts.
 
-A distribution registers an object under a name, in its pyproject.toml:
+    [project.entry-points."agentic_flow.providers"]
+    my-models = "my_package.models:build"        # (GatewaySettings, HttpTransport) -> Provider
 
-    [project.entry-points."agentic_flow.embedders"]
-    my-embedder = "my_package.embedding:build"
+    [project.entry-points."agentic_flow.toolsets"]
+    my-tools = "my_package.tools:build"          # () -> list[Tool]
+
+A provider is built by the same kind of function as the built-in ones, and may replace one of the same name.
 """
 
 from __future__ import annotations
@@ -14,9 +17,7 @@ from typing import Any, Literal
 
 from agentic_flow.core.errors import Conflict, InvalidSettings, NotFound
 
-Group = Literal[
-    "agentic_flow.providers", "agentic_flow.embedders", "agentic_flow.toolsets", "agentic_flow.topologies"
-]
+Group = Literal["agentic_flow.providers", "agentic_flow.toolsets"]
 
 
 def names(group: Group) -> list[str]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, TypedDict, TypeVar
 
 from pydantic import SecretStr
 
+from agentic_flow.core import plugins
 from agentic_flow.core.auth import LOCAL_OWNER, Principal, TokenSource
 from agentic_flow.core.errors import Unauthenticated
 from agentic_flow.core.ports import Completer, ToolBox, VectorStore
@@ -123,7 +124,7 @@ class Runtime:
             return remote
         from agentic_flow.gateway.service import Gateway
 
-        gateway = Gateway(self.settings.gateway)
+        gateway = Gateway(self.settings.gateway, extra_providers=plugins.load_all("agentic_flow.providers"))
         await self._stack.enter_async_context(gateway)
         return gateway
 
@@ -193,6 +194,8 @@ class Runtime:
         store = await self.store()
         # One reader for memory, tools and reviews: line numbers mean the same lines everywhere.
         tools = [*file_tools(text_of=text_of), *shell_tools(settings), *memory_tools(store)]
+        for toolset in plugins.load_all("agentic_flow.toolsets").values():
+            tools += toolset()
         return StandardToolBox(tools, settings=settings, policy=policy, audit=audit)
 
     async def erasers(self) -> dict[str, Callable[[str], Awaitable[int]]]:
