@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from agentic_flow.agentdb.ingest import IngestReport, ingest
 from agentic_flow.core.errors import PathNotFound
 from agentic_flow.core.messages import JsonObject
 from agentic_flow.core.ports import ToolScope, VectorStore
 from agentic_flow.core.settings import AgentDBSettings
-from agentic_flow.swarm.runs import IngestReport, RunSpec
+from agentic_flow.swarm.runs import RunSpec
 
 _CITED_FILE_MAX_BYTES = 64 * 1024 * 1024
 
@@ -101,9 +102,7 @@ class Inputs:
         self, tenant: str, folder: Folder, progress: Callable[[int, int], None] | None
     ) -> IngestReport:
         """Bring the namespace up to date with the files; unchanged files are not read."""
-        from agentic_flow.agentdb.ingest import ingest
-
-        report = await ingest(
+        return await ingest(
             self._store,
             tenant,
             folder.namespace,
@@ -113,7 +112,6 @@ class Inputs:
             paths_forbidden=folder.paths_forbidden,
             progress=progress,
         )
-        return IngestReport.model_validate(report.model_dump())
 
     async def paths(self, tenant: str, folder: Folder) -> list[str]:
         """The paths that are in memory, sorted."""

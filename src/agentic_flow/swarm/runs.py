@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, StringConstraints
 
+from agentic_flow.agentdb.ingest import IngestReport
 from agentic_flow.core.auth import Principal
 from agentic_flow.core.messages import Frozen, JsonObject
 from agentic_flow.core.ports import RunState
@@ -66,22 +67,6 @@ class AgentReport(Frozen):
     steps: int
     usage: RunUsage
     error: str | None = None
-
-
-class IngestReport(Frozen):
-    """What the reading of the inputs did; every file seen is in exactly one count but `chunks`."""
-
-    added: int = 0
-    changed: int = 0
-    unchanged: int = 0
-    removed: int = 0
-    skipped_binary: int = 0
-    skipped_ignored: int = 0
-    skipped_too_large: int = 0
-    skipped_unreadable: int = 0
-    skipped_empty: int = 0
-    chunks: int = 0
-    cpu_s: float = 0.0
 
 
 class RunResult(Frozen):

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import orjson
 
+from agentic_flow.agentdb.ingest import IngestReport
 from agentic_flow.core.auth import Principal
 from agentic_flow.core.clock import Deadline
 from agentic_flow.core.errors import AgenticFlowError, LimitExceeded, as_problem, from_problem
@@ -40,7 +41,7 @@ from agentic_flow.swarm.agent_loop import AgentLoop, AgentTask
 from agentic_flow.swarm.budget import RunBudget
 from agentic_flow.swarm.citations import Claim, Rejected, parse_claims, rank, verify
 from agentic_flow.swarm.inputs import Folder, Inputs
-from agentic_flow.swarm.runs import AgentReport, Citation, IngestReport, RunResult, RunSpec, RunUsage
+from agentic_flow.swarm.runs import AgentReport, Citation, RunResult, RunSpec, RunUsage
 from agentic_flow.swarm.topology import PLAN, TOPOLOGIES, Assignment, Role, TeamState
 
 RUN = "run"
