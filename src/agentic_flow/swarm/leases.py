@@ -785,6 +785,15 @@ def _prepare_connection(connection: sqlite3.Connection, _: object) -> None:
     connection.isolation_level = "IMMEDIATE"  # as DBOS sets it on engines of its own
     for pragma in (f"busy_timeout={int(_BUSY_TIMEOUT_S * 1000)}", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}").fetchall()
+    if sqlite3.sqlite_version_info < (3, 42):
+        # DBOS asks for unixepoch('subsec') on Python 3.12 and newer, which older SQLite answers with NULL.
+        connection.create_function("unixepoch", 1, _unixepoch)
+
+
+def _unixepoch(modifier: str) -> float:
+    if modifier != "subsec":
+        raise ValueError(f"unixepoch({modifier!r}) is not provided here")
+    return time.time()
 
 
 def _prepare_file(path: Path) -> None:
