@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 from agentic_flow.core.errors import UnknownModel
 
-# The models asked when nobody names one. Checked in November 2026 against the vendors' model pages.
+# The models asked when nobody names one. A test holds them to the pinned price snapshot; no vendor was asked.
 ANTHROPIC_DEFAULT = "claude-sonnet-5-5"
 OPENROUTER_DEFAULT = "anthropic/claude-sonnet-5.5"
 OPENAI_DEFAULT = "gpt-6.1-sol"
