@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import apsw
 import numpy as np
@@ -14,21 +14,19 @@ from numpy.typing import NDArray
 
 from agentic_flow.agentdb import schema
 from agentic_flow.agentdb.analysis import index_text
+from agentic_flow.agentdb.index.layout import Layout
 from agentic_flow.agentdb.names import check_namespace, check_tenant
-from agentic_flow.agentdb.vector_cache import Layout
 from agentic_flow.core.db import rows
 from agentic_flow.core.errors import DataCorrupted, InvalidInput, NotFound, TooLarge
 from agentic_flow.core.messages import JsonObject
-from agentic_flow.core.vectors import Document, Item, Metric, Namespace
-
-CALLER = "caller"
-"""`embedder_id` of namespaces whose vectors the caller brings."""
-
+from agentic_flow.core.vectors import Document, Item, Metric, Namespace, Quantization, Vector
 
 ITEM_COLUMNS = (
     "items.key, items.id, items.text, items.metadata, items.version, items.created_at_s, "
-    "items.updated_at_s, items.expires_at_s, items.vector"
+    "items.updated_at_s, items.expires_at_s, items.valid_from_s, items.valid_until_s, "
+    "(SELECT path FROM documents WHERE documents.id = items.document_id)"
 )
+VECTOR_COLUMN = "(SELECT vector FROM vectors WHERE vectors.key = items.key)"
 LIVE = "(items.expires_at_s IS NULL OR items.expires_at_s > ?)"
 """Condition of rows that have not expired; binds the time."""
 
@@ -42,24 +40,23 @@ class NamespaceRow:
     metric: Metric
     dimension: int
     embedder_id: str
-    vector_format: str
+    quantization: Quantization
+    callers_vectors: bool
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.id, self.dimension, self.metric, self.vector_format)
-
-    @property
-    def brings_vectors(self) -> bool:
-        """Whether callers bring the vectors."""
-        return self.embedder_id == CALLER
+        return Layout(self.id, self.dimension, self.metric, self.quantization)
 
 
-@dataclass(frozen=True, slots=True)
-class PreparedItem:
+class PreparedItem(NamedTuple):
     """An item checked and encoded outside the writer thread, which only has to store it."""
 
-    item: Item
-    metadata: bytes
+    id: str
+    text: str
+    metadata: str
+    expires_at_s: float | None
+    valid_from_s: float | None
+    valid_until_s: float | None
     symbol: str
     path: str
     words: str
@@ -74,13 +71,26 @@ def find_namespace(connection: apsw.Connection, tenant: str, name: str) -> Names
     """
     found = rows(
         connection,
-        "SELECT id, name, metric, dimension, embedder_id, vector_format FROM namespaces "
+        "SELECT id, name, metric, dimension, embedder_id, quantization, callers_vectors FROM namespaces "
         "WHERE tenant = ? AND name = ?",
         (check_tenant(tenant), check_namespace(name)),
     )
     if not found:
         raise NotFound(f"there is no namespace {name!r}", hint="create it first")
-    return NamespaceRow(*found[0])
+    return _namespace_row(found[0])
+
+
+def all_namespaces(connection: apsw.Connection) -> list[NamespaceRow]:
+    """Every tenant's namespaces."""
+    found = rows(
+        connection,
+        "SELECT id, name, metric, dimension, embedder_id, quantization, callers_vectors FROM namespaces",
+    )
+    return [_namespace_row(row) for row in found]
+
+
+def _namespace_row(row: tuple[Any, ...]) -> NamespaceRow:
+    return NamespaceRow(*row[:6], callers_vectors=bool(row[6]))
 
 
 def read_namespaces(
@@ -89,7 +99,7 @@ def read_namespaces(
     """The tenant's namespaces (or the one) with their counts, by name."""
     found = rows(
         connection,
-        "SELECT name, dimension, metric, embedder_id, "
+        "SELECT name, dimension, metric, embedder_id, quantization, "
         # Both counts are answered by an index alone, however many items there are.
         "(SELECT count(*) FROM items WHERE namespace_id = namespaces.id) "
         "- (SELECT count(*) FROM items WHERE namespace_id = namespaces.id AND expires_at_s <= ?), "
@@ -103,33 +113,63 @@ def read_namespaces(
             dimension=dimension,
             metric=metric,
             embedder_id=embedder,
+            quantization=quantization,
             items=items,
             documents=documents,
         )
-        for name, dimension, metric, embedder, items, documents in found
+        for name, dimension, metric, embedder, quantization, items, documents in found
     ]
 
 
-def check_vector(values: Sequence[float], layout: Layout, what: str) -> NDArray[np.float32]:
-    """The vector as float32.
+def check_vectors(
+    vectors: Sequence[Vector], layout: Layout, what: Callable[[int], str]
+) -> NDArray[np.float32]:
+    """The vectors as the index and the file can hold them, shape (len(vectors), dimension).
+
+    Sums of squares stay within single precision. Under cosine, half precision stores the unit vector: nothing
+    overflows and small values are not lost.
+
+    Args:
+        what: Names the vector of a position, for the error.
 
     Raises:
-        InvalidInput: wrong dimension, not finite, or zero where the metric is cosine.
+        InvalidInput: wrong dimension, not finite, too large or, under cosine, without a direction.
     """
-    if len(values) != layout.dimension:
-        raise InvalidInput(
-            f"{what} has a vector of dimension {len(values)!r}, the namespace has {layout.dimension!r}",
-            hint="embed it with the namespace's embedder",
-        )
-    with np.errstate(over="ignore"):  # becomes infinite, and is refused as such
-        vector = np.asarray(values, np.float32)
-    if not np.isfinite(vector).all():
-        raise InvalidInput(
+    for position, vector in enumerate(vectors):
+        if len(vector) != layout.dimension:
+            raise InvalidInput(
+                f"{what(position)} has a vector of dimension {len(vector)!r}, the namespace has "
+                f"{layout.dimension!r}",
+                hint="embed it with the namespace's embedder",
+            )
+    data = b"".join(vector.data for vector in vectors)
+    matrix = np.frombuffer(data, "<f4").reshape(len(vectors), layout.dimension)
+    largest = np.abs(matrix).max(axis=1, initial=0.0)
+    cosine, half = layout.metric == "cosine", layout.quantization == "f16"
+    most = schema.HALF_ABS_MAX if half and not cosine else schema.VECTOR_ABS_MAX
+    # NaN fails every comparison, so what is not surely right is wrong.
+    good = largest <= most
+    if cosine:
+        good &= largest >= schema.DIRECTION_ABS_MIN
+    if not good.all():
+        position = int(np.flatnonzero(~good)[0])
+        raise _bad_vector(what(position), float(largest[position]), most)
+    if cosine and half:
+        matrix = layout.comparable(matrix)
+    return matrix
+
+
+def _bad_vector(what: str, largest: float, most: float) -> InvalidInput:
+    if not math.isfinite(largest):
+        return InvalidInput(
             f"{what} has a vector with NaN, infinite or too large values", hint="send finite float32 numbers"
         )
-    if layout.metric == "cosine" and not vector.any():
-        raise InvalidInput(f"{what} has the zero vector", hint="cosine compares directions; it has none")
-    return vector
+    if largest == 0:
+        return InvalidInput(f"{what} has the zero vector", hint="cosine compares directions; it has none")
+    return InvalidInput(
+        f"{what} has a vector whose largest value is {largest!r}",
+        hint=f"scale vectors to lengths near 1; values go up to {most:g}",
+    )
 
 
 def check_item(item: Item) -> bytes:
@@ -147,10 +187,12 @@ def check_item(item: Item) -> bytes:
     _size(item.id, "an item id")
     if "\0" in item.id:
         raise InvalidInput(f"item id {item.id!r} contains NUL", hint="use printable characters")
-    if item.expires_at_s is not None and not math.isfinite(item.expires_at_s):
-        raise InvalidInput(
-            f"item {item.id!r} expires at {item.expires_at_s!r}", hint="give Unix seconds, or leave it out"
-        )
+    for name in ("expires_at_s", "valid_from_s", "valid_until_s"):
+        time_s: float | None = getattr(item, name)
+        if time_s is not None and not math.isfinite(time_s):
+            raise InvalidInput(
+                f"item {item.id!r} has {name} {time_s!r}", hint="give Unix seconds, or leave it out"
+            )
     try:
         metadata = orjson.dumps(item.metadata)
     except (orjson.JSONEncodeError, TypeError) as error:
@@ -200,16 +242,38 @@ def _size(text: str, what: str) -> int:
         raise InvalidInput(f"{what} is no valid Unicode: {text[:50]!r}", hint="decode it properly") from None
 
 
-def prepare(item: Item, metadata: bytes, vector: NDArray[np.float32], layout: Layout) -> PreparedItem:
-    """What the writer stores: bytes of the vector, words of the text."""
-    symbol, path = item.metadata.get("symbol"), item.metadata.get("path")
+def prepare(
+    items: Sequence[Item], metadata: Sequence[bytes], vectors: NDArray[np.float32], layout: Layout
+) -> list[PreparedItem]:
+    """What the writer stores: bytes of the vectors, words of the texts."""
+    stored = vectors.astype(layout.dtype).tobytes()
+    size = layout.stored_bytes
+    return [
+        _prepared(item, encoded.decode(), stored[position * size : (position + 1) * size])
+        for position, (item, encoded) in enumerate(zip(items, metadata, strict=True))
+    ]
+
+
+def _prepared(item: Item, metadata: str, vector: bytes) -> PreparedItem:
     return PreparedItem(
-        item,
+        item.id,
+        item.text,
         metadata,
+        item.expires_at_s,
+        item.valid_from_s,
+        item.valid_until_s,
+        *text_words(item.text, item.metadata),
+        vector,
+    )
+
+
+def text_words(text: str, metadata: Mapping[str, Any]) -> tuple[str, str, str]:
+    """What the full-text table is given of an item: words of its symbol, its path and its text."""
+    symbol, path = metadata.get("symbol"), metadata.get("path")
+    return (
         index_text(symbol) if isinstance(symbol, str) else "",
         path_words(path) if isinstance(path, str) else "",
-        index_text(item.text),
-        vector.astype(layout.dtype).tobytes(),
+        index_text(text),
     )
 
 
@@ -219,25 +283,39 @@ def path_words(path: str) -> str:
     return index_text(head if dot and "/" not in ending else path)
 
 
-def read_item(row: tuple[Any, ...], layout: Layout | None = None) -> Item:
-    """The item of a row of ITEM_COLUMNS; with its vector when a layout is given."""
-    _, item_id, text, metadata, version, created_at_s, updated_at_s, expires_at_s, blob = row
+def read_item(row: Sequence[Any], layout: Layout | None = None) -> Item:
+    """The item of a row of ITEM_COLUMNS; with a layout VECTOR_COLUMN follows, and it has its vector."""
+    vector = None
+    if layout is not None:
+        blob = row[-1]
+        if layout.quantization == "f16":
+            blob = np.frombuffer(blob, "<f2").astype("<f4").tobytes()
+        vector = Vector(data=blob)
+    # Everything was checked when it was stored; checking again would cost more than the rest of a search.
+    return Item.model_construct(
+        id=row[1],
+        text=row[2],
+        metadata=read_metadata(row[1], row[3]),
+        vector=vector,
+        version=row[4],
+        created_at_s=row[5],
+        updated_at_s=row[6],
+        expires_at_s=row[7],
+        valid_from_s=row[8],
+        valid_until_s=row[9],
+        document=row[10],
+    )
+
+
+def read_metadata(item_id: str, metadata: str) -> JsonObject:
+    """The metadata of a row.
+
+    Raises:
+        DataCorrupted: it is no JSON.
+    """
     try:
-        values = cast(JsonObject, orjson.loads(metadata))
+        return cast(JsonObject, orjson.loads(metadata))
     except orjson.JSONDecodeError as error:
         raise DataCorrupted(
             f"the metadata of item {item_id!r} is broken: {error}", hint="restore the file from a backup"
         ) from error
-    vector = None
-    if layout is not None:
-        vector = tuple(float(value) for value in np.frombuffer(blob, layout.dtype))
-    return Item(
-        id=item_id,
-        text=text,
-        metadata=values,
-        vector=vector,
-        version=version,
-        created_at_s=created_at_s,
-        updated_at_s=updated_at_s,
-        expires_at_s=expires_at_s,
-    )

@@ -174,7 +174,12 @@ def _path(namespace: str, below: str = "") -> str:
 
 def _plain(item: Item) -> dict[str, Any]:
     """What the far side needs of an item: defaults and what it sets itself stay here."""
-    return item.model_dump(exclude={"version", "created_at_s", "updated_at_s"}, exclude_defaults=True)
+    return item.model_dump(
+        mode="json",
+        context={"vectors": "base64"},
+        exclude={"version", "created_at_s", "updated_at_s"},
+        exclude_defaults=True,
+    )
 
 
 def _read(adapter: TypeAdapter[Value], answer: Any, field: str | None = None) -> Value:

@@ -72,6 +72,76 @@ MIGRATIONS = (
         PRIMARY KEY (namespace_id, key)
     ) STRICT, WITHOUT ROWID;
     """,
+    """
+    CREATE TABLE about (
+        name TEXT PRIMARY KEY,
+        value TEXT NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    -- Which database a backup, a sealed log or an index file belongs to.
+    INSERT INTO about (name, value) VALUES ('database_id', lower(hex(randomblob(16))));
+
+    ALTER TABLE namespaces RENAME COLUMN vector_format TO quantization;
+    ALTER TABLE namespaces ADD COLUMN callers_vectors INTEGER NOT NULL DEFAULT 0;
+    UPDATE namespaces SET callers_vectors = 1 WHERE embedder_id = 'caller';
+
+    -- Vectors apart from texts: what is compared lies close together, and filters never read past it.
+    CREATE TABLE vectors (
+        key INTEGER PRIMARY KEY,
+        vector BLOB NOT NULL
+    ) STRICT;
+    INSERT INTO vectors (key, vector) SELECT key, vector FROM items;
+
+    CREATE TABLE moved_items (
+        key INTEGER PRIMARY KEY AUTOINCREMENT,
+        namespace_id INTEGER NOT NULL REFERENCES namespaces (id),
+        document_id INTEGER REFERENCES documents (id),
+        id TEXT NOT NULL,
+        version INTEGER NOT NULL,
+        created_at_s REAL NOT NULL,
+        updated_at_s REAL NOT NULL,
+        expires_at_s REAL,
+        valid_from_s REAL,
+        valid_until_s REAL,
+        metadata TEXT NOT NULL,
+        text TEXT NOT NULL,
+        UNIQUE (namespace_id, id)
+    ) STRICT;
+    INSERT INTO moved_items (key, namespace_id, document_id, id, version, created_at_s, updated_at_s,
+        expires_at_s, metadata, text)
+        SELECT key, namespace_id, document_id, id, version, created_at_s, updated_at_s, expires_at_s,
+        metadata, text FROM items;
+    UPDATE sqlite_sequence SET seq = (SELECT seq FROM sqlite_sequence WHERE name = 'items')
+        WHERE name = 'moved_items';
+    DROP TABLE items;
+    ALTER TABLE moved_items RENAME TO items;
+    CREATE INDEX items_by_document ON items (document_id) WHERE document_id IS NOT NULL;
+    CREATE INDEX items_by_expiry ON items (namespace_id, expires_at_s) WHERE expires_at_s IS NOT NULL;
+    CREATE INDEX items_by_validity ON items (namespace_id)
+        WHERE valid_from_s IS NOT NULL OR valid_until_s IS NOT NULL;
+
+    -- One row a call instead of one an item: `keys` are little-endian int64. Index files written before know
+    -- other sequences; there are none yet, so the old rows can go, but their numbers are not given out again.
+    CREATE TABLE calls (
+        sequence INTEGER PRIMARY KEY AUTOINCREMENT,
+        namespace_id INTEGER NOT NULL,
+        kind TEXT NOT NULL,
+        keys BLOB NOT NULL,
+        at_s REAL NOT NULL
+    ) STRICT;
+    INSERT INTO calls (sequence, namespace_id, kind, keys, at_s)
+        SELECT coalesce(max(sequence), 0) + 1, 0, 'migrate', x'', 0 FROM operations;
+    DROP TABLE operations;
+    ALTER TABLE calls RENAME TO operations;
+    CREATE INDEX operations_by_namespace ON operations (namespace_id, sequence);
+
+    -- The history that waits to be sealed: what each call changed, as an SQLite patchset.
+    CREATE TABLE changes (
+        sequence INTEGER PRIMARY KEY,
+        tenant TEXT NOT NULL,
+        at_s REAL NOT NULL,
+        patch BLOB NOT NULL
+    ) STRICT;
+    """,
 )
 
 KIB, MIB = 1024, 1024 * 1024
@@ -96,6 +166,7 @@ QUERY_CHARS_MAX = 20_000
 IDEMPOTENCY_KEPT_S = 24 * 3600.0
 OPERATIONS_KEPT = 200_000
 PURGED_AT_ONCE = 1000
+REBUILT_AT_ONCE = 1000
 
 # Weights of the columns: a name says more than a line of the body.
 ITEM_WEIGHTS = (2.0, 1.0, 1.0)

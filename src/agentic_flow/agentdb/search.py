@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,17 +18,26 @@ from numpy.typing import NDArray
 from agentic_flow.agentdb import ranking, schema
 from agentic_flow.agentdb.analysis import match_expression
 from agentic_flow.agentdb.filters import Compiled
+from agentic_flow.agentdb.index.allowed import AllowedKeys
+from agentic_flow.agentdb.index.layout import Layout
+from agentic_flow.agentdb.index.tiers import Indexes
 from agentic_flow.agentdb.records import ITEM_COLUMNS, LIVE, NamespaceRow, read_item
-from agentic_flow.agentdb.vector_cache import VectorCache
 from agentic_flow.core.db import rows
-from agentic_flow.core.vectors import Hit, SearchQuery
+from agentic_flow.core.errors import DeadlineExceeded
+from agentic_flow.core.vectors import Hit, IndexTier, SearchQuery
 
 CANDIDATES_MAX = 4096
 """Best full-text matches that are fused; no answer looks further down."""
 VECTOR_CANDIDATES = 256
 MMR_POOL_MIN = 50
+PROGRESS_STEPS = 20_000
+"""Steps of SQLite's machine between two looks at the clock: about every millisecond."""
 SPELLING_WEIGHT = 0.25
 """Weight of a vector side that knows spelling only, beside the full-text side's 1."""
+
+QUICK_POOL_MAX = 100
+QUICK_NUMBERS_MAX: dict[IndexTier, int] = {"exact": 2_000_000, "scan": 100_000_000}
+"""Numbers compared up to which a search of this tier takes about a millisecond."""
 
 Mode = Literal["hybrid", "vector", "text"]
 Ints = NDArray[np.int64]
@@ -37,9 +49,12 @@ class Request:
     """A query with everything that does not need the database already done.
 
     Args:
-        vector: The query's vector, None when the vector side takes no part.
+        query: As it was asked.
+        mode: The sides that take part.
+        vector: The query's vector, comparable to the namespace's; None when that side takes no part.
         vector_weight: Weight of that side under fusion.
         where: The compiled filter, None without one.
+        now_s: Time of the search.
     """
 
     query: SearchQuery
@@ -49,79 +64,144 @@ class Request:
     where: Compiled | None
     now_s: float
 
+    @property
+    def pool(self) -> int:
+        """How many candidates of the vector side are looked at: more than `k` where they are rearranged."""
+        query = self.query
+        varied = query.mmr_lambda is not None and query.mmr_lambda < 1
+        if self.mode == "vector" and not varied and not query.per_document:
+            return query.k
+        return max(VECTOR_CANDIDATES, _pool_size(query))
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Hits, best first, and what answered the vector side."""
+
+    hits: tuple[Hit, ...]
+    tier: IndexTier
+
 
 @dataclass(slots=True)
 class _Candidates:
     keys: Ints
     text: Floats | None = None
     vector: Floats | None = None
+    tier: IndexTier = "text"
 
 
-def run_search(
-    connection: apsw.Connection, cache: VectorCache, namespace: NamespaceRow, request: Request
-) -> tuple[Hit, ...]:
-    """The hits of one query, best first. Every one was read in this very transaction."""
-    candidates = _candidates(connection, cache, namespace, request)
-    if not len(candidates.keys):
-        return ()
-    documents = _documents(connection, candidates.keys)
-    fused = _fused(connection, namespace, request, candidates, documents)
-    # Ties in order of storage, so that the same query gives the same answer.
-    order = [int(index) for index in np.lexsort((candidates.keys, -fused.scores))]
-    order = _diversified(connection, namespace, request.query, candidates.keys, fused.scores, order)
-    order = ranking.limit_per_document(order, documents, request.query.per_document)[: request.query.k]
-    return _hits(connection, namespace, request.now_s, candidates, fused, order)
+@dataclass(frozen=True, slots=True)
+class Searcher:
+    """Runs searches of one database.
+
+    Args:
+        indexes: Name the nearest rows.
+        allowed: Remembers which rows filters admit.
+    """
+
+    indexes: Indexes
+    allowed: AllowedKeys
+
+    def is_quick(self, layout: Layout, request: Request) -> bool:
+        """Whether the search is likely to end within about a millisecond: its index stands in memory."""
+        if request.mode != "vector" or request.where is not None or request.query.exact:
+            return False
+        index = self.indexes.loaded(layout)
+        if index is None or request.pool > QUICK_POOL_MAX:
+            return False
+        return index.tier == "graph" or len(index) * layout.dimension <= QUICK_NUMBERS_MAX[index.tier]
+
+    def run(self, connection: apsw.Connection, namespace: NamespaceRow, request: Request) -> Found:
+        """Answer one query. Every hit is read in this very transaction."""
+        candidates = self._candidates(connection, namespace, request)
+        if not len(candidates.keys):
+            return Found((), candidates.tier)
+        if request.mode == "vector" and request.pool == request.query.k and candidates.vector is not None:
+            # Nothing to fuse or rearrange: candidates come best first.
+            fused = ranking.Fused(candidates.vector, np.zeros_like(candidates.vector))
+            order = list(range(len(candidates.keys)))
+            return Found(_hits(connection, namespace, request, candidates, fused, order), candidates.tier)
+        documents = _documents(connection, candidates.keys)
+        fused = _fused(connection, namespace, request, candidates, documents)
+        # Ties in order of storage, so that the same query gives the same answer.
+        order = [int(index) for index in np.lexsort((candidates.keys, -fused.scores))]
+        order = _diversified(connection, namespace, request.query, candidates.keys, fused.scores, order)
+        order = ranking.limit_per_document(order, documents, request.query.per_document)[: request.query.k]
+        return Found(_hits(connection, namespace, request, candidates, fused, order), candidates.tier)
+
+    def _candidates(
+        self, connection: apsw.Connection, namespace: NamespaceRow, request: Request
+    ) -> _Candidates:
+        allowed = self._allowed(connection, namespace, request)
+        query = request.query
+        text_keys, text_scores = np.zeros(0, np.int64), np.zeros(0, np.float64)
+        expression = match_expression(query.text[: schema.QUERY_CHARS_MAX])
+        if request.mode != "vector" and expression is not None:
+            text_keys, text_scores = _text_side(connection, namespace, expression, allowed)
+        if request.vector is None:
+            return _Candidates(text_keys, text_scores)
+        near = self.indexes.nearest(
+            connection,
+            namespace.layout,
+            request.vector,
+            request.pool,
+            allowed=allowed,
+            ef=query.ef,
+            exact=query.exact,
+        )
+        if request.mode == "vector":
+            return _Candidates(near.keys, vector=near.scores.astype(np.float64), tier=near.tier)
+        union = np.union1d(near.keys, text_keys)
+        keys, similarities = self.indexes.similarities(connection, namespace.layout, request.vector, union)
+        # An index in memory may be newer than this transaction: what it no longer has takes no part.
+        text_kept = np.isin(text_keys, keys, assume_unique=True)
+        text = np.zeros(len(keys))
+        text[np.searchsorted(keys, text_keys[text_kept])] = text_scores[text_kept]
+        return _Candidates(keys, text, similarities.astype(np.float64), near.tier)
+
+    def _allowed(self, connection: apsw.Connection, namespace: NamespaceRow, request: Request) -> Ints | None:
+        """Keys that the filter and the time admit, sorted; None when that is every row."""
+        hidden = _hidden(connection, namespace.id, request)
+        if request.where is None and not len(hidden):
+            return None
+        keys = self.allowed.keys(connection, namespace.id, request.where or ("1", []))
+        if not len(hidden):
+            return keys
+        return np.setdiff1d(keys, hidden, assume_unique=True)
 
 
-def _candidates(
-    connection: apsw.Connection, cache: VectorCache, namespace: NamespaceRow, request: Request
-) -> _Candidates:
-    allowed = _allowed(connection, namespace, request)
-    query = request.query
-    text_keys, text_scores = np.zeros(0, np.int64), np.zeros(0, np.float64)
-    expression = match_expression(query.text[: schema.QUERY_CHARS_MAX])
-    if request.mode != "vector" and expression is not None:
-        text_keys, text_scores = _text_side(connection, namespace, expression, allowed)
-    if request.vector is None:
-        return _Candidates(text_keys, text_scores)
-    keys, similarities = cache.similarities(connection, namespace.layout, request.vector)
-    if allowed is not None:
-        kept = np.isin(keys, allowed, assume_unique=True)
-        keys, similarities = keys[kept], similarities[kept]
-    near = similarities.astype(np.float64)
-    wanted = min(len(keys), max(VECTOR_CANDIDATES, _pool_size(query)))
-    best = np.argpartition(-near, wanted - 1)[:wanted] if wanted else np.zeros(0, np.int64)
-    if request.mode == "vector":
-        return _Candidates(keys[best], vector=near[best])
-    # Both sides know about the same rows, except those written while this search began.
-    text_keys, text_scores = _only(keys, text_keys, text_scores)
-    union = np.union1d(keys[best], text_keys)
-    text = np.zeros(len(union))
-    text[np.searchsorted(union, text_keys)] = text_scores
-    return _Candidates(union, text, near[np.searchsorted(keys, union)])
+@contextmanager
+def deadline(connection: apsw.Connection, timeout_s: float) -> Generator[None]:
+    """Interrupt what the connection does once the time is up.
+
+    Raises:
+        DeadlineExceeded: it was.
+    """
+    give_up_at_s = time.monotonic() + timeout_s
+    connection.set_progress_handler(lambda: time.monotonic() > give_up_at_s, PROGRESS_STEPS)
+    try:
+        yield
+    except apsw.InterruptError as error:
+        raise DeadlineExceeded(
+            f"the search took longer than {timeout_s!r} s",
+            hint="narrow its filter, ask for less, or raise agentdb.query_timeout_s",
+        ) from error
+    finally:
+        connection.set_progress_handler(None)
 
 
-def _only(known: Ints, keys: Ints, scores: Floats) -> tuple[Ints, Floats]:
-    kept = np.isin(keys, known, assume_unique=True)
-    return keys[kept], scores[kept]
-
-
-def _allowed(connection: apsw.Connection, namespace: NamespaceRow, request: Request) -> Ints | None:
-    """Keys that the filter admits and that have not expired; None when that is every row."""
-    expired = rows(
-        connection,
-        "SELECT 1 FROM items WHERE namespace_id = ? AND expires_at_s <= ? LIMIT 1",
-        (namespace.id, request.now_s),
-    )
-    if request.where is None and not expired:
-        return None
-    condition, bindings = request.where or ("1", [])
+def _hidden(connection: apsw.Connection, namespace_id: int, request: Request) -> Ints:
+    """Keys of rows that have expired, or are not valid at the time asked for. Indexes find them at once."""
+    at_s = request.now_s if request.query.at_s is None else request.query.at_s
     found = rows(
         connection,
-        f"SELECT key FROM items WHERE namespace_id = ? AND {LIVE} AND ({condition}) ORDER BY key",
-        (namespace.id, request.now_s, *bindings),
+        "SELECT key FROM items WHERE namespace_id = ?1 AND expires_at_s <= ?2 "
+        "UNION SELECT key FROM items WHERE namespace_id = ?1 "
+        "AND (valid_from_s IS NOT NULL OR valid_until_s IS NOT NULL) "
+        "AND (valid_from_s > ?3 OR valid_until_s <= ?3)",
+        (namespace_id, request.now_s, at_s),
     )
-    return np.array([key for (key,) in found], np.int64)
+    return np.fromiter((key for (key,) in found), np.int64, len(found))
 
 
 def _text_side(
@@ -217,7 +297,7 @@ def _diversified(
     vectors: dict[int, bytes] = dict(
         rows(
             connection,
-            "SELECT key, vector FROM items WHERE key IN (SELECT value FROM json_each(?))",
+            "SELECT key, vector FROM vectors WHERE key IN (SELECT value FROM json_each(?))",
             (_json(keys[pool]),),
         )
     )
@@ -225,8 +305,7 @@ def _diversified(
     if not pool:
         return order
     layout = namespace.layout
-    matrix = np.stack([np.frombuffer(vectors[int(keys[index])], layout.dtype) for index in pool])
-    unit = matrix.astype(np.float32)
+    unit = layout.decoded([vectors[int(keys[index])] for index in pool])
     unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
     relevance = ranking.as_relevance(scores[pool])
     picked = ranking.mmr(relevance, unit @ unit.T, len(pool), query.mmr_lambda)
@@ -236,7 +315,7 @@ def _diversified(
 def _hits(
     connection: apsw.Connection,
     namespace: NamespaceRow,
-    now_s: float,
+    request: Request,
     candidates: _Candidates,
     fused: ranking.Fused,
     order: list[int],
@@ -248,7 +327,7 @@ def _hits(
             connection,
             f"SELECT {ITEM_COLUMNS} FROM items WHERE key IN (SELECT value FROM json_each(?)) "
             f"AND namespace_id = ? AND {LIVE}",
-            (orjson.dumps(keys).decode(), namespace.id, now_s),
+            (orjson.dumps(keys).decode(), namespace.id, request.now_s),
         )
     }
     hits: list[Hit] = []
@@ -262,7 +341,11 @@ def _hits(
             parts["vector"] = float(candidates.vector[index])
         if fused.evidence[index]:
             parts["document"] = float(fused.evidence[index])
-        hits.append(Hit(item=read_item(found[key]), score=float(fused.scores[index]), score_parts=parts))
+        hits.append(
+            Hit.model_construct(
+                item=read_item(found[key]), score=float(fused.scores[index]), score_parts=parts
+            )
+        )
     return tuple(hits)
 
 

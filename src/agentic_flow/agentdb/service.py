@@ -1,4 +1,4 @@
-"""AgentDB: the vector store in a folder. SQLite holds the truth; vectors in memory are derived from it.
+"""AgentDB: the vector store in a folder. SQLite holds the truth; indexes are derived from it.
 
 Several processes may open one folder: each sees what the others committed, and writers take turns.
 """
@@ -11,10 +11,11 @@ import asyncio
 import base64
 import binascii
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import apsw
 import numpy as np
@@ -23,27 +24,31 @@ from numpy.typing import NDArray
 from agentic_flow.agentdb import schema, writing
 from agentic_flow.agentdb.embedding import HashedNgramEmbedder
 from agentic_flow.agentdb.filters import Compiled, compile_filter
+from agentic_flow.agentdb.index.allowed import AllowedKeys
+from agentic_flow.agentdb.index.indexer import Indexer
+from agentic_flow.agentdb.index.tiers import Indexes
 from agentic_flow.agentdb.names import check_namespace, check_tenant
+from agentic_flow.agentdb.namespaces import namespace_spec, read_stats
 from agentic_flow.agentdb.records import (
-    CALLER,
     ITEM_COLUMNS,
     LIVE,
+    VECTOR_COLUMN,
     NamespaceRow,
     PreparedItem,
+    all_namespaces,
     check_document,
     check_item,
-    check_vector,
+    check_vectors,
     find_namespace,
     json_list,
     prepare,
     read_item,
     read_namespaces,
 )
-from agentic_flow.agentdb.search import SPELLING_WEIGHT, Mode, Request, run_search
-from agentic_flow.agentdb.vector_cache import Layout, VectorCache
+from agentic_flow.agentdb.search import SPELLING_WEIGHT, Mode, Request, Searcher, deadline
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
 from agentic_flow.core.db import Database, rows
-from agentic_flow.core.errors import Conflict, InvalidInput, TooLarge
+from agentic_flow.core.errors import AgenticFlowError, Conflict, InvalidInput, TooLarge
 from agentic_flow.core.ports import Embedder
 from agentic_flow.core.settings import AgentDBSettings
 from agentic_flow.core.vectors import (
@@ -53,7 +58,9 @@ from agentic_flow.core.vectors import (
     Item,
     Metric,
     Namespace,
+    NamespaceStats,
     Page,
+    Quantization,
     SearchQuery,
     SearchResult,
     UpsertResult,
@@ -62,6 +69,11 @@ from agentic_flow.core.vectors import (
 T = TypeVar("T")
 
 DATABASE = Path("agentdb", "agentdb.db")
+INDEXES = Path("agentdb", "indexes")
+
+NAMESPACES_KNOWN_MAX = 10_000
+PREPARED_HERE_MAX = 8
+"""Items of one call up to which handing them to another thread costs more than preparing them."""
 
 
 class AgentDB:
@@ -89,8 +101,12 @@ class AgentDB:
     ) -> None:
         self._embedder = embedder or HashedNgramEmbedder(settings.embedding_dimension)
         self._clock = clock
+        self._settings = settings
         self._db = Database(data_dir / DATABASE, schema.MIGRATIONS)
-        self._cache = VectorCache()
+        self._indexes = Indexes(data_dir / INDEXES, settings, self._db.read_sync)
+        self._searcher = Searcher(self._indexes, AllowedKeys())
+        self._indexer = Indexer(self._indexes)
+        self._namespaces: dict[tuple[str, str], NamespaceRow] = {}
 
     async def __aenter__(self) -> Self:
         return self
@@ -101,65 +117,59 @@ class AgentDB:
         await asyncio.to_thread(self.close)
 
     def close(self) -> None:
-        """Finish what was accepted, then close the file. Idempotent."""
+        """Finish what was accepted, write the indexes, then close the file. Idempotent."""
+        self._indexer.close()
         self._db.close()
+
+    async def settle(self) -> None:
+        """Return once every index has taken in all that is committed, and its file is written."""
+        rows_of_all = await self._db.read(lambda connection: all_namespaces(connection))
+        for row in rows_of_all:
+            await asyncio.to_thread(self._indexes.tend, row.layout)
+
+    async def check_index(self, tenant: str, namespace: str) -> list[str]:
+        """What the namespace's index has other than a rebuilt one would; nothing, if all is well."""
+        row = await self._namespace(tenant, namespace)
+        return await self._db.read(lambda connection: self._indexes.check(connection, row.layout))
 
     # Namespaces
 
     async def create_namespace(
-        self, tenant: str, name: str, *, metric: Metric = "cosine", dimension: int | None = None
+        self,
+        tenant: str,
+        name: str,
+        *,
+        metric: Metric = "cosine",
+        dimension: int | None = None,
+        embedder_id: str | None = None,
+        quantization: Quantization | None = None,
     ) -> Namespace:
         """See VectorStore.
 
         Raises:
-            Conflict: it exists with another metric, dimension or embedder.
+            Conflict: it exists with another metric, dimension, embedder or quantization.
         """
         check_tenant(tenant)
         check_namespace(name)
-        if metric not in ("cosine", "dot", "euclidean"):
-            raise InvalidInput(f"{metric!r} is no metric", hint="use cosine, dot or euclidean")
-        if dimension is not None and not 1 <= dimension <= schema.DIMENSION_MAX:
-            raise InvalidInput(
-                f"dimension {dimension!r} is out of range", hint=f"1 to {schema.DIMENSION_MAX}"
-            )
-        embedder_id = self._embedder.id if dimension is None else CALLER
-        wanted = (metric, dimension or self._embedder.dimension, embedder_id)
+        spec = namespace_spec(self._embedder, metric, dimension, embedder_id, quantization)
         now_s = self._clock.time_s()
 
         def job(connection: apsw.Connection) -> Namespace:
             existing = read_namespaces(connection, tenant, now_s, name)
             if existing:
-                has = existing[0]
-                if (has.metric, has.dimension, has.embedder_id) != wanted:
-                    raise Conflict(
-                        f"namespace {name!r} exists with metric {has.metric!r}, dimension {has.dimension!r} "
-                        f"and embedder {has.embedder_id!r}",
-                        hint=f"delete it to make it anew with {wanted!r}, or set back what was changed",
-                    )
-                return has
-            rows(
-                connection,
-                "INSERT INTO namespaces (tenant, name, metric, dimension, embedder_id, vector_format, "
-                "created_at_s) VALUES (?, ?, ?, ?, ?, ?, ?)",
-                # Vectors that can be made again from the text are kept in half the bytes.
-                (tenant, name, *wanted, "f16" if dimension is None else "f32", now_s),
-            )
-            schema.create_text_tables(connection, connection.last_insert_rowid())
+                spec.demand(existing[0], chosen=quantization is not None)
+                return existing[0]
+            writing.create_namespace(connection, tenant, name, spec, now_s)
             return read_namespaces(connection, tenant, now_s, name)[0]
 
-        # Almost always it exists; then no write, no disk.
-        return await self._db.read(
-            lambda c: self._same(c, tenant, name, wanted, now_s)
-        ) or await self._db.write(job)
+        def same(connection: apsw.Connection) -> Namespace | None:
+            existing = read_namespaces(connection, tenant, now_s, name)
+            if existing:
+                spec.demand(existing[0], chosen=quantization is not None)
+            return existing[0] if existing else None
 
-    @staticmethod
-    def _same(
-        connection: apsw.Connection, tenant: str, name: str, wanted: tuple[Any, ...], now_s: float
-    ) -> Namespace | None:
-        for has in read_namespaces(connection, tenant, now_s, name):
-            if (has.metric, has.dimension, has.embedder_id) == wanted:
-                return has
-        return None
+        # Almost always it exists; then no write, no disk.
+        return await self._db.read(same) or await self._db.write(job)
 
     async def namespaces(self, tenant: str) -> list[Namespace]:
         """See VectorStore; by name."""
@@ -168,6 +178,7 @@ class AgentDB:
 
     async def delete_namespace(self, tenant: str, name: str) -> bool:
         check_tenant(tenant)
+        now_s = self._clock.time_s()
 
         def job(connection: apsw.Connection) -> int | None:
             found = rows(
@@ -175,25 +186,46 @@ class AgentDB:
             )
             if not found:
                 return None
-            writing.drop_namespace(connection, found[0][0])
+            writing.drop_namespace(connection, found[0][0], now_s)
             return found[0][0]
 
         namespace_id = await self._db.write(job)
         if namespace_id is not None:
-            self._cache.forget(namespace_id)
+            await asyncio.to_thread(self._indexes.forget, namespace_id)
         return namespace_id is not None
+
+    async def tenants(self) -> list[str]:
+        """Every tenant that has a namespace, by name. For the operator: no tenant may ask this."""
+        return await self._db.read(
+            lambda connection: [
+                tenant
+                for (tenant,) in rows(connection, "SELECT DISTINCT tenant FROM namespaces ORDER BY tenant")
+            ]
+        )
+
+    async def stats(self, tenant: str) -> list[NamespaceStats]:
+        """See VectorStore."""
+        check_tenant(tenant)
+        now_s = self._clock.time_s()
+        return await self._db.read(lambda connection: read_stats(connection, self._indexes, tenant, now_s))
 
     async def erase_tenant(self, tenant: str) -> int:
         """See VectorStore. Rows, full-text tables, operations and idempotency records all go."""
         check_tenant(tenant)
+        now_s = self._clock.time_s()
 
         def job(connection: apsw.Connection) -> tuple[int, list[int]]:
             ids = [i for (i,) in rows(connection, "SELECT id FROM namespaces WHERE tenant = ?", (tenant,))]
-            return sum(writing.drop_namespace(connection, namespace_id) for namespace_id in ids), ids
+            # Freed pages are overwritten: a file that is copied afterwards holds nothing of the tenant.
+            rows(connection, "PRAGMA secure_delete=ON")
+            try:
+                return sum(writing.drop_namespace(connection, one, now_s) for one in ids), ids
+            finally:
+                rows(connection, "PRAGMA secure_delete=OFF")
 
         removed, ids = await self._db.write(job)
         for namespace_id in ids:
-            self._cache.forget(namespace_id)
+            await asyncio.to_thread(self._indexes.forget, namespace_id)
         return removed
 
     # Items
@@ -206,8 +238,9 @@ class AgentDB:
         *,
         expected_version: int | None = None,
         idempotency_key: str | None = None,
+        embedder_id: str | None = None,
     ) -> UpsertResult:
-        """See VectorStore: all of the items or none.
+        """See VectorStore.
 
         Raises:
             Conflict: an item is not at `expected_version`, the idempotency key was used for another
@@ -215,11 +248,13 @@ class AgentDB:
             InvalidInput: a vector or value does not fit; an id occurs twice.
             TooLarge: an item or the batch is past its limit.
         """
-        if len(items) > schema.ITEMS_PER_CALL_MAX:
-            raise TooLarge(f"{len(items)!r} items in one call", hint=f"at most {schema.ITEMS_PER_CALL_MAX}")
-        if len({item.id for item in items}) != len(items):
-            raise InvalidInput("an item id occurs twice in one call", hint="send each item once")
+        _check_batch(items)
         row = await self._namespace(tenant, namespace)
+        if embedder_id is not None and embedder_id != row.embedder_id:
+            raise Conflict(
+                f"namespace {namespace!r} holds vectors of {row.embedder_id!r}, these are of {embedder_id!r}",
+                hint="vectors of different embedders cannot be compared: use a namespace of its own",
+            )
         digest = ""
         if idempotency_key is not None:
             if not 0 < len(idempotency_key) <= schema.KEY_CHARS_MAX or not idempotency_key.isprintable():
@@ -247,7 +282,33 @@ class AgentDB:
                 )
             return result
 
-        return await self._db.write(job)
+        return await self._written(row, job)
+
+    async def restore(
+        self,
+        tenant: str,
+        namespace: str,
+        items: Sequence[Item],
+        documents: Mapping[str, Fingerprint] | None = None,
+    ) -> int:
+        """See VectorStore.
+
+        Raises:
+            InvalidInput: a value does not fit, an id occurs twice, or a document is missing.
+            TooLarge: an item or the batch is past its limit.
+        """
+        _check_batch(items)
+        row = await self._namespace(tenant, namespace)
+        prepared = await self._prepare(row, items)
+        now_s = self._clock.time_s()
+
+        def job(connection: apsw.Connection) -> int:
+            current = self._unchanged(connection, tenant, row)
+            pairs = list(zip(prepared, items, strict=True))
+            writing.restore_items(connection, current, pairs, documents or {}, now_s)
+            return len(pairs)
+
+        return await self._written(row, job)
 
     async def get(self, tenant: str, namespace: str, ids: Sequence[str]) -> list[Item]:
         """See VectorStore. Vectors come along in namespaces whose vectors callers bring."""
@@ -258,11 +319,12 @@ class AgentDB:
             row = find_namespace(connection, tenant, namespace)
             found = rows(
                 connection,
-                f"SELECT {ITEM_COLUMNS} FROM items WHERE namespace_id = ? AND {LIVE} "
+                f"SELECT {_columns(row.callers_vectors)} FROM items WHERE namespace_id = ? AND {LIVE} "
                 "AND id IN (SELECT value FROM json_each(?))",
                 (row.id, now_s, wanted),
             )
-            by_id = {item.id: item for item in (read_item(r, _layout(row)) for r in found)}
+            layout = row.layout if row.callers_vectors else None
+            by_id = {item.id: item for item in (read_item(r, layout) for r in found)}
             return [by_id[item_id] for item_id in ids if item_id in by_id]
 
         return await self._db.read(job)
@@ -288,6 +350,7 @@ class AgentDB:
     async def _delete(self, tenant: str, namespace: str, condition: Compiled) -> int:
         sql, bindings = condition
         now_s = self._clock.time_s()
+        row = await self._namespace(tenant, namespace)
 
         def job(connection: apsw.Connection) -> int:
             row = find_namespace(connection, tenant, namespace)
@@ -296,10 +359,11 @@ class AgentDB:
                 f"SELECT key FROM items WHERE namespace_id = ? AND {LIVE} AND ({sql})",
                 (row.id, now_s, *bindings),
             )
-            writing.delete_keys(connection, row, [key for (key,) in found], now_s)
+            if found:
+                writing.delete_keys(connection, row, [key for (key,) in found], now_s)
             return len(found)
 
-        return await self._db.write(job)
+        return await self._written(row, job)
 
     async def list_items(
         self,
@@ -309,6 +373,7 @@ class AgentDB:
         where: Filter | None = None,
         cursor: str | None = None,
         limit: int = 100,
+        vectors: bool = False,
     ) -> Page:
         """See VectorStore.
 
@@ -323,13 +388,14 @@ class AgentDB:
 
         def job(connection: apsw.Connection) -> Page:
             row = find_namespace(connection, tenant, namespace)
+            layout = row.layout if vectors or row.callers_vectors else None
             found = rows(
                 connection,
-                f"SELECT {ITEM_COLUMNS} FROM items WHERE namespace_id = ? AND id > ? AND {LIVE} "
-                f"AND ({sql}) ORDER BY id LIMIT ?",
+                f"SELECT {_columns(layout is not None)} FROM items WHERE namespace_id = ? AND id > ? "
+                f"AND {LIVE} AND ({sql}) ORDER BY id LIMIT ?",
                 (row.id, after, now_s, *bindings, limit + 1),
             )
-            items = tuple(read_item(r, _layout(row)) for r in found[:limit])
+            items = tuple(read_item(r, layout) for r in found[:limit])
             return Page(items=items, cursor=_cursor(items[-1].id) if len(found) > limit else None)
 
         return await self._db.read(job)
@@ -340,56 +406,115 @@ class AgentDB:
         """See VectorStore. `mode` of the result is what was done: a side that the query gives nothing for
         takes no part, and then it is the other's name.
 
-        Score parts: `text` is BM25, `vector` the similarity (cosine, inner product, negative distance),
-        `document` what the rest of the hit's document adds to a hybrid score.
-
         Raises:
             InvalidInput: the query gives nothing that its mode can search with, or its filter is malformed.
             Conflict: the namespace's embedder is not this store's.
+            DeadlineExceeded: it took longer than `agentdb.query_timeout_s`.
         """
-        row = await self._namespace(tenant, namespace)
-        embeds = not row.brings_vectors
-        if embeds and row.embedder_id != self._embedder.id and query.mode != "text":
-            raise self._other_embedder(row)
-        mode, vector = await self._sides(row, query)
-        semantic = embeds and self._embedder.semantic
-        request = Request(
-            query=query,
-            mode=mode,
-            vector=vector,
-            vector_weight=SPELLING_WEIGHT if embeds and not semantic else 1.0,
-            where=compile_filter(query.filter) if query.filter else None,
-            now_s=self._clock.time_s(),
-        )
+        return (await self.search_many(tenant, namespace, (query,)))[0]
 
-        def job(connection: apsw.Connection) -> SearchResult:
+    async def search_many(
+        self, tenant: str, namespace: str, queries: Sequence[SearchQuery]
+    ) -> list[SearchResult]:
+        """See VectorStore; raises what `search` raises.
+
+        Raises:
+            TooLarge: there are more queries than `agentdb.queries_max`.
+        """
+        if len(queries) > self._settings.queries_max:
+            raise TooLarge(
+                f"{len(queries)!r} queries in one call", hint=f"at most {self._settings.queries_max}"
+            )
+        row = self._namespaces.get((tenant, namespace)) or await self._namespace(tenant, namespace)
+        try:
+            return await self._searched(tenant, row, queries)
+        except AgenticFlowError:
+            # It may have been made anew since it was looked up.
+            again = await self._namespace(tenant, namespace)
+            if again == row:
+                raise
+            return await self._searched(tenant, again, queries)
+
+    async def _searched(
+        self, tenant: str, row: NamespaceRow, queries: Sequence[SearchQuery]
+    ) -> list[SearchResult]:
+        requests = await self._requests(row, queries)
+        semantic = not row.callers_vectors and self._embedder.semantic
+
+        def job(connection: apsw.Connection) -> list[SearchResult]:
             current = self._unchanged(connection, tenant, row)
-            hits = run_search(connection, self._cache, current, request)
-            return SearchResult(hits=hits, embedder_id=row.embedder_id, semantic=semantic, mode=mode)
+            results: list[SearchResult] = []
+            with deadline(connection, self._settings.query_timeout_s):
+                for request in requests:
+                    found = self._searcher.run(connection, current, request)
+                    results.append(
+                        SearchResult.model_construct(
+                            hits=found.hits,
+                            embedder_id=row.embedder_id,
+                            semantic=semantic,
+                            mode=request.mode,
+                            tier=found.tier,
+                        )
+                    )
+            return results
 
+        if len(requests) == 1 and self._searcher.is_quick(row.layout, requests[0]):
+            # It takes less time than handing it to another thread and back.
+            return self._db.read_here(job)
         return await self._db.read(job)
 
-    async def _sides(self, row: NamespaceRow, query: SearchQuery) -> tuple[Mode, NDArray[np.float32] | None]:
-        """Which sides of the search take part, and the vector for one of them."""
+    async def _requests(self, row: NamespaceRow, queries: Sequence[SearchQuery]) -> list[Request]:
+        """What the database needs of each query: modes decided, texts embedded, filters compiled."""
+        modes: list[Mode] = [self._mode(row, query) for query in queries]
+        bare = [
+            position
+            for position, (query, mode) in enumerate(zip(queries, modes, strict=True))
+            if mode != "text" and query.vector is None
+        ]
+        vectors: dict[int, NDArray[np.float32]] = {}
+        if bare:
+            texts = [queries[position].text[: schema.QUERY_CHARS_MAX] for position in bare]
+            embedded = await self._embedder.embed(texts, kind="query")
+            vectors = dict(zip(bare, embedded, strict=True))
+        semantic = not row.callers_vectors and self._embedder.semantic
+        now_s = self._clock.time_s()
+        requests: list[Request] = []
+        for position, (query, mode) in enumerate(zip(queries, modes, strict=True)):
+            vector = vectors.get(position)
+            if mode != "text" and query.vector is not None:
+                vector = row.layout.comparable(check_vectors([query.vector], row.layout, _query_name))[0]
+            requests.append(
+                Request(
+                    query=query,
+                    mode=mode,
+                    vector=vector,
+                    vector_weight=1.0 if row.callers_vectors or semantic else SPELLING_WEIGHT,
+                    where=compile_filter(query.filter) if query.filter else None,
+                    now_s=now_s,
+                )
+            )
+        return requests
+
+    def _mode(self, row: NamespaceRow, query: SearchQuery) -> Mode:
+        """Which sides of the search take part."""
+        if query.at_s is not None and not math.isfinite(query.at_s):
+            raise InvalidInput(f"the query asks for time {query.at_s!r}", hint="give Unix seconds")
         text = bool(query.text.strip())
-        vector: NDArray[np.float32] | None = None
-        if query.mode != "text":
-            if query.vector is not None:
-                vector = _bounded_vector(query.vector, row.layout, "the query")
-                norm = float(np.linalg.norm(vector))
-                vector = vector / norm if row.metric == "cosine" else vector
-            elif text and not row.brings_vectors:
-                vector = (await self._embedder.embed([query.text[: schema.QUERY_CHARS_MAX]], kind="query"))[0]
+        given = query.vector is not None or (text and not row.callers_vectors)
+        if query.mode == "text":
+            given = False
+        elif not row.callers_vectors and row.embedder_id != self._embedder.id:
+            raise self._other_embedder(row)
         if query.mode == "vector" or (query.mode == "hybrid" and not text):
-            if vector is None:
+            if not given:
                 raise InvalidInput(
                     "the query has no vector and nothing to make one from",
-                    hint="give it a vector" if row.brings_vectors else "give it a text or a vector",
+                    hint="give it a vector" if row.callers_vectors else "give it a text or a vector",
                 )
-            return "vector", vector
+            return "vector"
         if not text:
             raise InvalidInput("the query has no text", hint="give it one, or search by vector")
-        return ("text", None) if vector is None else ("hybrid", vector)
+        return "hybrid" if given else "text"
 
     # Documents
 
@@ -427,7 +552,7 @@ class AgentDB:
             current = self._unchanged(connection, tenant, row)
             return sum(writing.put_document(connection, current, document, now_s) for document in ready)
 
-        return await self._db.write(job)
+        return await self._written(row, job)
 
     async def fingerprints(self, tenant: str, namespace: str) -> dict[str, Fingerprint]:
         """See VectorStore."""
@@ -450,56 +575,71 @@ class AgentDB:
         """See VectorStore; how many existed."""
         wanted = json_list(paths, "the paths")
         now_s = self._clock.time_s()
+        row = await self._namespace(tenant, namespace)
 
         def job(connection: apsw.Connection) -> int:
             row = find_namespace(connection, tenant, namespace)
             return writing.delete_documents(connection, row, wanted, now_s)
 
-        return await self._db.write(job)
+        return await self._written(row, job)
 
     # Shared
 
     async def _namespace(self, tenant: str, name: str) -> NamespaceRow:
-        return await self._db.read(lambda connection: find_namespace(connection, tenant, name))
+        row = await self._db.read(lambda connection: find_namespace(connection, tenant, name))
+        if len(self._namespaces) >= NAMESPACES_KNOWN_MAX:
+            self._namespaces.clear()
+        self._namespaces[tenant, name] = row
+        return row
 
     @staticmethod
     def _unchanged(connection: apsw.Connection, tenant: str, row: NamespaceRow) -> NamespaceRow:
         """The namespace again, inside the transaction: it may have been deleted or made anew meanwhile."""
         current = find_namespace(connection, tenant, row.name)
-        if current.layout != row.layout or current.embedder_id != row.embedder_id:
+        if current != row:
             raise Conflict(f"namespace {row.name!r} was replaced meanwhile", hint="repeat the call")
         return current
+
+    async def _written(self, row: NamespaceRow, job: Callable[[apsw.Connection], T]) -> T:
+        """The job's result once it is durable; its index is brought up to date afterwards."""
+        result = await self._db.write(job)
+        self._indexer.wake(row.layout)
+        return result
 
     async def _prepare(self, row: NamespaceRow, items: Sequence[Item]) -> list[PreparedItem]:
         """Check, embed and cut into words, away from the event loop and the writer thread."""
         layout = row.layout
-        bare = [item for item in items if item.vector is None]
-        if bare and row.brings_vectors:
+        bare = [position for position, item in enumerate(items) if item.vector is None]
+        if bare and row.callers_vectors:
             raise InvalidInput(
-                f"item {bare[0].id!r} has no vector", hint=f"namespace {row.name!r} takes your vectors"
+                f"item {items[bare[0]].id!r} has no vector", hint=f"namespace {row.name!r} takes your vectors"
             )
         if bare and row.embedder_id != self._embedder.id:
             raise self._other_embedder(row)
-
-        def check() -> tuple[list[bytes], dict[str, NDArray[np.float32]]]:
-            metadata = [check_item(item) for item in items]
-            brought = {
-                item.id: _bounded_vector(item.vector, layout, f"item {item.id!r}")
-                for item in items
-                if item.vector is not None
-            }
-            return metadata, brought
-
-        metadata, vectors = await asyncio.to_thread(check)
+        embedded: NDArray[np.float32] | None = None
         if bare:
-            embedded = await self._embedder.embed([item.text for item in bare])
-            vectors.update((item.id, vector) for item, vector in zip(bare, embedded, strict=True))
-        return await asyncio.to_thread(
-            lambda: [
-                prepare(item, encoded, vectors[item.id], layout)
-                for item, encoded in zip(items, metadata, strict=True)
-            ]
-        )
+            await asyncio.to_thread(lambda: [check_item(items[position]) for position in bare])
+            embedded = await self._embedder.embed([items[position].text for position in bare])
+
+        def ready() -> list[PreparedItem]:
+            metadata = [check_item(item) for item in items]
+            if embedded is not None and len(bare) == len(items):
+                return prepare(items, metadata, embedded, layout)
+            brought = [position for position, item in enumerate(items) if item.vector is not None]
+            checked = check_vectors(
+                [vector for item in items if (vector := item.vector) is not None],
+                layout,
+                lambda position: f"item {items[brought[position]].id!r}",
+            )
+            if embedded is None:
+                return prepare(items, metadata, checked, layout)
+            vectors = np.empty((len(items), layout.dimension), np.float32)
+            vectors[brought], vectors[bare] = checked, embedded
+            return prepare(items, metadata, vectors, layout)
+
+        if len(items) <= PREPARED_HERE_MAX:
+            return ready()
+        return await asyncio.to_thread(ready)
 
     def _other_embedder(self, row: NamespaceRow) -> Conflict:
         return Conflict(
@@ -509,25 +649,19 @@ class AgentDB:
         )
 
 
-def _layout(row: NamespaceRow) -> Any:
-    return row.layout if row.brings_vectors else None
+def _columns(vector: bool) -> str:
+    return f"{ITEM_COLUMNS}, {VECTOR_COLUMN}" if vector else ITEM_COLUMNS
 
 
-def _bounded_vector(values: Sequence[float], layout: Layout, what: str) -> NDArray[np.float32]:
-    """The vector, if sums of squares stay within single precision and its values within what is stored.
+def _query_name(position: int) -> str:
+    return "the query"
 
-    Under cosine, half precision stores the unit vector: nothing overflows and small values are not lost.
-    """
-    vector = check_vector(values, layout, what)
-    cosine, half = layout.metric == "cosine", layout.vector_format == "f16"
-    most = schema.HALF_ABS_MAX if half and not cosine else schema.VECTOR_ABS_MAX
-    largest = float(np.abs(vector).max())
-    if largest > most or (cosine and largest < schema.DIRECTION_ABS_MIN):
-        raise InvalidInput(
-            f"{what} has a vector whose largest value is {largest!r}",
-            hint=f"scale vectors to lengths near 1; values go up to {most:g}",
-        )
-    return vector / np.float32(np.linalg.norm(vector)) if cosine and half else vector
+
+def _check_batch(items: Sequence[Item]) -> None:
+    if len(items) > schema.ITEMS_PER_CALL_MAX:
+        raise TooLarge(f"{len(items)!r} items in one call", hint=f"at most {schema.ITEMS_PER_CALL_MAX}")
+    if len({item.id for item in items}) != len(items):
+        raise InvalidInput("an item id occurs twice in one call", hint="send each item once")
 
 
 def _checked_ids(ids: Sequence[str]) -> str:

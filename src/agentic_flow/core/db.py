@@ -126,6 +126,13 @@ class Database:
         """Run `job` in a read transaction of a reader thread: one consistent snapshot."""
         return await asyncio.wrap_future(self._submit_read(job))
 
+    def read_here(self, job: Callable[[apsw.Connection], T]) -> T:
+        """`read` on the calling thread: for what ends sooner than another thread could be asked."""
+        with self._closing:
+            if self._closed:
+                raise Unavailable(f"{self.path.name!r} is closed")
+        return self._read(job)
+
     def read_sync(self, job: Callable[[apsw.Connection], T]) -> T:
         """`read` for callers without an event loop."""
         return self._submit_read(job).result()

@@ -32,7 +32,9 @@ from agentic_flow.core.vectors import (
     Item,
     Metric,
     Namespace,
+    NamespaceStats,
     Page,
+    Quantization,
     SearchQuery,
     SearchResult,
     UpsertResult,
@@ -108,11 +110,19 @@ class VectorStore(Protocol):
     """Namespaces of items with vectors, text and metadata; writes are durable when they return."""
 
     async def create_namespace(
-        self, tenant: str, name: str, *, metric: Metric = "cosine", dimension: int | None = None
+        self,
+        tenant: str,
+        name: str,
+        *,
+        metric: Metric = "cosine",
+        dimension: int | None = None,
+        embedder_id: str | None = None,
+        quantization: Quantization | None = None,
     ) -> Namespace:
         """Create it, or return it when it exists with the same settings (else Conflict).
 
-        Without `dimension` the store's embedder serves the namespace; with one, callers bring vectors.
+        Without `dimension` the store's embedder serves the namespace; with one, callers bring vectors, made
+        by the embedder they may name. By default the store's vectors are kept as f16, callers' as f32.
         """
         ...
 
@@ -130,7 +140,27 @@ class VectorStore(Protocol):
         *,
         expected_version: int | None = None,
         idempotency_key: str | None = None,
-    ) -> UpsertResult: ...
+        embedder_id: str | None = None,
+    ) -> UpsertResult:
+        """Insert or replace: all of the items or none.
+
+        `embedder_id` says what made the items' vectors; one that is not the namespace's is refused.
+        """
+        ...
+
+    async def restore(
+        self,
+        tenant: str,
+        namespace: str,
+        items: Sequence[Item],
+        documents: Mapping[str, Fingerprint] | None = None,
+    ) -> int:
+        """Store items exactly as they are: version, times, vector and document included; how many.
+
+        For import and migration, into a namespace whose rows nobody else writes. An item's `document` must be
+        one that `documents` gives or that the namespace has.
+        """
+        ...
 
     async def get(self, tenant: str, namespace: str, ids: Sequence[str]) -> list[Item]:
         """The items that exist, in the order asked."""
@@ -150,9 +180,22 @@ class VectorStore(Protocol):
         where: Filter | None = None,
         cursor: str | None = None,
         limit: int = 100,
-    ) -> Page: ...
+        vectors: bool = False,
+    ) -> Page:
+        """One page in id order. `vectors`: also those that the store's embedder made."""
+        ...
 
     async def search(self, tenant: str, namespace: str, query: SearchQuery) -> SearchResult: ...
+
+    async def search_many(
+        self, tenant: str, namespace: str, queries: Sequence[SearchQuery]
+    ) -> list[SearchResult]:
+        """Every query answered from one snapshot; cheaper than one call each."""
+        ...
+
+    async def stats(self, tenant: str) -> list[NamespaceStats]:
+        """The tenant's namespaces by name, with sizes and the state of their indexes."""
+        ...
 
     async def put_documents(self, tenant: str, namespace: str, documents: Sequence[Document]) -> int:
         """Replace each document's chunks, all in one transaction. Returns the number of chunks stored.

@@ -138,15 +138,66 @@ class GatewaySettings(Section):
     )
 
 
+class EmbeddingSettings(Section):
+    """Where the embedders `openai` and `onnx-minilm` find their model."""
+
+    base_url: str = Field(
+        default="https://api.openai.com/v1", description="OpenAI-compatible endpoint, without `/embeddings`."
+    )
+    model: str = Field(default="text-embedding-3-small", description="Model that the endpoint embeds with.")
+    dimension: Annotated[int, Field(ge=1, le=16_384)] | None = Field(
+        default=None, description="Dimension to ask the endpoint for. Unset: the model's own."
+    )
+    api_key: SecretStr | None = Field(default=None, description="Key of the endpoint.")
+    api_key_file: Path | None = Field(default=None, description="File that holds the key; re-read on change.")
+    timeout_s: Positive = Field(default=30.0, description="Deadline of one call to the endpoint.")
+    attempts: Count = Field(default=4, description="Tries of one call, the first included.")
+    batch_max: Count = Field(default=128, description="Most texts of one call.")
+
+
 class AgentDBSettings(Section):
     """The vector database and the reading of folders."""
 
-    embedder: Literal["hashed-ngram"] = Field(
-        default="hashed-ngram", description="Embedder of new namespaces."
+    database_url: SecretStr | None = Field(
+        default=None,
+        description="`postgresql://…` with pgvector as the store. Unset: SQLite in the data folder.",
+    )
+    replica_url: SecretStr | None = Field(
+        default=None, description="`postgresql://…` of a read replica that searches may use."
+    )
+    pool_max: Count = Field(default=10, description="Most PostgreSQL connections of one process.")
+    embedder: str = Field(
+        default="hashed-ngram",
+        description="Embedder of new namespaces: hashed-ngram, openai, onnx-minilm, or a plug-in's name.",
     )
     embedding_dimension: Annotated[int, Field(ge=256, le=4096)] = Field(
         default=1024, description="Dimension of the hashed n-gram embedder."
     )
+    embedding: EmbeddingSettings = EmbeddingSettings()
+    index: Literal["auto", "exact", "scan", "graph"] = Field(
+        default="auto", description="Index tier of every namespace; auto chooses by its number of rows."
+    )
+    scan_library: Literal["turbovec", "faiss"] = Field(
+        default="turbovec",
+        description="What scans: turbovec in 4-bit codes, or faiss, slower and larger; faiss serves where "
+        "turbovec cannot (Euclidean distance, fewer than 64 dimensions).",
+    )
+    scan_rows_min: Count = Field(
+        default=4000, description="Rows from which auto scans quantized vectors instead of all of them."
+    )
+    graph_rows_min: Count = Field(default=200_000, description="Rows from which auto uses a graph.")
+    index_memory_max_bytes: Count = Field(
+        default=2048 * MIB, description="Indexes kept in memory; the least recently used are let go past it."
+    )
+    history_dir: Path | None = Field(
+        default=None,
+        description="Folder for the sealed log of all changes, for point-in-time recovery. Unset: none.",
+    )
+    history_seal_s: Positive = Field(
+        default=10.0, description="Longest time that a change waits to be sealed into the history."
+    )
+    query_timeout_s: Positive = Field(default=30.0, description="Longest time of one search.")
+    queries_max: Count = Field(default=256, description="Most queries of one batched search.")
     file_max_bytes: Count = Field(default=16 * MIB, description="Larger files are skipped and counted.")
     files_max: Count = Field(default=200_000, description="Most files of one ingestion.")
     chunk_lines_max: Count = Field(default=60, description="Most lines of one chunk.")

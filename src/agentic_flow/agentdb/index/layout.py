@@ -1,0 +1,130 @@
+"""How a namespace's vectors are stored, made comparable and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import apsw
+import numpy as np
+from numpy.typing import NDArray
+
+from agentic_flow.core.db import rows
+from agentic_flow.core.vectors import Metric
+
+BLOCK_ROWS = 4096
+"""Rows that are read and compared at a time: bounds the memory of anything that walks a namespace."""
+
+Keys = NDArray[np.int64]
+Vectors = NDArray[np.float32]
+Scores = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a namespace's vectors are stored and compared.
+
+    Args:
+        namespace_id: `namespaces.id`; never given out twice.
+        dimension: Numbers of one vector.
+        metric: What closeness means.
+        quantization: "f32" or "f16", the numbers in the file.
+    """
+
+    namespace_id: int
+    dimension: int
+    metric: Metric
+    quantization: str
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """How the file holds numbers."""
+        return np.dtype("<f2" if self.quantization == "f16" else "<f4")
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of one vector in the file."""
+        return self.dimension * self.dtype.itemsize
+
+    def decoded(self, blobs: list[bytes]) -> Vectors:
+        """Stored vectors as float32, shape (len(blobs), dimension)."""
+        stored = np.frombuffer(b"".join(blobs), self.dtype)
+        return stored.reshape(len(blobs), self.dimension).astype(np.float32)
+
+    def comparable(self, vectors: Vectors) -> Vectors:
+        """What `similarities` and the indexes expect: unit vectors under cosine."""
+        if self.metric != "cosine":
+            return vectors
+        norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))[:, None]
+        return vectors / np.maximum(norms, np.float32(1e-30))
+
+    def similarities(self, vectors: Vectors, query: NDArray[np.float32]) -> Scores:
+        """Cosine, inner product or negative distance of comparable vectors to a comparable query."""
+        if self.metric != "euclidean":
+            return vectors @ query
+        scores = np.empty(len(vectors), np.float32)
+        for start in range(0, len(vectors), BLOCK_ROWS):
+            block = vectors[start : start + BLOCK_ROWS]
+            scores[start : start + len(block)] = -np.linalg.norm(block - query, axis=1)
+        return scores
+
+
+def read_vectors(connection: apsw.Connection, layout: Layout, keys: Keys) -> tuple[Keys, Vectors]:
+    """The comparable vectors of those keys that exist, in key order.
+
+    Args:
+        keys: Of this namespace; sorted int64.
+    """
+    found = rows(
+        connection,
+        "SELECT v.key, v.vector FROM carray(?) AS c CROSS JOIN vectors AS v ON v.key = c.value",
+        (_array(keys),),
+    )
+    if not found:
+        return np.zeros(0, np.int64), np.zeros((0, layout.dimension), np.float32)
+    held = np.fromiter((key for key, _ in found), np.int64, len(found))
+    return held, layout.comparable(layout.decoded([blob for _, blob in found]))
+
+
+def walk_vectors(
+    connection: apsw.Connection, layout: Layout, keys: Keys | None = None
+) -> Iterator[tuple[Keys, Vectors]]:
+    """Every vector of the namespace (or of `keys`) in key order, in blocks."""
+    if keys is None:
+        keys = namespace_keys(connection, layout.namespace_id)
+    for start in range(0, len(keys), BLOCK_ROWS):
+        block = read_vectors(connection, layout, keys[start : start + BLOCK_ROWS])
+        if len(block[0]):
+            yield block
+
+
+def namespace_keys(connection: apsw.Connection, namespace_id: int) -> Keys:
+    """Keys of all items of a namespace, sorted; those that have expired and are still there included."""
+    found = rows(connection, "SELECT key FROM items WHERE namespace_id = ?", (namespace_id,))
+    keys = np.fromiter((key for (key,) in found), np.int64, len(found))
+    keys.sort()
+    return keys
+
+
+def newest_sequence(connection: apsw.Connection, namespace_id: int) -> int:
+    """Sequence of the namespace's last operation; 0 before the first."""
+    found = rows(connection, "SELECT max(sequence) FROM operations WHERE namespace_id = ?", (namespace_id,))
+    return found[0][0] or 0
+
+
+def changes_since(connection: apsw.Connection, namespace_id: int, sequence: int) -> Keys | None:
+    """Keys of rows that operations after `sequence` touched, sorted; None when the log no longer tells."""
+    oldest: int | None = rows(connection, "SELECT min(sequence) FROM operations")[0][0]
+    if oldest is None or sequence + 1 < oldest:
+        return None
+    found = rows(
+        connection,
+        "SELECT keys FROM operations WHERE namespace_id = ? AND sequence > ?",
+        (namespace_id, sequence),
+    )
+    return np.unique(np.frombuffer(b"".join(keys for (keys,) in found), "<i8"))
+
+
+def _array(keys: Keys) -> Any:
+    return cast(Any, apsw).carray(np.ascontiguousarray(keys))

@@ -1,0 +1,1 @@
+"""AgentDB on PostgreSQL with pgvector: the same `VectorStore`, chosen by URL."""
