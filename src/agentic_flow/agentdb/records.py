@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import apsw
 import numpy as np
@@ -292,7 +292,7 @@ def read_item(row: Sequence[Any], layout: Layout | None = None) -> Item:
             blob = np.frombuffer(blob, "<f2").astype("<f4").tobytes()
         vector = Vector(data=blob)
     # Everything was checked when it was stored; checking again would cost more than the rest of a search.
-    return Item.model_construct(
+    return Item.trusted(
         id=row[1],
         text=row[2],
         metadata=read_metadata(row[1], row[3]),
@@ -314,7 +314,7 @@ def read_metadata(item_id: str, metadata: str) -> JsonObject:
         DataCorrupted: it is no JSON.
     """
     try:
-        return cast(JsonObject, orjson.loads(metadata))
+        return orjson.loads(metadata)
     except orjson.JSONDecodeError as error:
         raise DataCorrupted(
             f"the metadata of item {item_id!r} is broken: {error}", hint="restore the file from a backup"

@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import apsw
 import numpy as np
@@ -19,7 +20,7 @@ from agentic_flow.agentdb import ranking, schema
 from agentic_flow.agentdb.analysis import match_expression
 from agentic_flow.agentdb.filters import Compiled
 from agentic_flow.agentdb.index.allowed import AllowedKeys
-from agentic_flow.agentdb.index.layout import Layout
+from agentic_flow.agentdb.index.layout import Layout, bound_keys, newest_sequence
 from agentic_flow.agentdb.index.tiers import Indexes
 from agentic_flow.agentdb.records import ITEM_COLUMNS, LIVE, NamespaceRow, read_item
 from agentic_flow.core.db import rows
@@ -35,6 +36,7 @@ PROGRESS_STEPS = 20_000
 SPELLING_WEIGHT = 0.25
 """Weight of a vector side that knows spelling only, beside the full-text side's 1."""
 
+MOMENTS_KEPT_MAX = 1000
 QUICK_POOL_MAX = 100
 QUICK_NUMBERS_MAX: dict[IndexTier, int] = {"exact": 2_000_000, "scan": 100_000_000}
 """Numbers compared up to which a search of this tier takes about a millisecond."""
@@ -42,6 +44,8 @@ QUICK_NUMBERS_MAX: dict[IndexTier, int] = {"exact": 2_000_000, "scan": 100_000_0
 Mode = Literal["hybrid", "vector", "text"]
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+
+_NONE: Ints = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,16 +95,29 @@ class _Candidates:
 
 
 @dataclass(frozen=True, slots=True)
+class _Moment:
+    """A namespace at one state of the file (`version`, as this thread's connection counts them).
+
+    `newest` is its last operation; `timeless`, that none of its rows ever expires or becomes valid.
+    """
+
+    version: int
+    newest: int
+    timeless: bool
+
+
 class Searcher:
-    """Runs searches of one database.
+    """Runs searches of one database, whose connections belong to one thread each.
 
     Args:
         indexes: Name the nearest rows.
         allowed: Remembers which rows filters admit.
     """
 
-    indexes: Indexes
-    allowed: AllowedKeys
+    def __init__(self, indexes: Indexes, allowed: AllowedKeys) -> None:
+        self.indexes = indexes
+        self.allowed = allowed
+        self._seen = threading.local()
 
     def is_quick(self, layout: Layout, request: Request) -> bool:
         """Whether the search is likely to end within about a millisecond: its index stands in memory."""
@@ -118,26 +135,34 @@ class Searcher:
             return Found((), candidates.tier)
         if request.mode == "vector" and request.pool == request.query.k and candidates.vector is not None:
             # Nothing to fuse or rearrange: candidates come best first.
-            fused = ranking.Fused(candidates.vector, np.zeros_like(candidates.vector))
-            order = list(range(len(candidates.keys)))
-            return Found(_hits(connection, namespace, request, candidates, fused, order), candidates.tier)
+            scores = candidates.vector.tolist()
+            parts = [{"vector": score} for score in scores]
+            return Found(
+                _hits(connection, namespace, request, candidates.keys, scores, parts), candidates.tier
+            )
         documents = _documents(connection, candidates.keys)
         fused = _fused(connection, namespace, request, candidates, documents)
         # Ties in order of storage, so that the same query gives the same answer.
         order = [int(index) for index in np.lexsort((candidates.keys, -fused.scores))]
         order = _diversified(connection, namespace, request.query, candidates.keys, fused.scores, order)
         order = ranking.limit_per_document(order, documents, request.query.per_document)[: request.query.k]
-        return Found(_hits(connection, namespace, request, candidates, fused, order), candidates.tier)
+        scores = [float(fused.scores[index]) for index in order]
+        parts = [_parts(candidates, fused, index) for index in order]
+        return Found(
+            _hits(connection, namespace, request, candidates.keys[order], scores, parts), candidates.tier
+        )
 
     def _candidates(
         self, connection: apsw.Connection, namespace: NamespaceRow, request: Request
     ) -> _Candidates:
-        allowed = self._allowed(connection, namespace, request)
+        moment = self._moment(connection, namespace.id)
+        allowed = self._allowed(connection, namespace, request, moment)
         query = request.query
         text_keys, text_scores = np.zeros(0, np.int64), np.zeros(0, np.float64)
-        expression = match_expression(query.text[: schema.QUERY_CHARS_MAX])
-        if request.mode != "vector" and expression is not None:
-            text_keys, text_scores = _text_side(connection, namespace, expression, allowed)
+        if request.mode != "vector":
+            expression = match_expression(query.text[: schema.QUERY_CHARS_MAX])
+            if expression is not None:
+                text_keys, text_scores = _text_side(connection, namespace, expression, allowed)
         if request.vector is None:
             return _Candidates(text_keys, text_scores)
         near = self.indexes.nearest(
@@ -148,6 +173,7 @@ class Searcher:
             allowed=allowed,
             ef=query.ef,
             exact=query.exact,
+            newest=moment.newest,
         )
         if request.mode == "vector":
             return _Candidates(near.keys, vector=near.scores.astype(np.float64), tier=near.tier)
@@ -159,15 +185,39 @@ class Searcher:
         text[np.searchsorted(keys, text_keys[text_kept])] = text_scores[text_kept]
         return _Candidates(keys, text, similarities.astype(np.float64), near.tier)
 
-    def _allowed(self, connection: apsw.Connection, namespace: NamespaceRow, request: Request) -> Ints | None:
+    def _allowed(
+        self, connection: apsw.Connection, namespace: NamespaceRow, request: Request, moment: _Moment
+    ) -> Ints | None:
         """Keys that the filter and the time admit, sorted; None when that is every row."""
-        hidden = _hidden(connection, namespace.id, request)
+        hidden = _NONE if moment.timeless else _hidden(connection, namespace.id, request)
         if request.where is None and not len(hidden):
             return None
         keys = self.allowed.keys(connection, namespace.id, request.where or ("1", []))
         if not len(hidden):
             return keys
         return np.setdiff1d(keys, hidden, assume_unique=True)
+
+    def _moment(self, connection: apsw.Connection, namespace_id: int) -> _Moment:
+        """What the transaction's state of the file says of the namespace; read again when the file changed.
+
+        The transaction must have read something already: that is when its state is fixed.
+        """
+        version = connection.data_version()
+        seen: dict[int, _Moment] = self._seen.__dict__.setdefault("moments", {})
+        moment = seen.get(namespace_id)
+        if moment is None or moment.version != version:
+            timed = rows(
+                connection,
+                "SELECT EXISTS (SELECT 1 FROM items WHERE namespace_id = ?1 AND expires_at_s IS NOT NULL) "
+                "OR EXISTS (SELECT 1 FROM items WHERE namespace_id = ?1 "
+                "AND (valid_from_s IS NOT NULL OR valid_until_s IS NOT NULL))",
+                (namespace_id,),
+            )
+            moment = _Moment(version, newest_sequence(connection, namespace_id), not timed[0][0])
+            if len(seen) >= MOMENTS_KEPT_MAX:
+                seen.clear()
+            seen[namespace_id] = moment
+        return moment
 
 
 @contextmanager
@@ -312,41 +362,41 @@ def _diversified(
     return [pool[index] for index in picked]
 
 
+def _parts(candidates: _Candidates, fused: ranking.Fused, index: int) -> dict[str, float]:
+    parts: dict[str, float] = {}
+    if candidates.text is not None:
+        parts["text"] = float(candidates.text[index])
+    if candidates.vector is not None:
+        parts["vector"] = float(candidates.vector[index])
+    if fused.evidence[index]:
+        parts["document"] = float(fused.evidence[index])
+    return parts
+
+
 def _hits(
     connection: apsw.Connection,
     namespace: NamespaceRow,
     request: Request,
-    candidates: _Candidates,
-    fused: ranking.Fused,
-    order: list[int],
+    keys: Ints,
+    scores: Sequence[float],
+    parts: Sequence[dict[str, float]],
 ) -> tuple[Hit, ...]:
-    keys = [int(candidates.keys[index]) for index in order]
-    found: dict[int, tuple[Any, ...]] = {
-        row[0]: row
-        for row in rows(
-            connection,
-            f"SELECT {ITEM_COLUMNS} FROM items WHERE key IN (SELECT value FROM json_each(?)) "
-            f"AND namespace_id = ? AND {LIVE}",
-            (orjson.dumps(keys).decode(), namespace.id, request.now_s),
-        )
-    }
-    hits: list[Hit] = []
-    for index, key in zip(order, keys, strict=True):
-        if key not in found:
-            continue
-        parts: dict[str, float] = {}
-        if candidates.text is not None:
-            parts["text"] = float(candidates.text[index])
-        if candidates.vector is not None:
-            parts["vector"] = float(candidates.vector[index])
-        if fused.evidence[index]:
-            parts["document"] = float(fused.evidence[index])
-        hits.append(
-            Hit.model_construct(
-                item=read_item(found[key]), score=float(fused.scores[index]), score_parts=parts
-            )
-        )
-    return tuple(hits)
+    """The rows of the keys, in their order, as they are now; what is gone or expired is left out."""
+    found = rows(
+        connection,
+        # CROSS JOIN: by key, in the order given, never through the index of the namespace.
+        f"SELECT {ITEM_COLUMNS} FROM carray(?) AS c CROSS JOIN items ON items.key = c.value "
+        f"WHERE items.namespace_id = ? AND {LIVE}",
+        (bound_keys(keys), namespace.id, request.now_s),
+    )
+    if len(found) < len(keys):
+        place = {key: index for index, key in enumerate(keys.tolist())}
+        kept = [place[row[0]] for row in found]
+        scores, parts = [scores[index] for index in kept], [parts[index] for index in kept]
+    return tuple(
+        Hit.trusted(item=read_item(row), score=score, score_parts=part)
+        for row, score, part in zip(found, scores, parts, strict=True)
+    )
 
 
 def _json(keys: Ints) -> str:

@@ -71,6 +71,8 @@ T = TypeVar("T")
 DATABASE = Path("agentdb", "agentdb.db")
 INDEXES = Path("agentdb", "indexes")
 
+MMAP_MAX_BYTES = 64 * 1024**3
+"""Address space, not memory: searches read a few rows from all over the file."""
 NAMESPACES_KNOWN_MAX = 10_000
 PREPARED_HERE_MAX = 8
 """Items of one call up to which handing them to another thread costs more than preparing them."""
@@ -102,7 +104,7 @@ class AgentDB:
         self._embedder = embedder or HashedNgramEmbedder(settings.embedding_dimension)
         self._clock = clock
         self._settings = settings
-        self._db = Database(data_dir / DATABASE, schema.MIGRATIONS)
+        self._db = Database(data_dir / DATABASE, schema.MIGRATIONS, mmap_max_bytes=MMAP_MAX_BYTES)
         self._indexes = Indexes(data_dir / INDEXES, settings, self._db.read_sync)
         self._searcher = Searcher(self._indexes, AllowedKeys())
         self._indexer = Indexer(self._indexes)
@@ -448,7 +450,7 @@ class AgentDB:
                 for request in requests:
                     found = self._searcher.run(connection, current, request)
                     results.append(
-                        SearchResult.model_construct(
+                        SearchResult.trusted(
                             hits=found.hits,
                             embedder_id=row.embedder_id,
                             semantic=semantic,

@@ -47,6 +47,8 @@ class Database:
         migrations: SQL scripts; script i brings `user_version` from i to i + 1. Never edit one that shipped.
         readers: Number of reader threads, each with its own connection.
         busy_timeout_s: How long to wait for another process's write lock.
+        mmap_max_bytes: How much of the file readers map into memory instead of copying pages from it.
+        prepare: Called with each new connection, to register functions.
 
     Raises:
         Conflict: the file was written by a newer version of the product.
@@ -54,9 +56,18 @@ class Database:
     """
 
     def __init__(
-        self, path: Path, migrations: Sequence[str], *, readers: int = 4, busy_timeout_s: float = 10.0
+        self,
+        path: Path,
+        migrations: Sequence[str],
+        *,
+        readers: int = 4,
+        busy_timeout_s: float = 10.0,
+        mmap_max_bytes: int = 0,
+        prepare: Callable[[apsw.Connection], None] | None = None,
     ) -> None:
         self.path = path
+        self._mmap_max_bytes = mmap_max_bytes
+        self._prepare = prepare
         self._busy_timeout_s = busy_timeout_s
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,6 +171,8 @@ class Database:
             "cache_size=-16384",
         ):
             rows(connection, f"PRAGMA {pragma}")
+        if self._prepare is not None:
+            self._prepare(connection)
         return connection
 
     def _switch_to_wal(self) -> None:
@@ -208,6 +221,7 @@ class Database:
         if connection is None:
             connection = self._connect()
             rows(connection, "PRAGMA query_only=ON")
+            rows(connection, f"PRAGMA mmap_size={self._mmap_max_bytes:d}")
             self._local.connection = connection
             self._read_connections.append(connection)
         rows(connection, "BEGIN")

@@ -6,7 +6,7 @@ nothing else. All models are frozen and refuse unknown keys.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,6 +18,20 @@ class Frozen(BaseModel):
     """Immutable value that refuses keys it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def trusted(cls, **values: Any) -> Self:
+        """The model of values that were checked before; nothing is checked again, and nothing filled in.
+
+        Several times as fast as `model_construct`, which walks the fields. Every field must be given.
+        """
+        model = cls.__new__(cls)
+        place = object.__setattr__
+        place(model, "__dict__", values)
+        place(model, "__pydantic_fields_set__", set(values))
+        place(model, "__pydantic_extra__", None)
+        place(model, "__pydantic_private__", None)
+        return model
 
 
 class TextPart(Frozen):

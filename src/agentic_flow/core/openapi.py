@@ -1,4 +1,4 @@
-"""The operations of an HTTP service as one table, from which both its routes and its OpenAPI document are made.
+"""The operations of an HTTP service as one table, from which its routes and its OpenAPI document are made.
 
 What the table says is what happens: the scope is demanded, a body of another media type is refused, and body
 and query parameters are read as the very models that the document shows.
@@ -162,30 +162,19 @@ def _media_type(request: Request, operation: Operation) -> str:
     return media_type
 
 
-_NO_QUERY: dict[type[BaseModel], BaseModel] = {}
-
-
 def read_query(request: Request, model: type[Query]) -> Query:
     """The query parameters as `model`.
 
     Raises:
         InvalidInput: one is unknown, wrong, or there twice.
     """
-    if not request.scope["query_string"]:
-        # Models are immutable and their defaults need no reading.
-        found = _NO_QUERY.get(model)
-        if isinstance(found, model):
-            return found
     parameters = request.query_params
     if len(parameters.multi_items()) != len(parameters):
         raise InvalidInput("a query parameter is there twice", hint="send each once")
     try:
-        value = model.model_validate_strings(dict(parameters))
+        return model.model_validate_strings(dict(parameters))
     except ValidationError as error:
         raise invalid_input(error) from None
-    if not parameters:
-        _NO_QUERY[model] = value
-    return value
 
 
 # The document

@@ -43,8 +43,10 @@ from agentic_flow.core.sse import ServerEvent
 from agentic_flow.core.telemetry import product_version
 from agentic_flow.core.web_floor import (
     CREDENTIAL_HINT,
+    STALL_TIMEOUT_S,
     ErrorShape,
     Floor,
+    check_json_numbers,
     invalid_input,
     unexpected,
 )
@@ -73,6 +75,7 @@ def create_app(
     metrics: CollectorRegistry | None = None,
     public_paths: Collection[str] = (),
     error_shapes: Mapping[str, ErrorShape] | None = None,
+    stall_timeout_s: float = STALL_TIMEOUT_S,
 ) -> Starlette:
     """A service as an ASGI app.
 
@@ -87,6 +90,7 @@ def create_app(
         metrics: The service's own metrics, shown on `/metrics` beside the floor's; never the global registry.
         public_paths: Exact paths that need no credential.
         error_shapes: Exact path → how an error looks there (`as_openai`, `as_anthropic`); else problem+json.
+        stall_timeout_s: Longest silence within a request's body.
     """
     registry = metrics or CollectorRegistry()
     started_s = time.monotonic()
@@ -139,6 +143,7 @@ def create_app(
                 registry=registry,
                 public_paths=frozenset(public_paths),
                 error_shapes=dict(error_shapes or {}),
+                stall_timeout_s=stall_timeout_s,
             )
         ],
         exception_handlers={HTTPException: _http_error},
@@ -168,18 +173,40 @@ def to_json(content: Any) -> bytes:
     return orjson.dumps(content, default=_plain, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-async def parse(request: Request, model: type[Model]) -> Model:
+async def parse(request: Request, model: type[Model], *, strict: bool = False) -> Model:
     """The request's body as `model`.
+
+    Args:
+        strict: Whether a value of another JSON type is refused even if it could be converted.
 
     Raises:
         InvalidInput: it is not JSON, or a field is wrong; names the field.
         TooLarge: it is past `serve.body_max_bytes`.
     """
     body = await request.body()
+    check_json_numbers(body)
     try:
-        return model.model_validate_json(body)
+        return model.model_validate_json(body, strict=strict or None)
     except ValidationError as error:
         raise invalid_input(error) from None
+
+
+def stream_body(request: Request) -> AsyncGenerator[bytes]:
+    """The body piece by piece, whatever its length: `serve.body_max_bytes` is the caller's to keep for what
+    it collects (`body_max_bytes`). Reading no further holds the sender back.
+
+    Raises:
+        ClientDisconnect: the client left before the end.
+        DeadlineExceeded: nothing came for too long.
+    """
+    request.state.body.whole_is_bounded = False
+    return request.stream()
+
+
+def body_max_bytes(request: Request) -> int:
+    """The limit `serve.body_max_bytes` of the service that serves this request."""
+    limit: int = request.state.body.max_bytes
+    return limit
 
 
 def principal_of(request: Request) -> Principal:
@@ -334,10 +361,15 @@ def _http_error(request: Request, error: Exception) -> Response:
         raise NotFound(f"there is no {path!r} here", hint="check the path; /health names the service")
     if error.status_code == 405:
         refusal = InvalidInput(f"{path!r} does not take {request.method!r}", hint="see the Allow header")
-        # The table has no 405, whose Allow header HTTP demands (RFC 9110, section 15.5.6).
-        return json_response(
-            {**as_problem(refusal), "status": 405},
-            405,
-            headers={**(error.headers or {}), "content-type": "application/problem+json"},
+    elif error.status_code == 415:
+        refusal = InvalidInput(
+            f"{path!r} does not take this body: {error.detail}", hint="see the Accept header"
         )
-    raise InvalidInput(f"{path!r} refused the request: {error.detail}")
+    else:
+        raise InvalidInput(f"{path!r} refused the request: {error.detail}")
+    # The table has neither status, whose headers HTTP demands (RFC 9110, sections 15.5.6 and 15.5.16).
+    return json_response(
+        {**as_problem(refusal), "status": error.status_code},
+        error.status_code,
+        headers={**(error.headers or {}), "content-type": "application/problem+json"},
+    )

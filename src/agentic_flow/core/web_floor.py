@@ -18,7 +18,6 @@ import structlog
 from opentelemetry import propagate, trace
 from prometheus_client import CollectorRegistry, Histogram
 from pydantic import ValidationError
-from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
@@ -28,6 +27,7 @@ from throttled.asyncio.store import MemoryStore
 from agentic_flow.core.auth import LOCAL_OWNER, Authenticator, Principal
 from agentic_flow.core.errors import (
     AgenticFlowError,
+    DeadlineExceeded,
     Forbidden,
     InvalidInput,
     RateLimited,
@@ -45,6 +45,8 @@ REQUEST_ID_HEADER = "x-request-id"
 CREDENTIAL_HINT = "send a key or token as `Authorization: Bearer …`; see `agentic-flow keys create`"
 # Probes and scrapers carry no credential and must be answered under load.
 ALWAYS_OPEN = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
+
+STALL_TIMEOUT_S = 30.0
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -67,6 +69,7 @@ class Floor:
         registry: Where the duration histogram is registered.
         public_paths: Exact paths that need no credential.
         error_shapes: Exact path → the shape of an error there.
+        stall_timeout_s: Longest silence within a body.
     """
 
     def __init__(
@@ -79,12 +82,14 @@ class Floor:
         registry: CollectorRegistry,
         public_paths: frozenset[str],
         error_shapes: Mapping[str, ErrorShape],
+        stall_timeout_s: float = STALL_TIMEOUT_S,
     ) -> None:
         self._app = app
         self._service = service
         self._authenticator = authenticator
         self._auth_required = settings.auth.required
         self._body_max_bytes = settings.serve.body_max_bytes
+        self._stall_timeout_s = stall_timeout_s
         self._public_paths = public_paths | ALWAYS_OPEN
         self._error_shapes = error_shapes
         per_minute = settings.serve.requests_per_minute
@@ -109,7 +114,7 @@ class Floor:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
+        headers = _headers(scope)
         method = scope["method"] if scope["method"] in _METHODS else "OTHER"
         answer = _Answer(send, _request_id(headers))
         state = scope.setdefault("state", {})
@@ -131,10 +136,13 @@ class Floor:
                 # Also when the work was cancelled: the line is written, the cancellation goes on.
                 self._record(scope, method, answer, time.perf_counter() - started_s, span)
 
-    async def _answer(self, scope: Scope, headers: Headers, receive: Receive, answer: _Answer) -> None:
+    async def _answer(self, scope: Scope, headers: Mapping[str, str], receive: Receive, answer: _Answer) -> None:
         try:
             await self._admit(scope, headers)
-            await self._app(scope, self._limited(headers, receive), answer.send)
+            body = scope["state"]["body"] = IncomingBody(
+                receive, headers.get("content-length", ""), self._body_max_bytes, self._stall_timeout_s
+            )
+            await self._app(scope, body.receive, answer.send)
         except AgenticFlowError as error:
             await self._refuse(scope, answer, error)
         except ValidationError as error:
@@ -151,7 +159,7 @@ class Floor:
             _log.exception("request_failed", service=self._service, path=scope["path"])
             await self._refuse(scope, answer, unexpected())
 
-    async def _admit(self, scope: Scope, headers: Headers) -> None:
+    async def _admit(self, scope: Scope, headers: Mapping[str, str]) -> None:
         if not self._auth_required:
             check_origin(headers.get("host"), headers.get("origin"), scope["scheme"])
         path: str = scope["path"]
@@ -177,25 +185,6 @@ class Floor:
                 hint="slow down, or raise serve.requests_per_minute",
                 retry_after_s=round(result.state.retry_after, 3),
             )
-
-    def _limited(self, headers: Headers, receive: Receive) -> Receive:
-        """`receive` that counts what arrives: a length may be missing or a lie."""
-        limit = self._body_max_bytes
-        announced = headers.get("content-length", "")
-        if announced.isdecimal() and int(announced) > limit:
-            raise _body_too_large(limit)
-        size = 0
-
-        async def counted() -> Message:
-            nonlocal size
-            message = await receive()
-            if message["type"] == "http.request":
-                size += len(message.get("body", b""))
-                if size > limit:
-                    raise _body_too_large(limit)
-            return message
-
-        return counted
 
     async def _refuse(self, scope: Scope, answer: _Answer, error: AgenticFlowError) -> None:
         answer.error_code = error.code
@@ -251,6 +240,65 @@ class Floor:
             request_id=answer.request_id,
             trace_id=format(context.trace_id, "032x") if context.is_valid else None,
         )
+
+
+class IncomingBody:
+    """The way in: counts what arrives, for a length may be missing or a lie, and ends a body that stalls.
+
+    A route that reads a stream piece by piece sets `whole_is_bounded` to False and keeps `max_bytes` for each
+    of its pieces.
+    """
+
+    __slots__ = (
+        "_announced",
+        "_complete",
+        "_receive",
+        "_size_bytes",
+        "_stall_s",
+        "max_bytes",
+        "whole_is_bounded",
+    )
+
+    def __init__(self, receive: Receive, announced: str, max_bytes: int, stall_s: float) -> None:
+        self._receive = receive
+        self._announced = int(announced) if announced.isdecimal() else 0
+        self._stall_s = stall_s
+        self._size_bytes = 0
+        self._complete = False
+        self.max_bytes = max_bytes
+        self.whole_is_bounded = True
+
+    async def receive(self) -> Message:
+        """As ASGI has it.
+
+        Raises:
+            TooLarge: the body is, or says it is, larger than the limit.
+            DeadlineExceeded: nothing of it came for too long.
+        """
+        if self._complete:
+            # Only the end of the connection is left to come, and for that there is no hurry.
+            return await self._receive()
+        self._check(self._announced)
+        try:
+            async with asyncio.timeout(self._stall_s):
+                message = await self._receive()
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"nothing of the body came for {self._stall_s!r} s, after {self._size_bytes!r} bytes",
+                hint="send it again without a pause",
+            ) from None
+        if message["type"] == "http.request":
+            self._size_bytes += len(message.get("body", b""))
+            self._check(self._size_bytes)
+            self._complete = not message.get("more_body", False)
+        return message
+
+    def _check(self, size_bytes: int) -> None:
+        if self.whole_is_bounded and size_bytes > self.max_bytes:
+            raise TooLarge(
+                f"the request body is larger than {self.max_bytes!r} bytes",
+                hint="send less, or raise serve.body_max_bytes",
+            )
 
 
 class _Answer:
@@ -332,6 +380,19 @@ def invalid_input(error: ValidationError) -> InvalidInput:
     )
 
 
+def check_json_numbers(content: bytes) -> None:
+    """Refuse NaN and Infinity, which are no JSON (RFC 8259, section 6) and which pydantic takes.
+
+    Raises:
+        InvalidInput: they are there, or it is no JSON at all.
+    """
+    if b"NaN" in content or b"Infinity" in content:
+        try:
+            orjson.loads(content)
+        except orjson.JSONDecodeError as error:
+            raise InvalidInput(f"the body is refused: {error}", hint="send valid JSON") from None
+
+
 def unexpected() -> AgenticFlowError:
     """What a caller learns of a bug of ours."""
     return AgenticFlowError(
@@ -339,13 +400,14 @@ def unexpected() -> AgenticFlowError:
     )
 
 
-def _request_id(headers: Headers) -> str:
+def _headers(scope: Scope) -> dict[str, str]:
+    """The headers of a request by lower-case name, the first of each: a dictionary, for it is asked often."""
+    found: dict[str, str] = {}
+    for name, value in scope["headers"]:
+        found.setdefault(name.decode("latin-1"), value.decode("latin-1"))
+    return found
+
+
+def _request_id(headers: Mapping[str, str]) -> str:
     given = headers.get(REQUEST_ID_HEADER)
     return given if given is not None and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-
-
-def _body_too_large(limit_bytes: int) -> TooLarge:
-    return TooLarge(
-        f"the request body is larger than {limit_bytes!r} bytes",
-        hint="send less, or raise serve.body_max_bytes",
-    )

@@ -7,13 +7,13 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import apsw
 import numpy as np
 import orjson
 
-from agentic_flow.agentdb.index.layout import Keys, changes_since, newest_sequence
+from agentic_flow.agentdb.index.layout import Keys, bound_keys, changes_since, newest_sequence
 from agentic_flow.core.db import rows
 
 _KEPT_MAX_BYTES = 64 * 1024 * 1024
@@ -79,7 +79,7 @@ def _admitted(
     sql, bindings = condition
     limit, limits = "", []
     if among is not None:
-        limit, limits = "AND key IN carray(?) ", [cast(Any, apsw).carray(np.ascontiguousarray(among))]
+        limit, limits = "AND key IN carray(?) ", [bound_keys(among)]
         if not len(among):
             return np.zeros(0, np.int64)
     found = rows(

@@ -48,12 +48,13 @@ class Layout:
         return self.dimension * self.dtype.itemsize
 
     def decoded(self, blobs: list[bytes]) -> Vectors:
-        """Stored vectors as float32, shape (len(blobs), dimension)."""
-        stored = np.frombuffer(b"".join(blobs), self.dtype)
-        return stored.reshape(len(blobs), self.dimension).astype(np.float32)
+        """Stored vectors as float32, comparable, shape (len(blobs), dimension)."""
+        stored = np.frombuffer(b"".join(blobs), self.dtype).reshape(len(blobs), self.dimension)
+        # Half precision under cosine is stored as the unit vector.
+        return stored.astype(np.float32) if self.quantization == "f16" else self.comparable(stored)
 
     def comparable(self, vectors: Vectors) -> Vectors:
-        """What `similarities` and the indexes expect: unit vectors under cosine."""
+        """What `similarities` and the indexes expect of float32 vectors: unit ones under cosine."""
         if self.metric != "cosine":
             return vectors
         norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))[:, None]
@@ -71,20 +72,22 @@ class Layout:
 
 
 def read_vectors(connection: apsw.Connection, layout: Layout, keys: Keys) -> tuple[Keys, Vectors]:
-    """The comparable vectors of those keys that exist, in key order.
+    """The comparable vectors of those keys that exist, in the order given.
 
     Args:
-        keys: Of this namespace; sorted int64.
+        keys: Of this namespace; distinct int64.
     """
     found = rows(
         connection,
         "SELECT v.key, v.vector FROM carray(?) AS c CROSS JOIN vectors AS v ON v.key = c.value",
-        (_array(keys),),
+        (bound_keys(keys),),
     )
     if not found:
         return np.zeros(0, np.int64), np.zeros((0, layout.dimension), np.float32)
-    held = np.fromiter((key for key, _ in found), np.int64, len(found))
-    return held, layout.comparable(layout.decoded([blob for _, blob in found]))
+    held = keys
+    if len(found) < len(keys):
+        held = np.fromiter((key for key, _ in found), np.int64, len(found))
+    return held, layout.decoded([blob for _, blob in found])
 
 
 def walk_vectors(
@@ -126,5 +129,6 @@ def changes_since(connection: apsw.Connection, namespace_id: int, sequence: int)
     return np.unique(np.frombuffer(b"".join(keys for (keys,) in found), "<i8"))
 
 
-def _array(keys: Keys) -> Any:
+def bound_keys(keys: Keys) -> Any:
+    """The keys as one binding for `carray`."""
     return cast(Any, apsw).carray(np.ascontiguousarray(keys))

@@ -9,6 +9,7 @@ from agentic_flow.agentdb.index.layout import Keys, Layout, Scores, Vectors
 
 _ROWS_MIN = 64
 _DEAD_SHARE_MAX = 0.25
+_SORTED_AT_ONCE = 100
 
 
 class Matrix:
@@ -104,7 +105,7 @@ class Matrix:
 
 def best(keys: Keys, scores: Scores, count: int) -> tuple[Keys, Scores]:
     """The `count` highest, best first; equal ones in order of their keys."""
-    if len(keys) > count:
+    if len(keys) > max(count, _SORTED_AT_ONCE):
         # Everything that ties with the last place, so that which of them stays does not depend on the order.
         edge = np.partition(scores, len(scores) - count)[len(scores) - count]
         chosen = np.flatnonzero(scores >= edge)

@@ -144,6 +144,7 @@ class NamespaceIndex:
                     return found
                 if self._pending_keys is None:
                     self._pending_keys = np.sort(np.fromiter(self.pending, np.int64, len(self.pending)))
+                # No key is in both: a row is pending exactly as long as the graph lacks it.
                 rest = self.codes.nearest(query, short_list, self._pending_keys)
                 return np.concatenate([found, rest])
         return self.codes.nearest(query, short_list, allowed)
@@ -186,25 +187,27 @@ class Indexes:
         allowed: Keys | None = None,
         ef: int | None = None,
         exact: bool = False,
+        newest: int | None = None,
     ) -> Near:
         """The `count` nearest rows of the transaction (of the `allowed` keys, sorted).
 
         Args:
             query: Comparable: a unit vector under cosine.
+            newest: The namespace's last operation, where the caller knows it.
         """
         if allowed is not None and len(allowed) <= GATHERED_MAX:
             keys, scores = self._compared(connection, layout, query, allowed)
             return Near(*best(keys, scores, count), "exact")
         if exact:
             return self._walked(connection, layout, query, count, allowed)
-        index = self.current(connection, layout)
+        index = self.current(connection, layout, newest)
         if index is None:
             return self._walked(connection, layout, query, count, allowed)
         if index.matrix is not None:
             return Near(*index.matrix.nearest(query, count, allowed), "exact")
         tier = "scan" if allowed is not None else index.tier
         wanted = min(count, len(index) if allowed is None else len(allowed))
-        found = np.unique(index.candidates(query, count, allowed, ef))
+        found = index.candidates(query, count, allowed, ef)
         keys, scores = self._compared(connection, layout, query, found)
         if len(keys) < wanted:
             # Rows went or came between this transaction and the state of the index.
@@ -214,7 +217,7 @@ class Indexes:
     def similarities(
         self, connection: apsw.Connection, layout: Layout, query: NDArray[np.float32], keys: Keys
     ) -> tuple[Keys, Scores]:
-        """Those of the keys (sorted) that exist, with their similarities to the query."""
+        """Those of the keys that exist, in the order given, with their similarities to the query."""
         index = self._held.get(layout.namespace_id)
         if index is not None and index.matrix is not None:
             return index.matrix.similarities(query, keys)
@@ -243,9 +246,12 @@ class Indexes:
 
     # Keeping up
 
-    def current(self, connection: apsw.Connection, layout: Layout) -> NamespaceIndex | None:
+    def current(
+        self, connection: apsw.Connection, layout: Layout, newest: int | None = None
+    ) -> NamespaceIndex | None:
         """The namespace's index, at least as new as the transaction; None when it would not fit in memory."""
-        newest = newest_sequence(connection, layout.namespace_id)
+        if newest is None:
+            newest = newest_sequence(connection, layout.namespace_id)
         index = self._held.get(layout.namespace_id)
         if index is not None and index.layout == layout:
             if index.sequence < newest:
