@@ -7,21 +7,13 @@ import os
 import random
 import signal
 import sys
-import tempfile
 from asyncio.subprocess import DEVNULL, PIPE
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from agentic_flow.agentdb import vector_cache
 from agentic_flow.agentdb.ingest import ingest
-from agentic_flow.agentdb.schema import MIGRATIONS
 from agentic_flow.agentdb.service import AgentDB
-from agentic_flow.agentdb.vector_cache import VectorCache
-from agentic_flow.core.db import Database, rows
 from agentic_flow.core.settings import AgentDBSettings
 from agentic_flow.core.vectors import Item, SearchQuery
 
@@ -167,58 +159,3 @@ async def test_two_processes_write_one_folder(tmp_path: Path) -> None:
             assert await child.wait() == 0
         ids = {item.id for item in (await store.list_items(TENANT, NAMESPACE, limit=1000)).items}
         assert ids == {"own", *(f"{name}-{n}" for name in ("anna", "berta") for n in range(25))}
-
-
-STEPS = st.lists(
-    st.tuples(
-        st.sampled_from(["upsert", "delete", "search", "reopen"]),
-        st.lists(st.integers(0, 12), min_size=1, max_size=4, unique=True),
-    ),
-    max_size=25,
-)
-
-
-@settings(max_examples=30, deadline=None)
-@given(steps=STEPS)
-def test_cached_vectors_equal_a_rebuild(steps: list[tuple[str, list[int]]]) -> None:
-    """Catches a derived cache that, after any history of two writers, differs from one made afresh."""
-    with tempfile.TemporaryDirectory() as folder:
-        asyncio.run(_play(Path(folder), steps))
-
-
-async def _play(folder: Path, steps: list[tuple[str, list[int]]]) -> None:
-    async with AgentDB(folder, SETTINGS) as one, AgentDB(folder, SETTINGS) as other:
-        await one.create_namespace(TENANT, NAMESPACE, dimension=2)
-        cache = VectorCache()
-        database = Database(folder / "agentdb" / "agentdb.db", MIGRATIONS)
-        try:
-            for turn, (kind, numbers) in enumerate(steps):
-                store = (one, other)[turn % 2]
-                ids = [str(number) for number in numbers]
-                if kind == "upsert":
-                    vectors = [(1.0 + turn, float(number)) for number in numbers]
-                    await store.upsert(
-                        TENANT, NAMESPACE, [Item(id=i, vector=v) for i, v in zip(ids, vectors, strict=True)]
-                    )
-                elif kind == "delete":
-                    await store.delete(TENANT, NAMESPACE, ids)
-                elif kind == "reopen":
-                    cache = VectorCache()
-                else:
-                    await _compare(database, cache)
-            await _compare(database, cache)
-        finally:
-            database.close()
-
-
-async def _compare(database: Database, cache: VectorCache) -> None:
-    layout = vector_cache.Layout(1, 2, "euclidean", "f32")
-    query = np.array([1.0, 2.0], np.float32)
-    kept = await database.read(lambda connection: cache.similarities(connection, layout, query))
-    fresh = await database.read(lambda connection: VectorCache().similarities(connection, layout, query))
-    tiny = await database.read(lambda connection: VectorCache(0).similarities(connection, layout, query))
-    for other in (fresh, tiny):
-        assert kept[0].tolist() == other[0].tolist()
-        assert kept[1].tolist() == other[1].tolist()
-    stored = await database.read(lambda connection: rows(connection, "SELECT key FROM items ORDER BY key"))
-    assert kept[0].tolist() == [key for (key,) in stored]

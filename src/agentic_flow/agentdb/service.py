@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from agentic_flow.agentdb import schema, writing
 from agentic_flow.agentdb.embedding import HashedNgramEmbedder
-from agentic_flow.agentdb.filters import Compiled, compile_filter
+from agentic_flow.agentdb.filters import Compiled, compile_filter, register_functions
 from agentic_flow.agentdb.index.allowed import AllowedKeys
 from agentic_flow.agentdb.index.indexer import Indexer
 from agentic_flow.agentdb.index.tiers import Indexes
@@ -104,7 +104,12 @@ class AgentDB:
         self._embedder = embedder or HashedNgramEmbedder(settings.embedding_dimension)
         self._clock = clock
         self._settings = settings
-        self._db = Database(data_dir / DATABASE, schema.MIGRATIONS, mmap_max_bytes=MMAP_MAX_BYTES)
+        self._db = Database(
+            data_dir / DATABASE,
+            schema.MIGRATIONS,
+            mmap_max_bytes=MMAP_MAX_BYTES,
+            prepare=register_functions,
+        )
         self._indexes = Indexes(data_dir / INDEXES, settings, self._db.read_sync)
         self._searcher = Searcher(self._indexes, AllowedKeys())
         self._indexer = Indexer(self._indexes)
@@ -127,12 +132,20 @@ class AgentDB:
         """Return once every index has taken in all that is committed, and its file is written."""
         rows_of_all = await self._db.read(lambda connection: all_namespaces(connection))
         for row in rows_of_all:
-            await asyncio.to_thread(self._indexes.tend, row.layout)
+            await asyncio.to_thread(self._indexes.tend, row.layout, save=True)
 
     async def check_index(self, tenant: str, namespace: str) -> list[str]:
         """What the namespace's index has other than a rebuilt one would; nothing, if all is well."""
         row = await self._namespace(tenant, namespace)
         return await self._db.read(lambda connection: self._indexes.check(connection, row.layout))
+
+    def indexes_rebuilt(self) -> dict[int, str]:
+        """Namespace id → why its index file was made again, since this store was opened."""
+        return dict(self._indexes.rebuilt)
+
+    def indexes_loaded(self) -> list[int]:
+        """Ids of the namespaces whose indexes are in memory, the least recently used first."""
+        return [index.layout.namespace_id for index in self._indexes.held()]
 
     # Namespaces
 

@@ -88,7 +88,7 @@ class Graph:
         self._deaths += len(nodes)
 
     def nearest(self, query: NDArray[np.float32], count: int, beam: int) -> Keys:
-        """Keys of about the `count` nearest live nodes, best first."""
+        """Keys of about the `count` nearest live nodes, best first; `beam` is efSearch."""
         if not self._node_of:
             return np.zeros(0, np.int64)
         faiss = self._faiss

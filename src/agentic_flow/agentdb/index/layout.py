@@ -111,9 +111,11 @@ def namespace_keys(connection: apsw.Connection, namespace_id: int) -> Keys:
 
 
 def newest_sequence(connection: apsw.Connection, namespace_id: int) -> int:
-    """Sequence of the namespace's last operation; 0 before the first."""
+    """Sequence of the namespace's last operation; once that is pruned, of the last one that is."""
     found = rows(connection, "SELECT max(sequence) FROM operations WHERE namespace_id = ?", (namespace_id,))
-    return found[0][0] or 0
+    if found[0][0] is not None:
+        return found[0][0]
+    return rows(connection, "SELECT coalesce(min(sequence), 1) - 1 FROM operations")[0][0]
 
 
 def changes_since(connection: apsw.Connection, namespace_id: int, sequence: int) -> Keys | None:
@@ -130,5 +132,5 @@ def changes_since(connection: apsw.Connection, namespace_id: int, sequence: int)
 
 
 def bound_keys(keys: Keys) -> Any:
-    """The keys as one binding for `carray`."""
-    return cast(Any, apsw).carray(np.ascontiguousarray(keys))
+    """The keys as one binding for `carray`, which takes no empty array; no row has the key -1."""
+    return cast(Any, apsw).carray(np.ascontiguousarray(keys) if len(keys) else np.array([-1]))

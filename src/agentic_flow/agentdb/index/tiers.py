@@ -46,7 +46,11 @@ _log = structlog.get_logger(__name__)
 
 GATHERED_MAX = 256
 """Allowed rows up to which all of them are compared, whatever the tier."""
-GRAPH_BEAM = 40
+GRAPH_BEAMS = (32, 40, 48, 64, 80, 112, 160, 224, 320, 512)
+"""Beams (efSearch) that are tried when a graph is made, each on its own rows."""
+GRAPH_RECALL_MIN = 0.993
+"""Share of the ten nearest that the chosen beam finds of the sample; a little above what is promised."""
+GRAPH_SAMPLE = 128
 SCAN_SHORT_LIST = 30
 PENDING_SHARE_MAX = 0.1
 """Share of rows that the graph lacks past which searches go to the scan instead."""
@@ -87,6 +91,8 @@ class NamespaceIndex:
     graph: Graph | None = None
     pending: set[int] = field(default_factory=set[int])
     changed_while_building: set[int] | None = None
+    beam: int = 0
+    graphless_rows: int = 0
     unsaved: int = 0
     file_bytes: int = 0
     lock: threading.RLock = field(default_factory=threading.RLock)
@@ -138,8 +144,7 @@ class NamespaceIndex:
         with self.lock:
             graph = self.graph
             if allowed is None and graph is not None and len(self.pending) <= PENDING_SHARE_MAX * graph.live:
-                beam = max(ef or max(GRAPH_BEAM, 2 * count), count)
-                found = graph.nearest(query, min(beam, 2 * count + 4), beam)
+                found = graph.nearest(query, 2 * count + 4, ef or -(-self.beam * max(count, 10) // 10))
                 if not self.pending:
                     return found
                 if self._pending_keys is None:
@@ -171,6 +176,7 @@ class Indexes:
         self._held: OrderedDict[int, NamespaceIndex] = OrderedDict()
         self._lock = threading.Lock()
         self._making: dict[int, threading.Lock] = {}
+        self._tending = threading.Lock()
         self.rebuilt: dict[int, str] = {}
         """Namespace id → why its index file was not used, since this process began."""
         self._stopped = threading.Event()
@@ -307,7 +313,7 @@ class Indexes:
         index.codes = codes_from_bytes(layout, about["library"], parts["codes"])
         if "graph" in parts:
             index.graph = Graph.from_parts(layout, parts)
-            index.pending = set(about["pending"])
+            index.pending, index.beam = set(about["pending"]), about["beam"]
         index.file_bytes = sum(map(len, parts.values()))
         self._catch_up(connection, index)
         index.unsaved = 0
@@ -389,12 +395,15 @@ class Indexes:
 
     # Tending: what happens outside of searches
 
-    def tend(self, layout: Layout) -> None:
-        """Bring a namespace's index up to date, build what its tier lacks and write its file."""
-        index: NamespaceIndex | None = self._read(lambda connection: self._tended(connection, layout))
-        if index is None or index.matrix is not None:
-            return
-        if index.unsaved > SAVED_SHARE * len(index):
+    def tend(self, layout: Layout, *, save: bool = False) -> None:
+        """Bring a namespace's index up to date, build what its tier lacks, write its file if much is new.
+
+        Args:
+            save: Write it if anything is new.
+        """
+        with self._tending:
+            index: NamespaceIndex | None = self._read(lambda connection: self._tended(connection, layout))
+        if index is not None and (save or index.unsaved > SAVED_SHARE * len(index)):
             self.save(index)
 
     def _tended(self, connection: apsw.Connection, layout: Layout) -> NamespaceIndex | None:
@@ -405,7 +414,9 @@ class Indexes:
         index = self.current(connection, layout)
         if index is None or self._wanted_tier(layout, len(index)) != "graph":
             return index
-        if index.graph is None or index.graph.worn:
+        if not len(index):
+            return index
+        if index.graph.worn if index.graph is not None else len(index) > 2 * index.graphless_rows:
             self._build_graph(connection, index)
         self._link_pending(connection, index)
         return index
@@ -417,18 +428,25 @@ class Indexes:
             index.changed_while_building = set()
         try:
             keys = namespace_keys(connection, layout.namespace_id)
-            picked = np.linspace(0, len(keys) - 1, min(TRAINING_ROWS, len(keys))).astype(np.int64)
-            graph = Graph(layout, read_vectors(connection, layout, keys[picked])[1])
-            for block, vectors in walk_vectors(connection, layout, keys):
+            graph = Graph(layout, read_vectors(connection, layout, _spread(keys, TRAINING_ROWS))[1])
+            # Some rows are linked last: until then they are queries that the graph has never seen.
+            held_out = read_vectors(connection, layout, _spread(keys, min(GRAPH_SAMPLE, len(keys) // 10)))
+            for block, vectors in walk_vectors(connection, layout, np.setdiff1d(keys, held_out[0])):
                 for start in range(0, len(block), GRAPH_BLOCK):
                     if self._stopped.is_set():
                         return
                     part = slice(start, start + GRAPH_BLOCK)
                     graph.add(block[part], vectors[part])
+            beam = self._measured_beam(connection, index, graph, *held_out)
+            graph.add(*held_out)
             with index.lock:
                 changed = index.changed_while_building
                 if index.codes is None:
                     return
+                if beam is None:
+                    index.graph, index.pending, index.graphless_rows = None, set(), len(index)
+                    return
+                index.beam = beam
                 graph.remove(np.array(sorted(changed), np.int64))
                 index.graph = graph
                 index.pending = {key for key in changed if key in index.codes}
@@ -436,6 +454,37 @@ class Indexes:
                 index.unsaved = len(index)
         finally:
             index.changed_while_building = None
+
+    def _measured_beam(
+        self,
+        connection: apsw.Connection,
+        index: NamespaceIndex,
+        graph: Graph,
+        held_out: Keys,
+        queries: Vectors,
+    ) -> int | None:
+        """The least beam that finds what the scan finds for the held-out rows; None when none does.
+
+        How far a graph must be searched depends on the data: clusters and many dimensions need the most.
+        """
+        assert index.codes is not None
+        truth: list[set[int]] = []
+        for query in queries:
+            found = index.codes.nearest(query, 2 * SCAN_SHORT_LIST, None)
+            found = found[~np.isin(found, held_out)]
+            truth.append(set(best(*self._compared(connection, index.layout, query, found), 10)[0].tolist()))
+        wanted, right = sum(map(len, truth)), 0
+        for beam in GRAPH_BEAMS:
+            right = 0
+            for query, near in zip(queries, truth, strict=True):
+                found = graph.nearest(query, 2 * 10 + 4, beam)
+                kept, _ = best(*self._compared(connection, index.layout, query, found), 10)
+                right += len(near & set(kept.tolist()))
+            if right >= GRAPH_RECALL_MIN * wanted:
+                return beam
+        recall = right / max(wanted, 1)
+        _log.warning("graph_given_up", namespace_id=index.layout.namespace_id, recall=recall)
+        return None
 
     def _link_pending(self, connection: apsw.Connection, index: NamespaceIndex) -> None:
         while index.graph is not None and index.pending and not self._stopped.is_set():
@@ -464,6 +513,7 @@ class Indexes:
                 "sequence": index.sequence,
                 "mark": index.mark,
                 "pending": sorted(index.pending),
+                "beam": index.beam,
             }
             index.unsaved = 0
         path = self._path(index.layout.namespace_id)
@@ -517,15 +567,24 @@ class Indexes:
                 problems += [f"item key {key!r} is not in the graph" for key in lost[:10]]
             fresh = NamespaceIndex(layout)
             self._fill(connection, fresh, "exact" if index.matrix is not None else "scan")
-            picked = (
-                keys[np.linspace(0, len(keys) - 1, min(50, len(keys))).astype(np.int64)]
-                if len(keys)
-                else keys
-            )
+            picked = _spread(keys, 50)
             for key, vector in zip(*read_vectors(connection, layout, picked), strict=True):
-                if _answers(index, vector) != _answers(fresh, vector):
-                    problems.append(f"the vector of item key {key!r} is answered unlike by a rebuilt index")
+                ours, theirs = (self._answer(connection, one, vector) for one in (index, fresh))
+                if len(ours) != len(theirs) or not np.allclose(ours, theirs, atol=1e-5, rtol=1e-4):
+                    problems.append(
+                        f"the vector of item key {int(key)!r} is answered unlike by a rebuilt index"
+                    )
             return problems
+
+    def _answer(
+        self, connection: apsw.Connection, index: NamespaceIndex, vector: NDArray[np.float32]
+    ) -> Scores:
+        """Similarities of what the index finds nearest: equal rows may change places, their nearness not."""
+        if index.matrix is not None:
+            return index.matrix.nearest(vector, 10, None)[1]
+        assert index.codes is not None
+        keys = index.codes.nearest(vector, 10, None)
+        return np.sort(self._compared(connection, index.layout, vector, keys)[1])
 
     def loaded(self, layout: Layout) -> NamespaceIndex | None:
         """The namespace's index, if it is in memory."""
@@ -556,11 +615,9 @@ class Indexes:
         return self._folder / f"{namespace_id}.index"
 
 
-def _answers(index: NamespaceIndex, vector: NDArray[np.float32]) -> list[int]:
-    if index.matrix is not None:
-        return index.matrix.nearest(vector, 10, None)[0].tolist()
-    assert index.codes is not None
-    return sorted(index.codes.nearest(vector, 10, None).tolist())
+def _spread(keys: Keys, count: int) -> Keys:
+    """At most `count` of the keys, evenly spread."""
+    return keys[np.unique(np.linspace(0, len(keys) - 1, min(count, len(keys))).astype(np.int64))]
 
 
 def _mark(connection: apsw.Connection, sequence: int) -> float:

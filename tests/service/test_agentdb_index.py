@@ -1,0 +1,295 @@
+"""AgentDB's indexes: every tier equals a rebuilt one whatever happened, and no filter costs recall."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from agentic_flow.agentdb.index.files import DamagedIndex, read_index, write_index
+from agentic_flow.agentdb.index.layout import Layout
+from agentic_flow.agentdb.index.matrix import Matrix
+from agentic_flow.agentdb.service import INDEXES, AgentDB
+from agentic_flow.core.settings import AgentDBSettings
+from agentic_flow.core.vectors import Item, SearchQuery
+
+pytestmark = pytest.mark.anyio
+
+T, SPACE = "tenant", "space"
+Tier = Literal["exact", "scan", "graph"]
+TIERS: tuple[Tier, ...] = ("exact", "scan", "graph")
+DIMENSION = 64  # the least that turbovec is used for
+
+
+def settings_of(tier: Tier, **values: Any) -> AgentDBSettings:
+    return AgentDBSettings(index=tier, **values)
+
+
+def clustered(count: int, seed: int = 0, dimension: int = DIMENSION) -> NDArray[np.float32]:
+    """Unit vectors around 50 centres, the same for every seed."""
+    centres = np.random.default_rng(99).standard_normal((50, dimension))
+    rng = np.random.default_rng(seed)
+    vectors = centres[rng.integers(0, 50, count)] + 0.5 * rng.standard_normal((count, dimension))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def items_of(vectors: NDArray[np.float32], first: int = 0) -> list[Item]:
+    return [
+        Item(id=f"i{first + n:05}", text=f"number {first + n}", metadata={"n": first + n}, vector=vector)
+        for n, vector in enumerate(vectors)
+    ]
+
+
+def nearest_ids(
+    vectors: NDArray[np.float32], query: NDArray[np.float32], k: int, keep: NDArray[np.bool_] | None = None
+) -> set[str]:
+    scores = vectors @ query
+    if keep is not None:
+        scores = np.where(keep, scores, -np.inf)
+    return {f"i{n:05}" for n in np.argsort(-scores)[:k]}
+
+
+async def found(store: AgentDB, query: NDArray[np.float32], **more: Any) -> list[str]:
+    asked = SearchQuery(vector=query, mode="vector", **more)
+    return [hit.item.id for hit in (await store.search(T, SPACE, asked)).hits]
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["upsert", "delete", "search", "settle", "reopen"]),
+        st.lists(st.integers(0, 40), min_size=1, max_size=12, unique=True),
+    ),
+    min_size=1,
+    max_size=14,
+)
+
+
+@pytest.mark.parametrize("library", ["turbovec", "faiss"])
+@pytest.mark.parametrize("tier", TIERS)
+@settings(max_examples=12, deadline=None)
+@given(steps=STEPS)
+def test_indexes_equal_a_rebuild(tier: Tier, library: Any, steps: list[tuple[str, list[int]]]) -> None:
+    """Catches an index that, after any history of two writers, differs from one made afresh."""
+    if tier == "exact" and library == "faiss":
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(_play(Path(folder), settings_of(tier, scan_library=library), steps))
+
+
+async def _play(folder: Path, chosen: AgentDBSettings, steps: list[tuple[str, list[int]]]) -> None:
+    vectors = clustered(41, seed=len(steps))
+    stores = [AgentDB(folder, chosen), AgentDB(folder, chosen)]
+    try:
+        await stores[0].create_namespace(T, SPACE, dimension=DIMENSION)
+        held: dict[str, int] = {}
+        for turn, (kind, numbers) in enumerate(steps):
+            store = stores[turn % 2]
+            ids = [f"i{number:05}" for number in numbers]
+            if kind == "upsert":
+                # A row gets another vector each time, so that a stale one shows.
+                rows = [(number + turn) % 41 for number in numbers]
+                await store.upsert(
+                    T, SPACE, [Item(id=i, vector=vectors[row]) for i, row in zip(ids, rows, strict=True)]
+                )
+                held |= dict(zip(ids, rows, strict=True))
+            elif kind == "delete":
+                await store.delete(T, SPACE, ids)
+                for item_id in ids:
+                    held.pop(item_id, None)
+            elif kind == "settle":
+                await store.settle()
+            elif kind == "reopen":
+                await asyncio.to_thread(store.close)
+                stores[turn % 2] = AgentDB(folder, chosen)
+            else:
+                await _compare(store, vectors, held)
+        for store in stores:
+            await _compare(store, vectors, held)
+    finally:
+        for store in stores:
+            await asyncio.to_thread(store.close)
+
+
+async def _compare(store: AgentDB, vectors: NDArray[np.float32], held: dict[str, int]) -> None:
+    assert await store.check_index(T, SPACE) == []
+    for query in vectors[:3]:
+        ids = await found(store, query, k=5)
+        assert len(ids) == min(5, len(held))
+        assert await found(store, query, k=5, exact=True) == sorted(
+            held, key=lambda item_id: (-float(vectors[held[item_id]] @ query), item_id)
+        )[: len(ids)] or _ties(vectors, held, query)
+
+
+def _ties(vectors: NDArray[np.float32], held: dict[str, int], query: NDArray[np.float32]) -> bool:
+    """Whether two rows are equally near, so that their order is the store's choice."""
+    scores = sorted(float(vectors[row] @ query) for row in held.values())
+    return any(b - a < 1e-6 for a, b in itertools.pairwise(scores))
+
+
+@pytest.mark.parametrize("tier", TIERS)
+async def test_filters_never_cost_recall(tier: Tier, tmp_path: Path) -> None:
+    """Catches post-filtering: fewer than k rows, or wrong ones, when a filter keeps 10 % or 1 %."""
+    vectors = clustered(6000)
+    queries = clustered(40, seed=1)
+    async with AgentDB(tmp_path, settings_of(tier)) as store:
+        await store.create_namespace(T, SPACE, dimension=DIMENSION, quantization="f16")
+        await store.upsert(T, SPACE, items_of(vectors))
+        await store.settle()
+        numbers = np.arange(len(vectors))
+        for share, kept in ((1.0, numbers >= 0), (0.1, numbers < 600), (0.01, numbers % 100 == 7)):
+            where = {"n": {"in": numbers[kept].tolist()}} if share < 1 else None
+            right = 0
+            for query in queries:
+                ids = await found(store, query, k=10, filter=where)
+                assert len(ids) == 10, (tier, share)
+                right += len(nearest_ids(vectors, query, 10, kept) & set(ids))
+            assert right / 400 >= (0.99 if share == 1.0 else 0.995), (tier, share, right / 400)
+
+
+async def test_euclidean_and_inner_product_have_their_tiers(tmp_path: Path) -> None:
+    """Catches codes or a graph that compare by another metric than the namespace's."""
+    rng = np.random.default_rng(3)
+    vectors = (clustered(1500) * rng.uniform(0.5, 2.0, (1500, 1))).astype(np.float32)
+    queries = clustered(20, seed=4)
+    for tier in TIERS:
+        async with AgentDB(tmp_path / tier, settings_of(tier)) as store:
+            for metric in ("dot", "euclidean"):
+                await store.delete_namespace(T, SPACE)
+                await store.create_namespace(T, SPACE, dimension=DIMENSION, metric=metric)
+                await store.upsert(T, SPACE, items_of(vectors))
+                await store.settle()
+                right = 0
+                for query in queries:
+                    scores = vectors @ query if metric == "dot" else -np.linalg.norm(vectors - query, axis=1)
+                    wanted = {f"i{n:05}" for n in np.argsort(-scores)[:10]}
+                    right += len(wanted & set(await found(store, query, k=10)))
+                assert right >= 194, (tier, metric, right)
+
+
+async def test_tiers_follow_the_number_of_rows(tmp_path: Path) -> None:
+    """Catches a namespace that stays on a tier it has outgrown, or keeps one that it shrank below."""
+    chosen = AgentDBSettings(scan_rows_min=200, graph_rows_min=600)
+    vectors = clustered(900)
+    async with AgentDB(tmp_path, chosen) as store:
+        await store.create_namespace(T, SPACE, dimension=DIMENSION)
+
+        async def tier_of(rows: slice) -> str:
+            await store.upsert(T, SPACE, items_of(vectors[rows], rows.start))
+            await store.settle()
+            result = await store.search(T, SPACE, SearchQuery(vector=vectors[0], mode="vector"))
+            assert await store.check_index(T, SPACE) == []
+            return result.tier
+
+        assert await tier_of(slice(0, 100)) == "exact"
+        assert await tier_of(slice(100, 300)) == "scan"
+        assert await tier_of(slice(300, 900)) == "graph"
+        await store.delete(T, SPACE, [f"i{n:05}" for n in range(50, 900)])
+        assert (await store.search(T, SPACE, SearchQuery(vector=vectors[0], mode="vector"))).tier == "exact"
+        assert await store.check_index(T, SPACE) == []
+
+
+@pytest.mark.parametrize("tier", ["scan", "graph"])
+async def test_the_index_file_is_used_and_replayed(tier: Tier, tmp_path: Path) -> None:
+    """Catches a file that is never read, or read without what was written since."""
+    vectors = clustered(500)
+    async with AgentDB(tmp_path, settings_of(tier)) as store:
+        await store.create_namespace(T, SPACE, dimension=DIMENSION)
+        await store.upsert(T, SPACE, items_of(vectors[:400]))
+        await store.settle()
+    kept = tmp_path / "kept.index"
+    path = tmp_path / INDEXES / "1.index"
+    shutil.copy(path, kept)
+    async with AgentDB(tmp_path, settings_of(tier)) as store:
+        await store.upsert(T, SPACE, items_of(vectors[400:], 400))
+        await store.delete(T, SPACE, ["i00003"])
+    shutil.copy(kept, path)  # as if the process had been killed before it wrote the newer one
+    async with AgentDB(tmp_path, settings_of(tier)) as store:
+        assert "i00450" in await found(store, vectors[450])
+        assert "i00003" not in await found(store, vectors[3])
+        assert await store.check_index(T, SPACE) == []
+        assert store.indexes_rebuilt() == {}
+        assert (await store.stats(T))[0].tier == tier
+
+
+@pytest.mark.parametrize("tier", ["scan", "graph"])
+async def test_an_index_of_another_past_is_not_used(tier: Tier, tmp_path: Path) -> None:
+    """Catches an index newer than a database that was put back, or one of other rows with equal numbers."""
+    vectors = clustered(300)
+    async with AgentDB(tmp_path, settings_of(tier)) as store:
+        await store.create_namespace(T, SPACE, dimension=DIMENSION)
+        await store.upsert(T, SPACE, items_of(vectors[:200]))
+    older = tmp_path / "older"
+    shutil.copytree(tmp_path / "agentdb", older)
+    async with AgentDB(tmp_path, settings_of(tier)) as store:
+        await store.upsert(T, SPACE, items_of(vectors[200:], 200))
+        await store.settle()
+    index = (tmp_path / INDEXES / "1.index").read_bytes()
+    shutil.rmtree(tmp_path / "agentdb")
+    shutil.copytree(older, tmp_path / "agentdb")
+    (tmp_path / INDEXES).mkdir(exist_ok=True)
+    (tmp_path / INDEXES / "1.index").write_bytes(index)
+    async with AgentDB(tmp_path, settings_of(tier)) as store:
+        await store.upsert(T, SPACE, [Item(id="other", vector=vectors[299])])
+        assert await found(store, vectors[299], k=1) == ["other"]
+        assert await store.check_index(T, SPACE) == []
+        assert list(store.indexes_rebuilt()) == [1]
+
+
+async def test_memory_is_bounded(tmp_path: Path) -> None:
+    """Catches indexes that are never let go, the wrong ones, or answers that lack when one is too large."""
+    vectors = clustered(100)
+    async with AgentDB(tmp_path, AgentDBSettings()) as store:
+        for n in range(6):
+            await store.create_namespace(T, f"n{n}", dimension=DIMENSION)
+            await store.upsert(T, f"n{n}", items_of(vectors))
+    size = 128 * (4 * DIMENSION + 9)
+    async with AgentDB(tmp_path, AgentDBSettings(index_memory_max_bytes=3 * size)) as store:
+        for n in range(6):
+            query = SearchQuery(vector=vectors[7], mode="vector", k=1)
+            assert (await store.search(T, f"n{n}", query)).hits[0].item.id == "i00007"
+        assert store.indexes_loaded() == [4, 5, 6]
+    async with AgentDB(tmp_path, AgentDBSettings(index_memory_max_bytes=size // 4)) as store:
+        query = SearchQuery(vector=vectors[7], mode="vector", k=1)
+        assert (await store.search(T, "n1", query)).hits[0].item.id == "i00007"
+        assert store.indexes_loaded() == []
+
+
+def test_matrix_lets_go_of_replaced_rows() -> None:
+    """Catches memory that grows with every change although the namespace stays as large as it is."""
+    layout = Layout(1, 8, "cosine", "f32")
+    matrix = Matrix(layout)
+    keys, vectors = np.arange(1, 1001), clustered(1000, dimension=8)
+    sizes: list[int] = []
+    for _ in range(50):
+        matrix.apply(keys, keys, vectors)
+        sizes.append(matrix.size_bytes)
+    assert len(matrix) == 1000
+    assert max(sizes) <= 3 * sizes[0]
+
+
+def test_index_files_are_whole_or_refused(tmp_path: Path) -> None:
+    """Catches a truncated or altered index file that is taken for a good one."""
+    path = tmp_path / "x.index"
+    parts = {"codes": os.urandom(60), "more": b""}
+    write_index(path, {"sequence": 7}, parts)
+    assert read_index(path) == ({"sequence": 7}, parts)
+    data = path.read_bytes()
+    for length in range(len(data)):
+        path.write_bytes(data[:length])
+        with pytest.raises(DamagedIndex):
+            read_index(path)
+    for position in range(len(data)):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 0x10]) + data[position + 1 :])
+        with pytest.raises(DamagedIndex):
+            read_index(path)
+    assert sorted(tmp_path.iterdir()) == [path], "a temporary file was left"
