@@ -12,7 +12,7 @@ import base64
 import binascii
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -47,7 +47,7 @@ from agentic_flow.agentdb.records import (
 )
 from agentic_flow.agentdb.search import SPELLING_WEIGHT, Mode, Request, Searcher, deadline
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
-from agentic_flow.core.db import Database, rows
+from agentic_flow.core.db import Database, at_commit, execute_many, rows
 from agentic_flow.core.errors import AgenticFlowError, Conflict, InvalidInput, TooLarge
 from agentic_flow.core.ports import Embedder
 from agentic_flow.core.settings import AgentDBSettings
@@ -233,10 +233,9 @@ class AgentDB:
             ids = [i for (i,) in rows(connection, "SELECT id FROM namespaces WHERE tenant = ?", (tenant,))]
             # Freed pages are overwritten: a file that is copied afterwards holds nothing of the tenant.
             rows(connection, "PRAGMA secure_delete=ON")
-            try:
-                return sum(writing.drop_namespace(connection, one, now_s) for one in ids), ids
-            finally:
-                rows(connection, "PRAGMA secure_delete=OFF")
+            removed = sum(writing.drop_namespace(connection, one, now_s) for one in ids)
+            at_commit(connection, lambda writer: execute_many(writer, "PRAGMA secure_delete=OFF", [()]))
+            return removed, ids
 
         removed, ids = await self._db.write(job)
         for namespace_id in ids:
@@ -264,21 +263,37 @@ class AgentDB:
             TooLarge: an item or the batch is past its limit.
         """
         _check_batch(items)
-        row = await self._namespace(tenant, namespace)
-        if embedder_id is not None and embedder_id != row.embedder_id:
-            raise Conflict(
-                f"namespace {namespace!r} holds vectors of {row.embedder_id!r}, these are of {embedder_id!r}",
-                hint="vectors of different embedders cannot be compared: use a namespace of its own",
+        if idempotency_key is not None and not (
+            0 < len(idempotency_key) <= schema.KEY_CHARS_MAX and idempotency_key.isprintable()
+        ):
+            raise InvalidInput(
+                f"{idempotency_key[: schema.KEY_CHARS_MAX]!r} is no idempotency key",
+                hint=f"1 to {schema.KEY_CHARS_MAX} printable characters",
             )
+
+        async def write(row: NamespaceRow) -> UpsertResult:
+            if embedder_id is not None and embedder_id != row.embedder_id:
+                raise Conflict(
+                    f"namespace {namespace!r} holds vectors of {row.embedder_id!r}, these are of "
+                    f"{embedder_id!r}",
+                    hint="vectors of different embedders cannot be compared: use a namespace of its own",
+                )
+            return await self._upserted(tenant, row, items, expected_version, idempotency_key)
+
+        return await self._with_namespace(tenant, namespace, write)
+
+    async def _upserted(
+        self,
+        tenant: str,
+        row: NamespaceRow,
+        items: Sequence[Item],
+        expected_version: int | None,
+        idempotency_key: str | None,
+    ) -> UpsertResult:
+        prepared = await self._prepare(row, items)
         digest = ""
         if idempotency_key is not None:
-            if not 0 < len(idempotency_key) <= schema.KEY_CHARS_MAX or not idempotency_key.isprintable():
-                raise InvalidInput(
-                    f"{idempotency_key[: schema.KEY_CHARS_MAX]!r} is no idempotency key",
-                    hint=f"1 to {schema.KEY_CHARS_MAX} printable characters",
-                )
             digest = await asyncio.to_thread(_request_digest, items, expected_version)
-        prepared = await self._prepare(row, items)
         now_s = self._clock.time_s()
 
         def job(connection: apsw.Connection) -> UpsertResult:
@@ -440,15 +455,7 @@ class AgentDB:
             raise TooLarge(
                 f"{len(queries)!r} queries in one call", hint=f"at most {self._settings.queries_max}"
             )
-        row = self._namespaces.get((tenant, namespace)) or await self._namespace(tenant, namespace)
-        try:
-            return await self._searched(tenant, row, queries)
-        except AgenticFlowError:
-            # It may have been made anew since it was looked up.
-            again = await self._namespace(tenant, namespace)
-            if again == row:
-                raise
-            return await self._searched(tenant, again, queries)
+        return await self._with_namespace(tenant, namespace, lambda row: self._searched(tenant, row, queries))
 
     async def _searched(
         self, tenant: str, row: NamespaceRow, queries: Sequence[SearchQuery]
@@ -606,6 +613,19 @@ class AgentDB:
             self._namespaces.clear()
         self._namespaces[tenant, name] = row
         return row
+
+    async def _with_namespace(self, tenant: str, name: str, use: Callable[[NamespaceRow], Awaitable[T]]) -> T:
+        """`use` of the namespace as it was last seen, which it checks in its transaction; a look saved."""
+        row = self._namespaces.get((tenant, name))
+        if row is not None:
+            try:
+                return await use(row)
+            except AgenticFlowError:
+                # It may have been made anew since.
+                again = await self._namespace(tenant, name)
+                if again == row:
+                    raise
+        return await use(await self._namespace(tenant, name))
 
     @staticmethod
     def _unchanged(connection: apsw.Connection, tenant: str, row: NamespaceRow) -> NamespaceRow:

@@ -27,7 +27,7 @@ from agentic_flow.agentdb.records import (
     read_metadata,
     text_words,
 )
-from agentic_flow.core.db import execute_many, rows
+from agentic_flow.core.db import at_commit, execute_many, rows
 from agentic_flow.core.errors import Conflict, InvalidInput
 from agentic_flow.core.vectors import Fingerprint, Item, UpsertResult
 
@@ -196,7 +196,7 @@ def delete_documents(connection: apsw.Connection, namespace: NamespaceRow, paths
     for (document_id,) in found:
         keys = _document_keys(connection, document_id)
         _delete_rows(connection, namespace, keys)
-        rows(connection, f"DELETE FROM {schema.document_table(namespace.id)} WHERE rowid = ?", (document_id,))
+        _delete_document_text(connection, namespace, document_id)
         rows(connection, "DELETE FROM documents WHERE id = ?", (document_id,))
         _log(connection, namespace, "delete", keys, now_s)
     return len(found)
@@ -216,7 +216,7 @@ def create_namespace(
         ),
     )  # fmt: skip
     namespace_id = connection.last_insert_rowid()
-    schema.create_text_tables(connection, namespace_id)
+    at_commit(connection, lambda writer: schema.create_text_tables(writer, namespace_id))
     _log_for(connection, namespace_id, "create", [], now_s)
 
 
@@ -230,7 +230,7 @@ def drop_namespace(connection: apsw.Connection, namespace_id: int, now_s: float)
     )
     for table in ("items", "documents", "operations", "idempotency"):
         rows(connection, f"DELETE FROM {table} WHERE namespace_id = ?", (namespace_id,))
-    schema.drop_text_tables(connection, namespace_id)
+    at_commit(connection, lambda writer: schema.drop_text_tables(writer, namespace_id))
     rows(connection, "DELETE FROM namespaces WHERE id = ?", (namespace_id,))
     _log_for(connection, namespace_id, "drop", [], now_s)
     return count
@@ -282,11 +282,14 @@ def reindex_documents(
 def _index_document(
     connection: apsw.Connection, namespace: NamespaceRow, document_id: int, path: str, words: Sequence[str]
 ) -> None:
-    rows(
-        connection,
-        f"INSERT OR REPLACE INTO {schema.document_table(namespace.id)} (rowid, path, text) VALUES (?, ?, ?)",
-        (document_id, path_words(path), "\n".join(words)),
-    )
+    sql = f"INSERT OR REPLACE INTO {schema.document_table(namespace.id)} (rowid, path, text) VALUES (?, ?, ?)"
+    text = (document_id, path_words(path), "\n".join(words))
+    at_commit(connection, lambda writer: execute_many(writer, sql, [text]))
+
+
+def _delete_document_text(connection: apsw.Connection, namespace: NamespaceRow, document_id: int) -> None:
+    sql = f"DELETE FROM {schema.document_table(namespace.id)} WHERE rowid = ?"
+    at_commit(connection, lambda writer: execute_many(writer, sql, [(document_id,)]))
 
 
 class _Stored(NamedTuple):
@@ -396,19 +399,13 @@ def _update(
 def _insert_texts(
     connection: apsw.Connection, namespace: NamespaceRow, texts: Sequence[tuple[int, str, str, str]]
 ) -> None:
-    execute_many(
-        connection,
-        f"INSERT INTO {schema.item_table(namespace.id)} (rowid, symbol, path, text) VALUES (?, ?, ?, ?)",
-        texts,
-    )
+    sql = f"INSERT INTO {schema.item_table(namespace.id)} (rowid, symbol, path, text) VALUES (?, ?, ?, ?)"
+    at_commit(connection, lambda writer: execute_many(writer, sql, texts))
 
 
 def _delete_texts(connection: apsw.Connection, namespace: NamespaceRow, keys: Sequence[int]) -> None:
-    execute_many(
-        connection,
-        f"DELETE FROM {schema.item_table(namespace.id)} WHERE rowid = ?",
-        [(key,) for key in keys],
-    )
+    sql = f"DELETE FROM {schema.item_table(namespace.id)} WHERE rowid = ?"
+    at_commit(connection, lambda writer: execute_many(writer, sql, [(key,) for key in keys]))
 
 
 def _delete_rows(connection: apsw.Connection, namespace: NamespaceRow, keys: Sequence[int]) -> None:

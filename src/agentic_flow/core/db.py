@@ -20,6 +20,7 @@ import apsw
 from agentic_flow.core.errors import Conflict, DataCorrupted, Unavailable
 
 T = TypeVar("T")
+C = TypeVar("C", bound=apsw.Connection)
 Job = Callable[[apsw.Connection], Any]
 
 _BATCH_MAX = 256
@@ -37,6 +38,24 @@ def rows(
 def execute_many(connection: apsw.Connection, sql: str, bindings: Iterable[Sequence[Any]]) -> None:
     """Run one statement for each row of bindings."""
     cast(Any, connection).executemany(sql, bindings)
+
+
+class _Writer(apsw.Connection):
+    """The connection of the writer thread, and what its jobs left for the end of their transaction."""
+
+    deferred: list[Callable[[apsw.Connection], None]]
+
+
+def at_commit(connection: apsw.Connection, work: Callable[[apsw.Connection], None]) -> None:
+    """Do `work` once, in order, just before the transaction of a group of jobs commits; elsewhere at once.
+
+    For tables that make each savepoint dear: full-text tables write out what they hold at every one of them.
+    The job whose work this is must not read what it does.
+    """
+    if isinstance(connection, _Writer):
+        connection.deferred.append(work)
+    else:
+        work(connection)
 
 
 class Database:
@@ -77,7 +96,8 @@ class Database:
                 hint="choose another data folder, or correct its permissions",
             ) from error
         try:
-            self._writer = self._connect()
+            self._writer = self._connect(_Writer)
+            self._writer.deferred = []
             try:
                 self._switch_to_wal()
                 self._migrate(migrations)
@@ -161,8 +181,8 @@ class Database:
             connection.close()
         self._writer.close()
 
-    def _connect(self) -> apsw.Connection:
-        connection = apsw.Connection(str(self.path))
+    def _connect(self, kind: type[C]) -> C:
+        connection = kind(str(self.path))
         connection.set_busy_timeout(int(self._busy_timeout_s * 1000))
         for pragma in (
             "synchronous=FULL",
@@ -219,7 +239,7 @@ class Database:
     def _read(self, job: Callable[[apsw.Connection], T]) -> T:
         connection: apsw.Connection | None = getattr(self._local, "connection", None)
         if connection is None:
-            connection = self._connect()
+            connection = self._connect(apsw.Connection)
             rows(connection, "PRAGMA query_only=ON")
             rows(connection, f"PRAGMA mmap_size={self._mmap_max_bytes:d}")
             self._local.connection = connection
@@ -249,30 +269,54 @@ class Database:
 
     def _commit_group(self, group: list[tuple[Job, Future[Any]]]) -> None:
         done: list[tuple[Future[Any], Any]] = []
+        writer, deferred = self._writer, self._writer.deferred
+        deferred.clear()
         try:
-            rows(self._writer, "BEGIN IMMEDIATE")
+            rows(writer, "BEGIN IMMEDIATE")
             for job, future in group:
                 if not future.set_running_or_notify_cancel():
                     continue
-                rows(self._writer, "SAVEPOINT job")
+                before = len(deferred)
+                rows(writer, "SAVEPOINT job")
                 try:
-                    result = job(self._writer)
+                    result = job(writer)
                 except BaseException as error:  # noqa: BLE001 - it belongs to the caller of this job alone
-                    rows(self._writer, "ROLLBACK TO job")
-                    rows(self._writer, "RELEASE job")
+                    del deferred[before:]
+                    rows(writer, "ROLLBACK TO job")
+                    rows(writer, "RELEASE job")
                     future.set_exception(error)
                 else:
-                    rows(self._writer, "RELEASE job")
+                    rows(writer, "RELEASE job")
                     done.append((future, result))
-            rows(self._writer, "COMMIT")
+            for work in deferred:
+                work(writer)
+            rows(writer, "COMMIT")
         except apsw.Error as error:
-            if self._writer.in_transaction:
-                rows(self._writer, "ROLLBACK")
-            failure = Unavailable(f"{str(self.path)!r} did not commit: {error}", hint="nothing was written")
-            failure.__cause__ = error
+            if writer.in_transaction:
+                rows(writer, "ROLLBACK")
+            failure = self._not_committed(error)
             for _, future in group:
                 if not future.done():
                     future.set_exception(failure)
             return
         for future, result in done:
             future.set_result(result)
+
+    def _not_committed(self, error: apsw.Error) -> Exception:
+        hint = "nothing was written; the cause above must be removed"
+        if isinstance(error, apsw.FullError | apsw.IOError):
+            hint = "nothing was written: make room on the disk (or check it), then try again"
+        elif isinstance(error, apsw.BusyError):
+            hint = "nothing was written: another process holds the file; try again, or stop it"
+        elif isinstance(error, apsw.ReadOnlyError):
+            hint = "nothing was written: make the file and its folder writable"
+        elif isinstance(error, apsw.CorruptError | apsw.NotADBError):
+            corrupt = DataCorrupted(
+                f"{str(self.path)!r} is damaged: {error}",
+                hint="nothing was written; restore it from a backup",
+            )
+            corrupt.__cause__ = error
+            return corrupt
+        failure = Unavailable(f"{str(self.path)!r} did not commit: {error}", hint=hint)
+        failure.__cause__ = error
+        return failure
