@@ -75,6 +75,64 @@ def test_fuse(drawn: tuple[list[float], list[float], list[int], list[float]], we
     expected = plain_fuse(text, near, documents, document_scores, weight)
     np.testing.assert_allclose(fused.scores, expected, atol=1e-6)
     assert (fused.evidence >= -1e-12).all()
+    for index, (text_z, vector_z) in enumerate(zip(plain_z(text), plain_z(near), strict=True)):
+        assert fused.explanation(index) == pytest.approx(
+            {"text_z": text_z, "vector_z": vector_z, "vector_weight": weight}, abs=1e-6
+        )
+
+
+def plain_rank(values: list[float], value: float) -> int:
+    return 1 + sum(other > value for other in values)
+
+
+@settings(max_examples=300, deadline=None)
+@given(candidates(), st.sampled_from([0.25, 1.0]))
+def test_reciprocal_rank_fusion(
+    drawn: tuple[list[float], list[float], list[int], list[float]], weight: float
+) -> None:
+    """Catches ranks from 0, equals told apart by their place, and credit for what a side did not find."""
+    text, near, documents, document_scores = drawn
+    fused = ranking.fuse(
+        np.array(text, np.float64),
+        np.array(near, np.float64),
+        vector_weight=weight,
+        documents=np.array(documents, np.int64),
+        document_scores=np.array(document_scores, np.float64),
+        method="rrf",
+    )
+    found = [score for score in text if score > 0]
+    for index, (words, likeness) in enumerate(zip(text, near, strict=True)):
+        parts = {"vector_rank": plain_rank(near, likeness), "vector_weight": weight}
+        score = weight / (60 + plain_rank(near, likeness))
+        if words > 0:
+            parts["text_rank"] = plain_rank(found, words)
+            score += 1 / (60 + plain_rank(found, words))
+        assert fused.explanation(index) == parts
+        assert fused.scores[index] == pytest.approx(score, abs=1e-12)
+    assert not fused.evidence.any()
+
+
+@pytest.mark.parametrize("method", ["zscore", "rrf"])
+@given(candidates(), st.booleans())
+def test_one_side_alone_keeps_its_order(
+    method: ranking.Method, drawn: tuple[list[float], list[float], list[int], list[float]], words: bool
+) -> None:
+    """Catches a missing side that counts, a weight of the only side, and parts of a missing one."""
+    text, near, documents, _ = drawn
+    side = np.array([score + 1 for score in text] if words else near, np.float64)
+    fused = ranking.fuse(
+        side if words else None,
+        None if words else side,
+        vector_weight=0.25,
+        documents=np.zeros(len(documents), np.int64),
+        document_scores=np.zeros(len(documents)),
+        method=method,
+    )
+    assert ranking.ranks(fused.scores.round(9)).tolist() == ranking.ranks(side).tolist()
+    kind = "rank" if method == "rrf" else "z"
+    for index in range(len(side)):
+        assert fused.explanation(index).keys() == {f"{'text' if words else 'vector'}_{kind}", "vector_weight"}
+        assert fused.explanation(index)["vector_weight"] == (0.25 if words else 1.0)
 
 
 @settings(max_examples=300, deadline=None)
@@ -86,39 +144,60 @@ def test_following(pairs: list[tuple[float, int]]) -> None:
     np.testing.assert_allclose(got, plain_following(passages, documents), atol=1e-9)
 
 
-def plain_mmr(relevance: list[float], similarity: list[list[float]], k: int, lambda_: float) -> list[float]:
-    """The gain of each pick, by definition: ties may be broken either way."""
-    chosen: list[int] = []
-    gains: list[float] = []
-    while len(chosen) < min(k, len(relevance)):
-        gain = {
-            i: lambda_ * relevance[i] - (1 - lambda_) * max((similarity[i][j] for j in chosen), default=0.0)
-            for i in range(len(relevance))
-            if i not in chosen
-        }
-        pick = max(gain, key=lambda i: (gain[i], -i))
-        chosen.append(pick)
-        gains.append(gain[pick])
-    return gains
+def plain_gain(
+    candidate: int, chosen: list[int], relevance: list[float], similarity: list[list[float]], lambda_: float
+) -> float:
+    """What picking the candidate next is worth, by definition."""
+    nearest = max((similarity[candidate][other] for other in chosen), default=0.0)
+    return lambda_ * relevance[candidate] - (1 - lambda_) * nearest
 
 
+@pytest.mark.parametrize("given_as", ["matrix", "rows"])
 @settings(max_examples=200, deadline=None)
-@given(st.integers(0, 8), st.integers(1, 10), st.floats(0, 1), st.integers(0, 2**32 - 1))
-def test_mmr(count: int, k: int, lambda_: float, seed: int) -> None:
-    """Catches a pick that is not the best trade of relevance and novelty, and picks made twice."""
+@given(
+    count=st.integers(0, 40),
+    k=st.integers(0, 42),
+    lambda_=st.floats(0, 1),
+    alike=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_mmr(given_as: str, count: int, k: int, lambda_: float, alike: bool, seed: int) -> None:
+    """Catches a pick that is not the best trade of relevance and novelty, one pick made twice, NaN."""
     rng = np.random.default_rng(seed)
-    unit = rng.normal(size=(count, 3))
+    unit = np.ones((count, 3)) if alike else rng.normal(size=(count, 3))
     unit /= np.linalg.norm(unit, axis=1, keepdims=True) if count else 1
     relevance, similarity = rng.random(count), unit @ unit.T
-    picked = ranking.mmr(relevance, similarity, k, lambda_)
+    before = relevance.copy()
+    rows = similarity if given_as == "matrix" else ranking.similarity_rows(unit, k)
+    picked = ranking.mmr(relevance, rows, k, lambda_)
     assert len(set(picked)) == len(picked) == min(k, count)
-    gains = [
-        lambda_ * relevance[i] - (1 - lambda_) * max((similarity[i][j] for j in picked[:n]), default=0.0)
-        for n, i in enumerate(picked)
-    ]
-    np.testing.assert_allclose(
-        gains, plain_mmr(relevance.tolist(), similarity.tolist(), k, lambda_), atol=1e-9
-    )
+    assert (relevance == before).all(), "what was passed in was changed"
+    # Each pick must be the best there was; equals may be taken in any order.
+    plain = (relevance.tolist(), similarity.tolist(), lambda_)
+    for place, pick in enumerate(picked):
+        chosen = picked[:place]
+        best = max(plain_gain(other, chosen, *plain) for other in range(count) if other not in chosen)
+        assert plain_gain(pick, chosen, *plain) == pytest.approx(best, abs=1e-9)
+
+
+@given(st.lists(SCORES, min_size=1, max_size=20), st.sampled_from([0.0, 0.3, 1.0]))
+def test_relevance_leads(scores: list[float], lambda_: float) -> None:
+    """Catches lambda read the wrong way round: 1 must be the order of relevance, and the best comes first."""
+    relevance = ranking.as_relevance(np.array(scores, np.float64))
+    picked = ranking.mmr(relevance, np.eye(len(scores)), len(scores), lambda_)
+    assert relevance[picked[0]] == relevance.max()
+    if lambda_ == 1:
+        assert relevance[picked].tolist() == sorted(relevance.tolist(), reverse=True)
+
+
+@pytest.mark.parametrize("picks", [1, 64, 65, 1000])
+def test_similarity_rows(picks: int) -> None:
+    """Catches a row that depends on whether it was taken from one matrix or computed alone."""
+    unit = np.random.default_rng(3).normal(size=(1024, 5)).astype(np.float32)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    row = ranking.similarity_rows(unit, picks)
+    for index in (0, 7, 1023):
+        np.testing.assert_allclose(row(index), unit @ unit[index], atol=1e-6)
 
 
 @given(st.lists(st.integers(0, 3), max_size=20), st.integers(0, 4))

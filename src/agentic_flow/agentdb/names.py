@@ -1,4 +1,4 @@
-"""Which names tenants and namespaces may have."""
+"""Which names tenants and namespaces may have, and which keys a request."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from agentic_flow.core.errors import InvalidInput
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._:-]{0,127}")
+_KEY_CHARS_MAX = 256
 _HINT = "up to 128 letters, digits and . _ : -, a letter or digit first"
 
 
@@ -22,3 +23,13 @@ def check_namespace(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise InvalidInput(f"{name!r} is no namespace name", hint=_HINT)
     return name
+
+
+def check_idempotency_key(key: str) -> str:
+    """The key, if it can be stored and sent as a header."""
+    if not 0 < len(key) <= _KEY_CHARS_MAX or not key.isprintable():
+        raise InvalidInput(
+            f"{key[:_KEY_CHARS_MAX]!r} is no idempotency key",
+            hint=f"1 to {_KEY_CHARS_MAX} printable characters",
+        )
+    return key

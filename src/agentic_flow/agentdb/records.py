@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import apsw
 import numpy as np
@@ -122,7 +122,7 @@ def read_namespaces(
 
 
 def check_vectors(
-    vectors: Sequence[Vector], layout: Layout, what: Callable[[int], str]
+    vectors: Sequence[Vector], layout: Layout, what: Callable[[int], str], *, embedded: bool = False
 ) -> NDArray[np.float32]:
     """The vectors as the index and the file can hold them, shape (len(vectors), dimension).
 
@@ -131,6 +131,8 @@ def check_vectors(
 
     Args:
         what: Names the vector of a position, for the error.
+        embedded: The store's embedder made them, and they were stored before: they stay as they are, and a
+            text without words has no direction.
 
     Raises:
         InvalidInput: wrong dimension, not finite, too large or, under cosine, without a direction.
@@ -149,12 +151,12 @@ def check_vectors(
     most = schema.HALF_ABS_MAX if half and not cosine else schema.VECTOR_ABS_MAX
     # NaN fails every comparison, so what is not surely right is wrong.
     good = largest <= most
-    if cosine:
+    if cosine and not embedded:
         good &= largest >= schema.DIRECTION_ABS_MIN
     if not good.all():
         position = int(np.flatnonzero(~good)[0])
         raise _bad_vector(what(position), float(largest[position]), most)
-    if cosine and half:
+    if cosine and half and not embedded:
         matrix = layout.comparable(matrix)
     return matrix
 
@@ -187,7 +189,9 @@ def check_item(item: Item) -> bytes:
     _size(item.id, "an item id")
     if "\0" in item.id:
         raise InvalidInput(f"item id {item.id!r} contains NUL", hint="use printable characters")
-    for name in ("expires_at_s", "valid_from_s", "valid_until_s"):
+    if not 0 <= item.version < 2**63:
+        raise InvalidInput(f"item {item.id!r} has version {item.version!r}", hint="versions count from 0")
+    for name in ("created_at_s", "updated_at_s", "expires_at_s", "valid_from_s", "valid_until_s"):
         time_s: float | None = getattr(item, name)
         if time_s is not None and not math.isfinite(time_s):
             raise InvalidInput(
@@ -200,12 +204,34 @@ def check_item(item: Item) -> bytes:
             f"the metadata of item {item.id!r} cannot be stored: {error}",
             hint="use JSON values with string keys",
         ) from None
+    # NaN and infinity are written as null; and keys with NUL are cut short by SQLite. Both are rare to see.
+    if b"null" in metadata or b"\\u0000" in metadata:
+        _check_json(item.metadata, item.id)
     if len(metadata) > schema.METADATA_MAX_BYTES:
         raise TooLarge(
             f"the metadata of item {item.id!r} has {len(metadata)!r} bytes",
             hint=f"at most {schema.METADATA_MAX_BYTES}",
         )
     return metadata
+
+
+def _check_json(value: Any, item_id: str) -> None:
+    """Raise InvalidInput for what JSON text would not hold as it is."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InvalidInput(
+            f"the metadata of item {item_id!r} holds {value!r}", hint="JSON has finite numbers; leave it out"
+        )
+    if isinstance(value, dict):
+        entries = cast(dict[str, Any], value)
+        for key, entry in entries.items():
+            if "\0" in key:
+                raise InvalidInput(
+                    f"the metadata of item {item_id!r} has the key {key!r}", hint="use keys without NUL"
+                )
+            _check_json(entry, item_id)
+    elif isinstance(value, list | tuple):
+        for entry in cast(Sequence[Any], value):
+            _check_json(entry, item_id)
 
 
 def json_list(texts: Sequence[str], what: str) -> str:

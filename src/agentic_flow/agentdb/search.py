@@ -147,7 +147,7 @@ class Searcher:
         order = _diversified(connection, namespace, request.query, candidates.keys, fused.scores, order)
         order = ranking.limit_per_document(order, documents, request.query.per_document)[: request.query.k]
         scores = [float(fused.scores[index]) for index in order]
-        parts = [_parts(candidates, fused, index) for index in order]
+        parts = [_parts(candidates, fused, index, request.query.explain) for index in order]
         return Found(
             _hits(connection, namespace, request, candidates.keys[order], scores, parts), candidates.tier
         )
@@ -302,6 +302,7 @@ def _fused(
     return ranking.fuse(
         candidates.text,
         candidates.vector,
+        method=request.query.fusion,
         vector_weight=request.vector_weight,
         documents=documents,
         document_scores=_document_scores(connection, namespace, request.query.text, documents),
@@ -356,13 +357,14 @@ def _diversified(
         return order
     layout = namespace.layout
     unit = layout.decoded([vectors[int(keys[index])] for index in pool])
-    unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
+    unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), np.float32(1e-12))
     relevance = ranking.as_relevance(scores[pool])
-    picked = ranking.mmr(relevance, unit @ unit.T, len(pool), query.mmr_lambda)
+    picks = min(query.k, len(pool)) if not query.per_document else len(pool)
+    picked = ranking.mmr(relevance, ranking.similarity_rows(unit, picks), picks, query.mmr_lambda)
     return [pool[index] for index in picked]
 
 
-def _parts(candidates: _Candidates, fused: ranking.Fused, index: int) -> dict[str, float]:
+def _parts(candidates: _Candidates, fused: ranking.Fused, index: int, explained: bool) -> dict[str, float]:
     parts: dict[str, float] = {}
     if candidates.text is not None:
         parts["text"] = float(candidates.text[index])
@@ -370,7 +372,7 @@ def _parts(candidates: _Candidates, fused: ranking.Fused, index: int) -> dict[st
         parts["vector"] = float(candidates.vector[index])
     if fused.evidence[index]:
         parts["document"] = float(fused.evidence[index])
-    return parts
+    return parts | fused.explanation(index) if explained else parts
 
 
 def _hits(

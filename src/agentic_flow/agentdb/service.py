@@ -15,7 +15,7 @@ import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import apsw
 import numpy as np
@@ -27,7 +27,7 @@ from agentic_flow.agentdb.filters import Compiled, compile_filter, register_func
 from agentic_flow.agentdb.index.allowed import AllowedKeys
 from agentic_flow.agentdb.index.indexer import Indexer
 from agentic_flow.agentdb.index.tiers import Indexes
-from agentic_flow.agentdb.names import check_namespace, check_tenant
+from agentic_flow.agentdb.names import check_idempotency_key, check_namespace, check_tenant
 from agentic_flow.agentdb.namespaces import namespace_spec, read_stats
 from agentic_flow.agentdb.records import (
     ITEM_COLUMNS,
@@ -114,6 +114,7 @@ class AgentDB:
         self._searcher = Searcher(self._indexes, AllowedKeys())
         self._indexer = Indexer(self._indexes)
         self._namespaces: dict[tuple[str, str], NamespaceRow] = {}
+        self._history: Any = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -184,7 +185,7 @@ class AgentDB:
             return existing[0] if existing else None
 
         # Almost always it exists; then no write, no disk.
-        return await self._db.read(same) or await self._db.write(job)
+        return await self._db.read(same) or await self._write(tenant, job)
 
     async def namespaces(self, tenant: str) -> list[Namespace]:
         """See VectorStore; by name."""
@@ -204,7 +205,7 @@ class AgentDB:
             writing.drop_namespace(connection, found[0][0], now_s)
             return found[0][0]
 
-        namespace_id = await self._db.write(job)
+        namespace_id = await self._write(tenant, job)
         if namespace_id is not None:
             await asyncio.to_thread(self._indexes.forget, namespace_id)
         return namespace_id is not None
@@ -237,7 +238,7 @@ class AgentDB:
             at_commit(connection, lambda writer: execute_many(writer, "PRAGMA secure_delete=OFF", [()]))
             return removed, ids
 
-        removed, ids = await self._db.write(job)
+        removed, ids = await self._write(tenant, job)
         for namespace_id in ids:
             await asyncio.to_thread(self._indexes.forget, namespace_id)
         return removed
@@ -263,13 +264,8 @@ class AgentDB:
             TooLarge: an item or the batch is past its limit.
         """
         _check_batch(items)
-        if idempotency_key is not None and not (
-            0 < len(idempotency_key) <= schema.KEY_CHARS_MAX and idempotency_key.isprintable()
-        ):
-            raise InvalidInput(
-                f"{idempotency_key[: schema.KEY_CHARS_MAX]!r} is no idempotency key",
-                hint=f"1 to {schema.KEY_CHARS_MAX} printable characters",
-            )
+        if idempotency_key is not None:
+            check_idempotency_key(idempotency_key)
 
         async def write(row: NamespaceRow) -> UpsertResult:
             if embedder_id is not None and embedder_id != row.embedder_id:
@@ -312,7 +308,7 @@ class AgentDB:
                 )
             return result
 
-        return await self._written(row, job)
+        return await self._written(tenant, row, job)
 
     async def restore(
         self,
@@ -329,7 +325,7 @@ class AgentDB:
         """
         _check_batch(items)
         row = await self._namespace(tenant, namespace)
-        prepared = await self._prepare(row, items)
+        prepared = await self._prepare(row, items, embedded=not row.callers_vectors)
         now_s = self._clock.time_s()
 
         def job(connection: apsw.Connection) -> int:
@@ -338,7 +334,7 @@ class AgentDB:
             writing.restore_items(connection, current, pairs, documents or {}, now_s)
             return len(pairs)
 
-        return await self._written(row, job)
+        return await self._written(tenant, row, job)
 
     async def get(self, tenant: str, namespace: str, ids: Sequence[str]) -> list[Item]:
         """See VectorStore. Vectors come along in namespaces whose vectors callers bring."""
@@ -393,7 +389,7 @@ class AgentDB:
                 writing.delete_keys(connection, row, [key for (key,) in found], now_s)
             return len(found)
 
-        return await self._written(row, job)
+        return await self._written(tenant, row, job)
 
     async def list_items(
         self,
@@ -574,7 +570,7 @@ class AgentDB:
             current = self._unchanged(connection, tenant, row)
             return sum(writing.put_document(connection, current, document, now_s) for document in ready)
 
-        return await self._written(row, job)
+        return await self._written(tenant, row, job)
 
     async def fingerprints(self, tenant: str, namespace: str) -> dict[str, Fingerprint]:
         """See VectorStore."""
@@ -603,7 +599,7 @@ class AgentDB:
             row = find_namespace(connection, tenant, namespace)
             return writing.delete_documents(connection, row, wanted, now_s)
 
-        return await self._written(row, job)
+        return await self._written(tenant, row, job)
 
     # Shared
 
@@ -635,14 +631,33 @@ class AgentDB:
             raise Conflict(f"namespace {row.name!r} was replaced meanwhile", hint="repeat the call")
         return current
 
-    async def _written(self, row: NamespaceRow, job: Callable[[apsw.Connection], T]) -> T:
-        """The job's result once it is durable; its index is brought up to date afterwards."""
-        result = await self._db.write(job)
+    async def _write(self, tenant: str, job: Callable[[apsw.Connection], T]) -> T:
+        """The job's result once it, and its record in the history if one is kept, are durable."""
+        history = self._history
+        if history is None:
+            return await self._db.write(job)
+        now_s = self._clock.time_s()
+
+        def recorded(connection: apsw.Connection) -> T:
+            with history.recording(connection, tenant, now_s):
+                return job(connection)
+
+        return await self._db.write(recorded)
+
+    async def _written(self, tenant: str, row: NamespaceRow, job: Callable[[apsw.Connection], T]) -> T:
+        """The same for a job that changes rows; the index is brought up to date afterwards."""
+        result = await self._write(tenant, job)
         self._indexer.wake(row.layout)
         return result
 
-    async def _prepare(self, row: NamespaceRow, items: Sequence[Item]) -> list[PreparedItem]:
-        """Check, embed and cut into words, away from the event loop and the writer thread."""
+    async def _prepare(
+        self, row: NamespaceRow, items: Sequence[Item], *, embedded: bool = False
+    ) -> list[PreparedItem]:
+        """Check, embed and cut into words, away from the event loop and the writer thread.
+
+        Args:
+            embedded: Vectors that the items bring are the store's own, as it gave them out.
+        """
         layout = row.layout
         bare = [position for position, item in enumerate(items) if item.vector is None]
         if bare and row.callers_vectors:
@@ -651,25 +666,26 @@ class AgentDB:
             )
         if bare and row.embedder_id != self._embedder.id:
             raise self._other_embedder(row)
-        embedded: NDArray[np.float32] | None = None
+        made: NDArray[np.float32] | None = None
         if bare:
             await asyncio.to_thread(lambda: [check_item(items[position]) for position in bare])
-            embedded = await self._embedder.embed([items[position].text for position in bare])
+            made = await self._embedder.embed([items[position].text for position in bare])
 
         def ready() -> list[PreparedItem]:
             metadata = [check_item(item) for item in items]
-            if embedded is not None and len(bare) == len(items):
-                return prepare(items, metadata, embedded, layout)
+            if made is not None and len(bare) == len(items):
+                return prepare(items, metadata, made, layout)
             brought = [position for position, item in enumerate(items) if item.vector is not None]
             checked = check_vectors(
                 [vector for item in items if (vector := item.vector) is not None],
                 layout,
                 lambda position: f"item {items[brought[position]].id!r}",
+                embedded=embedded,
             )
-            if embedded is None:
+            if made is None:
                 return prepare(items, metadata, checked, layout)
             vectors = np.empty((len(items), layout.dimension), np.float32)
-            vectors[brought], vectors[bare] = checked, embedded
+            vectors[brought], vectors[bare] = checked, made
             return prepare(items, metadata, vectors, layout)
 
         if len(items) <= PREPARED_HERE_MAX:

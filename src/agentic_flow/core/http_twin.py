@@ -147,7 +147,7 @@ class HttpTwin:
         """
         again = idempotent if idempotent is not None else method in _IDEMPOTENT or idempotency_key is not None
         deadline = deadline or Deadline.after(self._timeout_s, self._clock)
-        extra = {**(headers or {}), **({IDEMPOTENCY_HEADER: idempotency_key} if idempotency_key else {})}
+        extra = {**(headers or {}), **({} if idempotency_key is None else {IDEMPOTENCY_HEADER: idempotency_key})}
         content = _content(body)
         attempt = 0
         renewed = False

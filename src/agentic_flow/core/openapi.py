@@ -89,7 +89,7 @@ class Operation:
         raw: Media type → handler of bodies that are no JSON document; it takes `query`, and reads the body.
         raw_notes: Media type → what such a body holds.
         query: Model of the query parameters; unknown ones are refused.
-        errors: Kinds of error beyond those of every operation.
+        headers: Request header → its schema.
         notes: More than the summary says.
     """
 
@@ -105,17 +105,17 @@ class Operation:
     raw: Mapping[str, Handler] = field(default_factory=dict[str, Handler])
     raw_notes: Mapping[str, str] = field(default_factory=dict[str, str])
     query: type[BaseModel] | None = None
-    errors: tuple[type[AgenticFlowError], ...] = ()
-    headers: Mapping[str, str] = field(default_factory=dict[str, str])
+    headers: Mapping[str, JsonObject] = field(default_factory=dict[str, JsonObject])
     notes: str = ""
 
 
 def routes_of(operations: Sequence[Operation]) -> list[Route]:
-    """The routes of a table, in its order."""
-    return [
-        Route(operation.path, _endpoint(operation), methods=[operation.method], name=operation.name)
-        for operation in operations
-    ]
+    """The routes of a table, one a path, in the order of their first operations."""
+    paths: dict[str, dict[str, Operation]] = {}
+    for operation in operations:
+        paths.setdefault(operation.path, {})[operation.method] = operation
+    # One route for all methods of a path: only then does a 405 know what to put in its Allow header.
+    return [Route(path, _dispatch(methods), methods=list(methods)) for path, methods in paths.items()]
 
 
 def document_route(document: JsonObject) -> Route:
@@ -126,6 +126,19 @@ def document_route(document: JsonObject) -> Route:
         return answer
 
     return Route(DOCUMENT_PATH, show)
+
+
+def _dispatch(methods: Mapping[str, Operation]) -> Callable[[Request], Awaitable[Response]]:
+    endpoints = {method: _endpoint(operation) for method, operation in methods.items()}
+    if "GET" in endpoints:
+        endpoints["HEAD"] = endpoints["GET"]
+    if len(endpoints) == 1:
+        return next(iter(endpoints.values()))
+
+    async def dispatch(request: Request) -> Response:
+        return await endpoints[request.method](request)
+
+    return dispatch
 
 
 def _endpoint(operation: Operation) -> Callable[[Request], Awaitable[Response]]:
@@ -186,16 +199,13 @@ def document(
     title: str,
     description: str,
     path_types: Mapping[str, Any],
-    components: Mapping[str, JsonObject] | None = None,
 ) -> JsonObject:
     """The OpenAPI document of a table.
 
     Args:
         path_types: Type of each path parameter.
-        components: Schemas that stand in for those made from a model of the same name.
     """
     schemas, refs = _schemas(operations, path_types)
-    schemas.update(components or {})
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:
         paths.setdefault(operation.path, {})[operation.method.lower()] = _described(operation, refs)
@@ -256,7 +266,8 @@ def _described(operation: Operation, refs: Mapping[_Use, Any]) -> JsonObject:
             "schema": {"contentMediaType": media_type, "description": operation.raw_notes[media_type]}
         }
     if content:
-        described["requestBody"] = {"required": True, "content": content}
+        # A stream of nothing is one without lines.
+        described["requestBody"] = {"required": operation.body is not None, "content": content}
     return described
 
 
@@ -265,8 +276,7 @@ def _parameters(operation: Operation, refs: Mapping[_Use, Any]) -> list[JsonObje
         {"name": name, "in": "path", "required": True, "schema": refs["path", name]}
         for name in _PARAMETER.findall(operation.path)
     ]
-    for name, text in operation.headers.items():
-        found.append({"name": name, "in": "header", "description": text, "schema": {"type": "string"}})
+    found += [{"name": name, "in": "header", "schema": shape} for name, shape in operation.headers.items()]
     if operation.query is not None:
         # Made apart, so that parameters stand where they are used instead of behind a reference.
         schema = operation.query.model_json_schema(ref_template="#/components/schemas/{model}")
@@ -295,7 +305,7 @@ def _responses(operation: Operation, refs: Mapping[_Use, Any]) -> JsonObject:
     responses: JsonObject = {
         "200": {"description": "Done.", "content": {operation.answer_media_type: {"schema": answer}}}
     }
-    kinds = {*_ALWAYS, *operation.errors}
+    kinds = set(_ALWAYS)
     if "{" in operation.path:
         kinds.add(NotFound)
     problem = {PROBLEM: {"schema": refs["problem", ""]}}

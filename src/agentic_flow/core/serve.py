@@ -157,7 +157,7 @@ def _server(app: Starlette, context: Any, drain_timeout_s: float) -> _Server:
     return _Server(
         uvicorn.Config(
             app,
-            http="h11",
+            http="httptools",
             ws="none",
             # Lifespans are ours: uvicorn answers a failed one with sys.exit inside the event loop.
             lifespan="off",

@@ -136,7 +136,9 @@ class Floor:
                 # Also when the work was cancelled: the line is written, the cancellation goes on.
                 self._record(scope, method, answer, time.perf_counter() - started_s, span)
 
-    async def _answer(self, scope: Scope, headers: Mapping[str, str], receive: Receive, answer: _Answer) -> None:
+    async def _answer(
+        self, scope: Scope, headers: Mapping[str, str], receive: Receive, answer: _Answer
+    ) -> None:
         try:
             await self._admit(scope, headers)
             body = scope["state"]["body"] = IncomingBody(

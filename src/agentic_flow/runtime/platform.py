@@ -156,21 +156,22 @@ class _Apps:
         routes: list[BaseRoute] = [
             *model_routes(await runtime.completer()),
             *run_routes(runs),
-            *memory_routes(store),
+            *memory_routes(store, self._settings.agentdb),
             *_agent_routes(self._settings),
             *identity_routes(await runtime.identity(), erasers=await runtime.erasers()),
         ]
         return routes, self._peers_ready("agentdb", "swarm"), PUBLIC_PATHS
 
     async def _agentdb(self) -> _Face:
-        from agentic_flow.agentdb.routes import build_routes
+        from agentic_flow.agentdb.routes import PUBLIC_PATHS, build_document_route, build_routes
 
         store = await self._runtime.store()
 
         async def ready() -> dict[str, bool]:
             return {"database": await _works(store.namespaces(DEFAULT_TENANT))}
 
-        return [*build_routes(store)], ready, frozenset()
+        routes: list[BaseRoute] = [*build_routes(store, self._settings.agentdb), build_document_route()]
+        return routes, ready, PUBLIC_PATHS
 
     async def _swarm(self) -> _Face:
         from agentic_flow.swarm.routes import build_routes

@@ -1,4 +1,4 @@
-"""What goes over AgentDB's HTTP: bodies, query parameters and answers, as models that also make its schema."""
+"""What goes over AgentDB's HTTP, as models that also make its schema: bodies, parameters and answers."""
 
 from __future__ import annotations
 

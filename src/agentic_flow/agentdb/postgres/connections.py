@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 import psycopg
@@ -18,6 +18,7 @@ import structlog
 from pgvector.psycopg import register_vector_async
 from psycopg import AsyncConnection, errors, sql
 from psycopg.conninfo import conninfo_to_dict
+from psycopg.pq import TransactionStatus
 from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
@@ -41,6 +42,9 @@ EVERY_TENANT = "*"
 """Under this name a transaction sees the names of namespaces and nothing else."""
 
 CONNECT_TIMEOUT_S = 10
+RECONNECT_TIMEOUT_S = 2.0
+"""How long one attempt to replace a connection goes on: longer pauses would only delay the first call
+once the server is back."""
 WRITE_STATEMENT_TIMEOUT_S = 600.0
 """Longest time of one statement of a write; waiting for locks is bounded by the query timeout."""
 CONFLICT_RETRIES = 8
@@ -48,10 +52,15 @@ REPLICA_PAUSE_S = 5.0
 """How long a replica that failed is left alone."""
 TENANTS_REMEMBERED = 10_000
 
-_LOST = (errors.AdminShutdown, errors.CrashShutdown, errors.CannotConnectNow, errors.IdleInTransactionSessionTimeout)
+_LOST = (
+    errors.AdminShutdown,
+    errors.CrashShutdown,
+    errors.CannotConnectNow,
+    errors.IdleInTransactionSessionTimeout,
+)
 
 
-class Repeat(Exception):  # noqa: N818 - no error: the transaction lost a race and begins again
+class Repeat(Exception):
     """Raised by a write's job that found rows changed under it."""
 
 
@@ -63,7 +72,10 @@ def place(url: str) -> str:
     """
     try:
         parts = conninfo_to_dict(url)
-    except psycopg.ProgrammingError:
+        int(parts.get("port") or 0)  # libpq only complains of it on connecting, and with its text
+        if not url.startswith(("postgresql://", "postgres://")):
+            raise ValueError
+    except (psycopg.ProgrammingError, ValueError, TypeError):
         raise InvalidSettings(
             "the database URL cannot be read",
             hint="write postgresql://USER:PASSWORD@HOST:5432/DATABASE, special characters percent-encoded",
@@ -94,7 +106,8 @@ def _not_connected(error: psycopg.Error, where: str) -> AgenticFlowError:
         )
     if "does not exist" in text and ("database" in text or "role" in text):
         return InvalidSettings(
-            f"database {where} or the role of the URL does not exist", hint="create it, or correct agentdb.database_url"
+            f"database {where} or the role of the URL does not exist",
+            hint="create it, or correct agentdb.database_url",
         )
     return Unavailable(
         f"PostgreSQL cannot be reached: database {where}",
@@ -110,7 +123,7 @@ class Connections:
         url: The primary.
         replica_url: A standby that reads may use; this process still reads what it wrote itself.
         pool_max: Most connections to each.
-        query_timeout_s: Longest time of one statement of a read, and of waiting for a lock or a connection.
+        query_timeout_s: Longest time of one statement of a read, and that a write waits for a lock.
     """
 
     def __init__(
@@ -130,7 +143,9 @@ class Connections:
         self._primary = self._pool(url, "agentdb")
         self._replica = self._pool(replica_url, "agentdb-replica") if replica_url else None
         self._replica_from_s = 0.0
-        self._written: OrderedDict[str, str] = OrderedDict()  # tenant → position in the log after its last write
+        self._written: OrderedDict[str, str] = (
+            OrderedDict()
+        )  # tenant → position in the log after its last write
         self._written_floor: str | None = None  # at least the position of every tenant forgotten above
 
     def _pool(self, url: str, name: str) -> AsyncConnectionPool[AsyncConnection]:
@@ -145,6 +160,7 @@ class Connections:
             min_size=1,
             max_size=self._pool_max,
             max_waiting=1000,
+            reconnect_timeout=RECONNECT_TIMEOUT_S,
             timeout=min(self._timeout_s, 30.0),
             configure=self._configure,
             open=False,
@@ -180,7 +196,9 @@ class Connections:
         """
         if self._replica is not None and self._clock.monotonic_s() >= self._replica_from_s:
             try:
-                return await self._once(self._replica, tenant, job, write=False, written=self._position(tenant))
+                return await self._once(
+                    self._replica, tenant, job, write=False, written=self._position(tenant)
+                )
             except _Behind:
                 pass  # the primary knows it
             except (Unavailable, InvalidSettings) as error:
@@ -214,17 +232,18 @@ class Connections:
                     raise Unavailable(
                         "too many writers change the same rows", hint="retry after a pause", retry_after_s=0.5
                     ) from error
-                await self._clock.sleep(random.random() * 0.01 * 2**attempt)  # noqa: S311 - spreads writers
+                await self._clock.sleep(random.random() * 0.01 * 2**attempt)
         raise AssertionError("unreachable")
 
     async def _fresh(self, tenant: str, job: Job[T], *, write: bool) -> T:
         """On a connection that lives: a restarted server leaves dead ones in the pool."""
-        for _ in range(self._pool_max + 1):
+        for attempt in range(self._pool_max + 1):
             try:
                 return await self._once(self._primary, tenant, job, write=write)
             except _Stale as stale:
-                last = stale
-        raise _Lost(last.error)
+                if attempt == self._pool_max:
+                    raise _Lost(stale.error) from stale
+        raise AssertionError("unreachable")
 
     async def _once(
         self,
@@ -271,14 +290,14 @@ class Connections:
         return sql.SQL(
             "BEGIN TRANSACTION {mode}; SET LOCAL ROLE {role}; SET LOCAL agentic_flow.tenant = {tenant}; "
             "SET LOCAL search_path = {schema}; SET LOCAL statement_timeout = {statement_ms}; "
-            "SET LOCAL lock_timeout = {lock_ms}"
+            "SET LOCAL lock_timeout = {lock_ms}; SET LOCAL jit = off"
         ).format(
             mode=sql.SQL(mode),
             role=sql.Identifier(APP_ROLE),
             tenant=sql.Literal(tenant),
             schema=sql.Identifier(self._vector_schema),
             statement_ms=sql.Literal(_ms(WRITE_STATEMENT_TIMEOUT_S if write else self._timeout_s)),
-            lock_ms=sql.Literal(_ms(self._timeout_s)),
+            lock_ms=sql.Literal(_ms(self._timeout_s) if write else 0),
         )
 
     # Reading one's own writes from a replica
@@ -298,7 +317,7 @@ class Connections:
         return self._written.get(tenant, self._written_floor)
 
 
-class _Broken(Exception):  # noqa: N818 - told apart below, never leaves this module
+class _Broken(Exception):
     def __init__(self, error: AgenticFlowError) -> None:
         super().__init__(error.message)
         self.error = error
@@ -312,7 +331,7 @@ class _Lost(_Broken):
     """It died later."""
 
 
-class _Behind(Exception):  # noqa: N818 - told apart above
+class _Behind(Exception):
     """The replica has not replayed what this process wrote."""
 
 
@@ -323,8 +342,16 @@ async def _checked_out(pool: AsyncConnectionPool[AsyncConnection]) -> AsyncGener
     try:
         yield connection
     finally:
-        # The pool rolls back what is open, and replaces what is broken; a cancellation must not leak it.
-        await asyncio.shield(asyncio.ensure_future(pool.putconn(connection)))
+        # A cancellation must not leak it.
+        await asyncio.shield(asyncio.ensure_future(_give_back(pool, connection)))
+
+
+async def _give_back(pool: AsyncConnectionPool[AsyncConnection], connection: AsyncConnection) -> None:
+    status = connection.info.transaction_status
+    if status in (TransactionStatus.INTRANS, TransactionStatus.INERROR):
+        with suppress(psycopg.Error):  # it broke: the pool replaces it
+            await connection.rollback()
+    await pool.putconn(connection)
 
 
 async def _check_replayed(connection: AsyncConnection, written: str | None) -> None:
@@ -348,7 +375,9 @@ def _ms(duration_s: float) -> int:
 
 def is_lost(error: psycopg.Error) -> bool:
     """Whether the connection is gone."""
-    return isinstance(error, _LOST) or (isinstance(error, psycopg.OperationalError) and error.sqlstate is None)
+    return isinstance(error, _LOST) or (
+        isinstance(error, psycopg.OperationalError) and error.sqlstate is None
+    )
 
 
 def translate(error: psycopg.Error, where: str, timeout_s: float) -> AgenticFlowError:
@@ -362,7 +391,8 @@ def translate(error: psycopg.Error, where: str, timeout_s: float) -> AgenticFlow
     said = error.diag.message_primary or type(error).__name__
     if isinstance(error, errors.QueryCanceled):
         return DeadlineExceeded(
-            f"PostgreSQL needed more than {timeout_s!r} s", hint="narrow the call, or raise agentdb.query_timeout_s"
+            f"PostgreSQL needed more than {timeout_s!r} s",
+            hint="narrow the call, or raise agentdb.query_timeout_s",
         )
     if isinstance(error, errors.LockNotAvailable):
         return Unavailable(
@@ -379,16 +409,25 @@ def translate(error: psycopg.Error, where: str, timeout_s: float) -> AgenticFlow
         )
     if isinstance(error, errors.ReadOnlySqlTransaction):
         return Unavailable(
-            f"PostgreSQL takes no writes: {said}", hint="agentdb.database_url must name the primary, not a replica"
+            f"PostgreSQL takes no writes: {said}",
+            hint="agentdb.database_url must name the primary, not a replica",
         )
     if isinstance(error, errors.DataCorrupted | errors.IndexCorrupted):
-        return DataCorrupted(f"PostgreSQL reports corruption: {said}", hint="restore the database from a backup")
+        return DataCorrupted(
+            f"PostgreSQL reports corruption: {said}", hint="restore the database from a backup"
+        )
     if isinstance(error, psycopg.OperationalError):  # disk full, out of memory, too many connections, …
-        return Unavailable(f"PostgreSQL cannot do it now: {said}", hint="see the server's log", retry_after_s=1.0)
-    return AgenticFlowError(f"PostgreSQL refused a statement: {said}", details={"sqlstate": error.sqlstate or ""})
+        return Unavailable(
+            f"PostgreSQL cannot do it now: {said}", hint="see the server's log", retry_after_s=1.0
+        )
+    return AgenticFlowError(
+        f"PostgreSQL refused a statement: {said}", details={"sqlstate": error.sqlstate or ""}
+    )
 
 
-async def fetch(connection: AsyncConnection, statement: Any, bindings: Any = ()) -> list[tuple[Any, ...]]:
+async def fetch(
+    connection: AsyncConnection, statement: str, bindings: Sequence[Any] = ()
+) -> list[tuple[Any, ...]]:
     """Run one statement and fetch all it returns."""
-    cursor = await connection.execute(statement, bindings)
+    cursor = await connection.execute(statement.encode(), bindings)
     return await cursor.fetchall()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ import orjson
 from numpy.typing import NDArray
 
 from agentic_flow.agentdb.analysis import index_text, query_words
+from agentic_flow.agentdb.filters import text_words, unix_s
 from agentic_flow.agentdb.records import path_words
 from agentic_flow.core.errors import DataCorrupted
 from agentic_flow.core.messages import JsonObject
@@ -32,6 +34,7 @@ SYMBOL_WEIGHT = 2
 
 _KEY_PREFIX_CHARS = 450
 _EXACT_MAX = 2**53
+_ESCAPED = re.compile("\1([\1\2])")
 
 
 def escape(text: str) -> str:
@@ -45,23 +48,7 @@ def unescape(text: str) -> str:
     """What `escape` was given."""
     if "\1" not in text:
         return text
-    # Left to right, two characters at a time: 01 always begins a pair.
-    parts = text.split("\1")
-    return parts[0] + "".join(("\0" if part[:1] == "\1" else "\1") + part[1:] for part in _pairs(parts[1:]))
-
-
-def _pairs(parts: Sequence[str]) -> list[str]:
-    """Splitting at 01 leaves an empty part before the second character of `01 01`; join those again."""
-    joined: list[str] = []
-    position = 0
-    while position < len(parts):
-        if parts[position] == "" and position + 1 < len(parts):
-            joined.append("\1" + parts[position + 1])
-            position += 2
-        else:
-            joined.append(parts[position])
-            position += 1
-    return joined
+    return _ESCAPED.sub(lambda pair: "\0" if pair[1] == "\1" else "\1", text)
 
 
 def index_key(text: str) -> tuple[str, str | None]:
@@ -74,22 +61,42 @@ def index_key(text: str) -> tuple[str, str | None]:
     return f"{escape(text[:_KEY_PREFIX_CHARS])}\1\3{hashlib.sha256(encoded).hexdigest()}", whole
 
 
-def fields_json(metadata: bytes) -> str:
+def fields_json(values: JsonObject) -> str:
     """The metadata as filters see it: scalars by key; of lists and objects only that they are there."""
-    values = cast(JsonObject, orjson.loads(metadata))
     return orjson.dumps({escape(key): scalar(value) for key, value in values.items()}).decode()
+
+
+def derived_json(text: str, values: JsonObject) -> str | None:
+    """What filters need of texts beside themselves: folded words where they are not ASCII, and instants."""
+    derived: dict[str, Any] = {}
+    if not text.isascii():
+        derived["text"] = _spaced(text)
+    strings = {escape(key): value for key, value in values.items() if isinstance(value, str)}
+    if words := {key: _spaced(value) for key, value in strings.items() if not value.isascii()}:
+        derived["words"] = words
+    if instants := {key: time_s for key, value in strings.items() if (time_s := unix_s(value)) is not None}:
+        derived["instants"] = instants
+    return orjson.dumps(derived).decode() if derived else None
+
+
+def _spaced(text: str) -> str:
+    return f" {' '.join(dict.fromkeys(text_words(text)))} "
 
 
 def scalar(value: Any) -> Any:
     """A metadata value or operand whose JSON PostgreSQL compares as Python compares the value."""
     if isinstance(value, str):
         return escape(value)
+    if isinstance(value, list):
+        return []
+    if isinstance(value, dict):
+        return {}
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        value = float(value)  # what filters take it for
     if isinstance(value, float) and math.isfinite(value) and abs(value) >= _EXACT_MAX:
         # Its shortest decimal is another integer than the one it is.
         return orjson.Fragment(str(int(value)))
-    if isinstance(value, list):
-        return []
-    return {} if isinstance(value, dict) else value
+    return value
 
 
 def scalar_json(value: Any) -> str:
@@ -137,19 +144,19 @@ class Prepared(NamedTuple):
     text: str
     metadata: str
     fields: str
+    derived: str | None
     words: str
     word_count: int
     vector: NDArray[np.float32]
 
 
-def prepare(
-    items: Sequence[Item], metadata: Sequence[bytes], vectors: NDArray[np.float32]
-) -> list[Prepared]:
+def prepare(items: Sequence[Item], metadata: Sequence[bytes], vectors: NDArray[np.float32]) -> list[Prepared]:
     """Encode checked items; `vectors` has shape (len(items), dimension)."""
     prepared: list[Prepared] = []
     for item, encoded, vector in zip(items, metadata, vectors, strict=True):
         id_key, long_id = index_key(item.id)
         words, word_count = count_words(item.text, item.metadata)
+        values = read_metadata(item.id, encoded.decode())
         prepared.append(
             Prepared(
                 item,
@@ -157,7 +164,8 @@ def prepare(
                 long_id,
                 escape(item.text),
                 encoded.decode(),
-                fields_json(encoded),
+                fields_json(values),
+                derived_json(item.text, values),
                 words,
                 word_count,
                 vector,

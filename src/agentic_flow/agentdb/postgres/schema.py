@@ -1,8 +1,8 @@
 """Tables of an AgentDB in PostgreSQL, and the explicit migrations that make them.
 
-All of it lives in the schema `agentic_flow`. Tables carry the tenant, and row-level security admits a row only
-when the transaction's `agentic_flow.tenant` names it. The store works as the role `agentic_flow_app`, which
-owns nothing and cannot bypass that wall, whatever role the URL logs in as.
+All of it lives in the schema `agentic_flow`. Tables carry the tenant, and row-level security admits a row
+only when the transaction's `agentic_flow.tenant` names it. The store works as the role `agentic_flow_app`,
+which owns nothing and cannot bypass that wall, whatever role the URL logs in as.
 
 `items` is partitioned by `shard`: 0 is shared by the small namespaces, a large one has a partition (and a
 graph index) of its own, whose shard is the namespace's id. Why: docs/decisions/0012-postgres-layout.md.
@@ -15,11 +15,9 @@ from typing import LiteralString, NamedTuple
 
 from psycopg import AsyncConnection, errors
 
-from agentic_flow.agentdb.postgres.connections import connect
+from agentic_flow.agentdb.postgres.connections import APP_ROLE, connect
 from agentic_flow.core.errors import Conflict, Forbidden, Unavailable
 
-SCHEMA = "agentic_flow"
-APP_ROLE = "agentic_flow_app"
 MIGRATE_COMMAND = "agentic-flow db migrate-schema"
 PGVECTOR_MIN = (0, 8, 0)
 """The first version with iterative index scans, without which filters lose recall."""
@@ -64,8 +62,9 @@ CREATE TABLE agentic_flow.documents (
 
 CREATE SEQUENCE agentic_flow.item_keys;
 
--- `metadata` is the JSON as it came; `fields` is what filters compare: its scalars, encoded so that PostgreSQL
--- orders and stores them as filters mean (encoding.py). `words` maps each stem to its weighted count.
+-- `metadata` is the JSON as it came; `fields` is what filters compare: its scalars, encoded so that
+-- PostgreSQL orders and stores them as filters mean, with `derived` beside (encoding.py). `words` maps each
+-- stem to its weighted count.
 CREATE TABLE agentic_flow.items (
     shard bigint NOT NULL,
     key bigint NOT NULL DEFAULT nextval('agentic_flow.item_keys'),
@@ -81,6 +80,7 @@ CREATE TABLE agentic_flow.items (
     valid_from_s double precision,
     valid_until_s double precision,
     fields jsonb NOT NULL,
+    derived jsonb,
     metadata text NOT NULL,
     text text NOT NULL,
     long_id text COLLATE "C",
@@ -118,8 +118,8 @@ CREATE TABLE agentic_flow.idempotency (
 );
 """
 
-# The wall. `(SELECT …)` makes PostgreSQL read the setting once a statement instead of once a row. The owner of
-# the functions below sees everything; they narrow down to the tenant themselves.
+# The wall. `(SELECT …)` makes PostgreSQL read the setting once a statement instead of once a row. The owner
+# of the functions below sees everything; they narrow down to the tenant themselves.
 _WALL = """
 DO $do$
 DECLARE
@@ -211,7 +211,8 @@ BEGIN
         AND (i.valid_until_s IS NULL OR i.valid_until_s > at_s)
     ),
     rarity AS (
-        SELECT f.stem, greatest(ln(greatest((items_count - count(*) + 0.5) / (count(*) + 0.5), 1e-9)), 1e-6) AS idf
+        SELECT f.stem,
+            greatest(ln(greatest((items_count - count(*) + 0.5) / (count(*) + 0.5), 1e-9)), 1e-6) AS idf
         FROM found AS f GROUP BY f.stem
     ),
     scored AS (
@@ -225,7 +226,8 @@ BEGIN
         FROM found AS f WHERE f.document_id IS NOT NULL GROUP BY f.document_id, f.stem
     ),
     document_rarity AS (
-        SELECT d.stem, greatest(ln(greatest((documents_count - count(*) + 0.5) / (count(*) + 0.5), 1e-9)), 1e-6) AS idf
+        SELECT d.stem,
+            greatest(ln(greatest((documents_count - count(*) + 0.5) / (count(*) + 0.5), 1e-9)), 1e-6) AS idf
         FROM in_documents AS d GROUP BY d.stem
     ),
     whole AS (
@@ -285,6 +287,7 @@ BEGIN
         partition, own.id);
     DELETE FROM agentic_flow.items WHERE shard = 0 AND namespace_id = own.id;
     UPDATE agentic_flow.namespaces SET shard = own.id WHERE id = own.id;
+    EXECUTE format('ANALYZE agentic_flow.%I', partition);
     RETURN true;
 END
 $body$;
@@ -301,9 +304,9 @@ DECLARE
 BEGIN
     FOR partition IN
         SELECT c.oid FROM pg_catalog.pg_inherits AS h JOIN pg_catalog.pg_class AS c ON c.oid = h.inhrelid
-        WHERE h.inhparent = 'agentic_flow.items'::regclass AND c.relname LIKE 'items\\_n%'
+        WHERE h.inhparent = 'agentic_flow.items'::regclass AND c.relname ~ '^items_n[0-9]+$'
         AND NOT EXISTS (SELECT 1 FROM agentic_flow.namespaces AS n
-            WHERE n.shard = substr(c.relname, 8)::bigint)
+            WHERE format('items_n%s', n.shard) = c.relname)
     LOOP
         EXECUTE format('DROP TABLE %s', partition);
         swept := swept + 1;
@@ -348,7 +351,8 @@ async def migrate(url: str) -> list[str]:
         if version is None:
             await _allowed(
                 connection,
-                "CREATE SCHEMA agentic_flow; CREATE TABLE agentic_flow.migrations (version integer PRIMARY KEY, "
+                "CREATE SCHEMA agentic_flow; CREATE TABLE agentic_flow.migrations (version integer "
+                "PRIMARY KEY, "
                 "name text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now())",
                 "GRANT CREATE ON DATABASE … TO …",
             )
@@ -357,7 +361,8 @@ async def migrate(url: str) -> list[str]:
         for number, migration in enumerate(MIGRATIONS[version or 0 :], (version or 0) + 1):
             await connection.execute(migration.sql)
             await connection.execute(
-                "INSERT INTO agentic_flow.migrations (version, name) VALUES (%s, %s)", (number, migration.name)
+                "INSERT INTO agentic_flow.migrations (version, name) VALUES (%s, %s)",
+                (number, migration.name),
             )
             applied.append(migration.name)
         return applied
@@ -375,13 +380,20 @@ async def schema_version(url: str) -> int:
 
 async def read_version(connection: AsyncConnection) -> int | None:
     """Number of the last migration; None where the schema is missing."""
-    cursor = await connection.execute("SELECT to_regclass('agentic_flow.migrations') IS NOT NULL")
-    row = await cursor.fetchone()
-    if row is None or not row[0]:
+    if not await has_schema(connection):
         return None
     cursor = await connection.execute("SELECT coalesce(max(version), 0) FROM agentic_flow.migrations")
     row = await cursor.fetchone()
     return int(row[0]) if row else 0
+
+
+async def has_schema(connection: AsyncConnection) -> bool:
+    """Whether the database was ever migrated; any role may ask."""
+    cursor = await connection.execute(
+        "SELECT 1 FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace "
+        "WHERE n.nspname = 'agentic_flow' AND c.relname = 'migrations'"
+    )
+    return await cursor.fetchone() is not None
 
 
 def check_version(version: int, *, allow_older: bool = False) -> None:
@@ -405,7 +417,8 @@ async def find_pgvector(connection: AsyncConnection) -> str | None:
         Unavailable: it is older than PGVECTOR_MIN.
     """
     cursor = await connection.execute(
-        "SELECT n.nspname, e.extversion FROM pg_extension AS e JOIN pg_namespace AS n ON n.oid = e.extnamespace "
+        "SELECT n.nspname, e.extversion FROM pg_extension AS e JOIN pg_namespace AS n ON n.oid = "
+        "e.extnamespace "
         "WHERE e.extname = 'vector'"
     )
     row = await cursor.fetchone()
@@ -451,11 +464,38 @@ async def _make_app_role(connection: AsyncConnection) -> None:
             f"the role {APP_ROLE!r} bypasses row-level security",
             hint=f"ALTER ROLE {APP_ROLE} NOSUPERUSER NOBYPASSRLS",
         )
-    cursor = await connection.execute("SELECT pg_has_role(current_user, %s, 'MEMBER')", (APP_ROLE,))
-    row = await cursor.fetchone()
-    if row is not None and not row[0]:
+    if not await _is_member(connection):
         grant = f"GRANT {APP_ROLE} TO CURRENT_USER"
         await _allowed(connection, grant, f"GRANT {APP_ROLE} TO …")
+
+
+async def work_as_app(connection: AsyncConnection) -> None:
+    """Become the application role until the transaction ends.
+
+    Raises:
+        Forbidden: the role of the URL may not, or the wall between tenants would not hold that role.
+    """
+    cursor = await connection.execute(
+        "SELECT NOT rolsuper AND NOT rolbypassrls FROM pg_roles WHERE rolname = %s", (APP_ROLE,)
+    )
+    row = await cursor.fetchone()
+    if row is None or not row[0]:
+        raise Forbidden(
+            f"the role {APP_ROLE!r} is missing or bypasses row-level security",
+            hint=f"ALTER ROLE {APP_ROLE} NOSUPERUSER NOBYPASSRLS, or CREATE it so",
+        )
+    if not await _is_member(connection):
+        raise Forbidden(
+            f"the role of the database URL cannot work as {APP_ROLE!r}",
+            hint=f"have an administrator run: GRANT {APP_ROLE} TO …",
+        )
+    await connection.execute("SET LOCAL ROLE agentic_flow_app")
+
+
+async def _is_member(connection: AsyncConnection) -> bool:
+    cursor = await connection.execute("SELECT pg_has_role(current_user, %s, 'MEMBER')", (APP_ROLE,))
+    row = await cursor.fetchone()
+    return row is not None and bool(row[0])
 
 
 async def _allowed(connection: AsyncConnection, statement: LiteralString, remedy: str) -> None:
