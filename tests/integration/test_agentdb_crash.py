@@ -1,9 +1,7 @@
-"""AgentDB under `kill -9` and with a log that ends anywhere: no acknowledged call is lost, none is there in part.
+"""AgentDB under `kill -9` and with a log that ends anywhere: no call is lost, none is there in part.
 
 Sizes: `AGENTDB_KILLS` kill points in all (default 520, spread over the kinds of store below).
 """
-
-# ruff: noqa: S608 - SQL is put together from our own names
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,16 +92,17 @@ class State(NamedTuple):
 
 def digest(connection: apsw.Connection) -> list[Any]:
     """Every row of every table that a call changes, and the rows that full text knows."""
-    told: list[Any] = []
-    for sql in (
-        "SELECT i.*, v.vector FROM items AS i LEFT JOIN vectors AS v USING (key) ORDER BY key",
-        "SELECT count(*) FROM vectors",
-        "SELECT * FROM documents ORDER BY id",
-        "SELECT * FROM operations ORDER BY sequence",
-        "SELECT * FROM idempotency",
-        "SELECT * FROM namespaces",
-    ):
-        told.append(rows(connection, sql))
+    told: list[Any] = [
+        rows(connection, sql)
+        for sql in (
+            "SELECT i.*, v.vector FROM items AS i LEFT JOIN vectors AS v USING (key) ORDER BY key",
+            "SELECT count(*) FROM vectors",
+            "SELECT * FROM documents ORDER BY id",
+            "SELECT * FROM operations ORDER BY sequence",
+            "SELECT * FROM idempotency",
+            "SELECT * FROM namespaces",
+        )
+    ]
     for (space,) in rows(connection, "SELECT id FROM namespaces"):
         told.append(rows(connection, f"SELECT rowid FROM item_text_{space} ORDER BY rowid"))
         told.append(rows(connection, f"SELECT id, sz FROM item_text_{space}_docsize ORDER BY id"))
@@ -111,7 +110,7 @@ def digest(connection: apsw.Connection) -> list[Any]:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[apsw.Connection]:
+def opened(path: Path) -> Generator[apsw.Connection]:
     """A connection that leaves the log as it is."""
     connection = apsw.Connection(str(path))
     try:

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 from cli_process import Place
-from postgres_server import TEMPLATE, make_template, new_database, postgres_server
 
 from agentic_flow.agentdb.migrate import Moved, TenantStore, check_places, migrate, open_place, shown_place
 from agentic_flow.agentdb.service import AgentDB
 from agentic_flow.core.errors import Conflict, DataCorrupted, InvalidInput, NotFound, PathNotFound
 from agentic_flow.core.settings import AgentDBSettings
 from agentic_flow.core.vectors import Document, Fingerprint, Item, SearchQuery, Vector
+from postgres_server import TEMPLATE, make_template, new_database, postgres_server
 
 pytestmark = pytest.mark.anyio
 

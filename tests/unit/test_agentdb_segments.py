@@ -110,7 +110,7 @@ def test_garbage_is_no_segment(data: bytes) -> None:
 
 @given(histories(), st.data())
 def test_an_erased_record_keeps_its_place_and_the_chain(records: list[Record], data: st.DataObject) -> None:
-    """Catches content that is still in the file, a neighbour that changes, and a broken link to what follows."""
+    """Catches content that is still there, a neighbour that changes, and a broken link to what follows."""
     gone = data.draw(st.sets(st.sampled_from([record.last for record in records])))
     whole = encode_segment(DATABASE_ID, PREVIOUS, records)
     erased = erase_records(whole, sorted(gone))

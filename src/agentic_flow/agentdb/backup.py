@@ -24,6 +24,7 @@ from agentic_flow.agentdb.manifest import (
     backup_database,
     block_size,
     check_schema,
+    is_readable_file,
     open_live,
     read_contents,
     read_parts,
@@ -50,7 +51,6 @@ __all__ = [
 
 T = TypeVar("T")
 
-_BUSY_TIMEOUT_MS = 10_000
 _SEAL_WAIT_S = 30.0
 _STEPS_PER_REPORT = 50_000
 
@@ -97,7 +97,7 @@ def backup(
         DataCorrupted: the database is damaged.
     """
     source = data_dir / DATABASE
-    if not source.is_file():
+    if not is_readable_file(source):
         raise PathNotFound(
             f"there is no database in {str(data_dir)!r}", hint="give the data folder (--data-dir)"
         )
@@ -107,8 +107,6 @@ def backup(
         or (destination.exists() and any(destination.iterdir()))
     ):
         raise Conflict(f"{str(destination)!r} exists", hint="give each backup a new folder")
-    if history_dir is not None:
-        _seal(source, history_dir)  # so that less of what waits is copied along
     part = destination.parent / f".{destination.name}.{os.getpid()}.{os.urandom(4).hex()}{PART}"
     try:
         part.mkdir(parents=True)
@@ -205,38 +203,24 @@ def _report(connection: apsw.Connection, copy: Path, size: int, progress: Progre
     cast(Any, connection).set_progress_handler(tell, _STEPS_PER_REPORT)
 
 
-class _OwnRows:
-    """`Rows` for a process that does not have the database open: connections for one use."""
+def _seal(source: Path, history_dir: Path) -> tuple[int | None, str | None]:
+    """Seal what waits, only reading the database: one that is written without pause would keep us waiting.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    A backup is needed most when this fails, so that is told and not raised.
+    """
 
-    def read_sync(self, job: Callable[[apsw.Connection], T]) -> T:
-        return self._run(job, "BEGIN")
-
-    def write_sync(self, job: Callable[[apsw.Connection], T]) -> T:
-        return self._run(job, "BEGIN IMMEDIATE")
-
-    def _run(self, job: Callable[[apsw.Connection], T], begin: str) -> T:
-        connection = apsw.Connection(str(self._path), flags=apsw.SQLITE_OPEN_READWRITE)
+    def read(job: Callable[[apsw.Connection], T]) -> T:
+        connection = open_live(source)
         try:
-            connection.set_busy_timeout(_BUSY_TIMEOUT_MS)
-            rows(connection, "PRAGMA synchronous=FULL")
-            rows(connection, begin)
-            result = job(connection)
-            rows(connection, "COMMIT")
-            return result
+            rows(connection, "BEGIN")
+            return job(connection)
         finally:
             connection.close()
 
-
-def _seal(source: Path, history_dir: Path) -> tuple[int | None, str | None]:
-    """Seal what waits. A backup is needed most when this fails, so that is told and not raised."""
-    database = _OwnRows(source)
     try:
-        database_id = database.read_sync(lambda connection: read_contents(connection).database_id)
+        database_id = read(lambda connection: read_contents(connection).database_id)
         folder = history_dir / database_id
         folder.mkdir(parents=True, exist_ok=True)
-        return Sealer(folder, database_id, database).seal(wait_s=_SEAL_WAIT_S), None
-    except (AgenticFlowError, OSError, apsw.Error) as error:
+        return Sealer(folder, database_id, read, None).seal(wait_s=_SEAL_WAIT_S), None
+    except (AgenticFlowError, OSError, IndexError, apsw.Error) as error:
         return None, str(error)

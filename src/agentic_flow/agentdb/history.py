@@ -81,7 +81,13 @@ class History:
                 f"the folder {str(self._folder)!r} cannot be made: {error.strerror}",
                 hint="correct agentdb.history_dir or its permissions",
             ) from error
-        self._sealer = Sealer(self._folder, self.database_id, database, segment_max_bytes=segment_max_bytes)
+        self._sealer = Sealer(
+            self._folder,
+            self.database_id,
+            database.read_sync,
+            database.write_sync,
+            segment_max_bytes=segment_max_bytes,
+        )
         self._seal_s = seal_s
         self._waiting_max_bytes = waiting_max_bytes
         self._segment_max_bytes = segment_max_bytes

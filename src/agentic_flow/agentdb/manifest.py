@@ -187,6 +187,11 @@ def last_sequences(connection: apsw.Connection) -> dict[str, int]:
     return dict(rows(connection, "SELECT name, seq FROM sqlite_sequence"))
 
 
+def is_readable_file(path: Path) -> bool:
+    """Whether it is a file that can be read; one behind a closed folder is not."""
+    return os.access(path, os.R_OK) and path.is_file()
+
+
 def block_size(size_bytes: int) -> int:
     """Bytes of one block of a file of this size: the manifest stays small however large the file is."""
     return max(_BLOCK_MIN_BYTES, -(-size_bytes // _BLOCKS_MAX))

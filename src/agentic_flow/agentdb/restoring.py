@@ -22,6 +22,7 @@ from agentic_flow.agentdb.manifest import (
     Progress,
     backup_database,
     difference,
+    is_readable_file,
     last_sequences,
     open_live,
     read_contents,
@@ -164,7 +165,7 @@ class _Read:
 
 def _open_original(data_dir: Path, database_id: str) -> apsw.Connection:
     path = data_dir / DATABASE
-    if not path.is_file():
+    if not is_readable_file(path):
         raise PathNotFound(
             f"there is no database in {str(data_dir)!r}", hint="give the data folder of the original"
         )

@@ -43,12 +43,10 @@ SEALED = "history_sealed_sequence"
 _WAITING = struct.Struct("<BQ")
 
 
-class Rows(Protocol):
-    """How the sealer reaches the database: reads see one snapshot, writes are one durable transaction."""
+class Transaction(Protocol):
+    """Runs a job in a transaction: reading sees one snapshot, writing is durable when it returns."""
 
-    def read_sync(self, job: Callable[[apsw.Connection], T]) -> T: ...
-
-    def write_sync(self, job: Callable[[apsw.Connection], T]) -> T: ...
+    def __call__(self, job: Callable[[apsw.Connection], T]) -> T: ...
 
 
 def pack_waiting(kind: Kind, first: int, payload: bytes) -> bytes:
@@ -94,24 +92,27 @@ class Sealer:
     Args:
         folder: `history_dir/<database id>`; it must exist.
         database_id: As `about` has it.
-        database: Its rows.
+        read: Reads the database.
+        write: Writes it. None: what is sealed stays in the database until somebody who writes it seals next.
     """
 
     def __init__(
         self,
         folder: Path,
         database_id: str,
-        database: Rows,
+        read: Transaction,
+        write: Transaction | None,
         *,
         segment_max_bytes: int = SEGMENT_MAX_BYTES,
     ) -> None:
         self.folder = folder
         self._database_id = database_id
-        self._database = database
+        self._read = read
+        self._write = write
         self._segment_max_bytes = segment_max_bytes
 
     def seal(self, *, wait_s: float) -> int:
-        """Seal everything that waits. Returns the last sealed sequence, 0 when there is none.
+        """Seal everything that waits now. Returns the last sealed sequence, 0 when there is none.
 
         Raises:
             OSError: the folder cannot be written; BlockingIOError: another process writes it.
@@ -120,21 +121,36 @@ class Sealer:
         """
         with locked(self.folder, wait_s):
             remove_leftovers(self.folder)
-            while records := self._database.read_sync(
-                lambda connection: read_waiting(connection, max_bytes=self._segment_max_bytes)
-            ):
-                tail = self._tail()
-                if tail is not None and records[0].last <= tail.last:
-                    records = [record for record in records if record.last <= tail.last]
-                    self._demand_sealed(records)
-                else:
-                    for record in records:
-                        if record.kind is Kind.ERASURE:
-                            erase_sealed(self.folder, Mark.read(record.payload), record.last)
-                    self._append(tail, records)
-                self._forget(records[-1].last)
+            # Others go on writing: without this mark the end would run away.
+            goal = self._read(
+                lambda connection: rows(connection, "SELECT coalesce(max(sequence), 0) FROM changes")
+            )[0][0]
             tail = self._tail()
+            if tail is not None:
+                self._forget_sealed(tail)
+            while (0 if tail is None else tail.last) < goal:
+                tail = self._seal_next(tail)
             return 0 if tail is None else tail.last
+
+    def _seal_next(self, tail: SegmentFile | None) -> SegmentFile:
+        records = self._waiting(0 if tail is None else tail.last)
+        for record in records:
+            if record.kind is Kind.ERASURE:
+                erase_sealed(self.folder, Mark.read(record.payload), record.last)
+        tail = self._append(tail, records)
+        self._forget(tail.last)
+        return tail
+
+    def _forget_sealed(self, tail: SegmentFile) -> None:
+        """Remove from the database what a crash, or one who only reads it, left there after sealing it."""
+        after = 0
+        while records := [one for one in self._waiting(after) if one.last <= tail.last]:
+            self._demand_sealed(records)
+            after = records[-1].last
+            self._forget(after)
+
+    def _waiting(self, after: int) -> list[Record]:
+        return self._read(lambda connection: read_waiting(connection, after, self._segment_max_bytes))
 
     def _tail(self) -> SegmentFile | None:
         """The last segment.
@@ -143,7 +159,7 @@ class Sealer:
             DataCorrupted: segments that were sealed after it are gone.
         """
         files = list_segments(self.folder)
-        found = self._database.read_sync(
+        found = self._read(
             lambda connection: rows(connection, "SELECT value FROM about WHERE name = ?", (SEALED,))
         )
         sealed = int(found[0][0]) if found else 0
@@ -156,10 +172,10 @@ class Sealer:
             _log.warning("history_began_anew", folder=str(self.folder), sealed_before=sealed)
         return files[-1] if files else None
 
-    def _append(self, tail: SegmentFile | None, records: list[Record]) -> None:
+    def _append(self, tail: SegmentFile | None, records: list[Record]) -> SegmentFile:
+        """Write a segment with these records after `tail`, or one that takes its place."""
         if tail is None:
-            self._write(segments.NO_SEGMENT, records)
-            return
+            return self._write_segment(segments.NO_SEGMENT, records)
         if records[0].first != tail.last + 1:
             _log.warning(
                 "history_gap_found", folder=str(self.folder), sealed=tail.last, next=records[0].first
@@ -167,9 +183,9 @@ class Sealer:
         if tail.path.stat().st_size < min(MERGED_MAX_BYTES, self._segment_max_bytes):
             scan = whole_segment(tail)
             assert scan.header is not None
-            self._write(scan.header.previous, [*scan.records, *records])
+            longer = self._write_segment(scan.header.previous, [*scan.records, *records])
             tail.path.unlink()
-            return
+            return longer
         with tail.path.open("rb") as file:
             head = file.read(segments.HEADER_BYTES)
             file.seek(-segments.FOOTER_BYTES, os.SEEK_END)
@@ -177,11 +193,11 @@ class Sealer:
         if ends is None:
             whole_segment(tail)
             raise DataCorrupted(f"{str(tail.path)!r} changed while it was read", hint="try again")
-        self._write(ends[1], records)
+        return self._write_segment(ends[1], records)
 
-    def _write(self, previous: bytes, records: Sequence[Record]) -> None:
+    def _write_segment(self, previous: bytes, records: Sequence[Record]) -> SegmentFile:
         data = segments.encode_segment(self._database_id, previous, records)
-        write_segment(self.folder, data, records[0].first, records[-1].last)
+        return write_segment(self.folder, data, records[0].first, records[-1].last)
 
     def _demand_sealed(self, records: Sequence[Record]) -> None:
         """Raise DataCorrupted unless the segments hold these records: only then may they be forgotten."""
@@ -201,6 +217,9 @@ class Sealer:
             )
 
     def _forget(self, last: int) -> None:
+        if self._write is None:
+            return
+
         def job(connection: apsw.Connection) -> None:
             rows(connection, "DELETE FROM changes WHERE sequence <= ?", (last,))
             rows(
@@ -210,4 +229,4 @@ class Sealer:
                 (SEALED, str(last)),
             )
 
-        self._database.write_sync(job)
+        self._write(job)

@@ -15,7 +15,7 @@ import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import apsw
 import numpy as np
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from agentic_flow.agentdb import schema, writing
 from agentic_flow.agentdb.embedding import HashedNgramEmbedder
 from agentic_flow.agentdb.filters import Compiled, compile_filter, register_functions
+from agentic_flow.agentdb.history import History, HistoryStatus
 from agentic_flow.agentdb.index.allowed import AllowedKeys
 from agentic_flow.agentdb.index.indexer import Indexer
 from agentic_flow.agentdb.index.tiers import Indexes
@@ -114,7 +115,14 @@ class AgentDB:
         self._searcher = Searcher(self._indexes, AllowedKeys())
         self._indexer = Indexer(self._indexes)
         self._namespaces: dict[tuple[str, str], NamespaceRow] = {}
-        self._history: Any = None
+        self._history: History | None = None
+        if settings.history_dir is not None:
+            try:
+                self._history = History(settings.history_dir, self._db, seal_s=settings.history_seal_s)
+            except BaseException:
+                self._db.close()
+                raise
+            self._history.start()
 
     async def __aenter__(self) -> Self:
         return self
@@ -125,8 +133,10 @@ class AgentDB:
         await asyncio.to_thread(self.close)
 
     def close(self) -> None:
-        """Finish what was accepted, write the indexes, then close the file. Idempotent."""
+        """Finish what was accepted, write the indexes, seal the history, then close the file. Idempotent."""
         self._indexer.close()
+        if self._history is not None:
+            self._history.close()
         self._db.close()
 
     async def settle(self) -> None:
@@ -139,6 +149,10 @@ class AgentDB:
         """What the namespace's index has other than a rebuilt one would; nothing, if all is well."""
         row = await self._namespace(tenant, namespace)
         return await self._db.read(lambda connection: self._indexes.check(connection, row.layout))
+
+    def history_status(self) -> HistoryStatus | None:
+        """How sealing is doing; None when no history is kept."""
+        return None if self._history is None else self._history.status()
 
     def indexes_rebuilt(self) -> dict[int, str]:
         """Namespace id → why its index file was made again, since this store was opened."""
@@ -205,7 +219,7 @@ class AgentDB:
             writing.drop_namespace(connection, found[0][0], now_s)
             return found[0][0]
 
-        namespace_id = await self._write(tenant, job)
+        namespace_id = await self._write(tenant, job, drops=name)
         if namespace_id is not None:
             await asyncio.to_thread(self._indexes.forget, namespace_id)
         return namespace_id is not None
@@ -238,7 +252,7 @@ class AgentDB:
             at_commit(connection, lambda writer: execute_many(writer, "PRAGMA secure_delete=OFF", [()]))
             return removed, ids
 
-        removed, ids = await self._write(tenant, job)
+        removed, ids = await self._write(tenant, job, erases=True)
         for namespace_id in ids:
             await asyncio.to_thread(self._indexes.forget, namespace_id)
         return removed
@@ -631,18 +645,34 @@ class AgentDB:
             raise Conflict(f"namespace {row.name!r} was replaced meanwhile", hint="repeat the call")
         return current
 
-    async def _write(self, tenant: str, job: Callable[[apsw.Connection], T]) -> T:
-        """The job's result once it, and its record in the history if one is kept, are durable."""
+    async def _write(
+        self,
+        tenant: str,
+        job: Callable[[apsw.Connection], T],
+        *,
+        drops: str | None = None,
+        erases: bool = False,
+    ) -> T:
+        """The job's result once it, and its record in the history if one is kept, are durable.
+
+        Args:
+            drops: The namespace that the job removes, if that is what it does.
+            erases: Whether it removes the tenant.
+        """
         history = self._history
         if history is None:
             return await self._db.write(job)
         now_s = self._clock.time_s()
 
         def recorded(connection: apsw.Connection) -> T:
-            with history.recording(connection, tenant, now_s):
+            with history.recording(connection, tenant, now_s, drops=drops, erases=erases):
                 return job(connection)
 
-        return await self._db.write(recorded)
+        result = await self._db.write(recorded)
+        if erases:
+            # Nothing is erased as long as the sealed history still holds it.
+            await asyncio.to_thread(history.seal)
+        return result
 
     async def _written(self, tenant: str, row: NamespaceRow, job: Callable[[apsw.Connection], T]) -> T:
         """The same for a job that changes rows; the index is brought up to date afterwards."""

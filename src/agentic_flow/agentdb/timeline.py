@@ -214,7 +214,8 @@ def _seconds(at: int | float | datetime | None) -> float | None:
     if isinstance(at, datetime):
         if at.tzinfo is None:
             raise InvalidInput(f"{at.isoformat()!r} has no time zone", hint="append Z or an offset")
-        return at.timestamp()
+        # It tells microseconds, the clock more: what happened within that microsecond was not after it.
+        return at.timestamp() + 1e-6
     return at if isinstance(at, float) else None
 
 

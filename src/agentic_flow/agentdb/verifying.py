@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from agentic_flow.agentdb.manifest import (
     backup_database,
     check_schema,
     difference,
+    is_readable_file,
     open_live,
     read_contents,
     read_manifest,
@@ -90,11 +92,11 @@ def verify(path: Path, *, progress: Progress | None = None) -> VerifyReport:
         PathNotFound: it is none of them.
         Conflict: it was written by a newer version.
     """
-    if (path / MANIFEST).is_file():
+    if is_readable_file(path / MANIFEST):
         return _verify_backup(path, progress)
-    if (path / DATABASE).is_file():
+    if is_readable_file(path / DATABASE):
         return _verify_live(path)
-    if path.is_dir():
+    if os.access(path, os.R_OK | os.X_OK) and path.is_dir():
         folders = (
             [path] if _is_history(path) else sorted(child for child in path.iterdir() if _is_history(child))
         )

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from agentic_flow.core.errors import Conflict, InvalidSettings, NotFound
 
-Group = Literal["agentic_flow.providers", "agentic_flow.toolsets"]
+Group = Literal["agentic_flow.embedders", "agentic_flow.providers", "agentic_flow.toolsets"]
 
 
 def names(group: Group) -> list[str]:

@@ -133,12 +133,23 @@ class Runtime:
         if url is not None:
             from agentic_flow.agentdb.remote import RemoteAgentDB
 
-            store = RemoteAgentDB(url, **await self._calls("agentdb"))
-        else:
-            from agentic_flow.agentdb.service import AgentDB
+            return await self._stack.enter_async_context(RemoteAgentDB(url, **await self._calls("agentdb")))
+        from agentic_flow.agentdb.embedders.registry import open_embedder
 
-            store = AgentDB(self.settings.data_dir, self.settings.agentdb)
-        return await self._stack.enter_async_context(store)
+        settings = self.settings.agentdb
+        embedder = await self._stack.enter_async_context(
+            open_embedder(settings, plugins.load_all("agentic_flow.embedders"))
+        )
+        if settings.database_url is not None:
+            from agentic_flow.agentdb.postgres.store import PostgresAgentDB
+
+            database_url = settings.database_url.get_secret_value()
+            return await self._stack.enter_async_context(
+                PostgresAgentDB(database_url, settings, embedder, create=True)
+            )
+        from agentic_flow.agentdb.service import AgentDB
+
+        return await self._stack.enter_async_context(AgentDB(self.settings.data_dir, settings, embedder))
 
     async def _open_swarm(self, takeover: bool) -> RunService:
         from agentic_flow.swarm.service import Swarm
