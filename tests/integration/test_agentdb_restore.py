@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import sys
+import tempfile
 from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -475,16 +476,19 @@ print(report.manifest.items, *good, report.history_error is not None)
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user who may not write")
 async def test_a_source_that_cannot_be_written_is_backed_up(history_of_ten: Path) -> None:
     """Catches a backup that needs to write beside the database, as on a read-only mount."""
-    out = history_of_ten / "out"
-    out.mkdir()
-    out.chmod(0o777)
-    # The stranger may read all of it, and reach it through pytest's own folders.
-    for path in (history_of_ten, *history_of_ten.parents[:2], *history_of_ten.rglob("*")):
-        if path != out:
-            path.chmod(path.stat().st_mode | (0o055 if path.is_dir() else 0o044))
-    child = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", READ_ONLY, str(history_of_ten), str(out), stdout=PIPE, cwd=out
-    )
-    told = (await child.communicate())[0].decode().split()
+    with tempfile.TemporaryDirectory() as name:
+        # Outside pytest's own folders, which nobody else may enter.
+        shared = Path(name)
+        for kept in ("data", "history"):
+            shutil.copytree(history_of_ten / kept, shared / kept)
+        for path in (shared, *shared.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        out = shared / "out"
+        out.mkdir()
+        out.chmod(0o777)
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", READ_ONLY, str(shared), str(out), stdout=PIPE, cwd=out
+        )
+        told = (await child.communicate())[0].decode().split()
     assert child.returncode == 0
     assert told == ["10", "True", "True", "True"]

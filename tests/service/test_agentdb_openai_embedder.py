@@ -268,15 +268,16 @@ async def test_a_failed_batch_ends_the_others() -> None:
 
 
 async def test_a_cancelled_call_is_cancelled() -> None:
-    """Catches a cancellation that is retried or swallowed, and slots that it keeps."""
+    """Catches a cancellation that is retried or swallowed, slots that it keeps, and more calls than slots."""
     with FakeEmbeddings([Reply.broken("hang")] * CALLS_AT_ONCE, dimension=8) as fake:
         async with Opened(fake, dimension=8, batch_max=1) as opened:
-            call = asyncio.create_task(opened.embedder.embed([f"{n}" for n in range(CALLS_AT_ONCE)]))
+            call = asyncio.create_task(opened.embedder.embed([f"{n}" for n in range(3 * CALLS_AT_ONCE)]))
             while len(fake.requests) < CALLS_AT_ONCE:
                 await asyncio.sleep(0.01)
             call.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await call
+            assert len(fake.requests) == CALLS_AT_ONCE
             assert (await opened.embedder.embed(TEXTS)).shape == (3, 8)
 
 

@@ -361,6 +361,45 @@ def test_tenants_of_a_folder(place: Place, tmp_path: Path) -> None:
     assert place.run("db", "list", "drinks", "--tenant", "no/name").code == 2
 
 
+def test_a_backup_brings_back_a_moment(place: Place, tmp_path: Path) -> None:
+    """Catches backup, verify or restore commands that report what they did not do, and wrong rows."""
+    history = {"AGENTIC_FLOW_AGENTDB__HISTORY_DIR": str(tmp_path / "history")}
+    ok(place.run("db", "create", "notes", **history))
+    ok(place.run("db", "put", "notes", "--id", "first", "--text", "one", **history))
+    made = ok(place.run("db", "backup", "monday", "--json", **history)).data
+    assert made["manifest"]["items"] == 1
+    assert made["history_error"] is None
+    ok(place.run("db", "put", "notes", "--id", "second", "--text", "two", **history))
+    ok(place.run("db", "delete", "notes", "first", **history))
+    (stats,) = ok(place.run("db", "stats", "--json", **history)).data
+    ok(place.run("db", "backup", "tuesday", **history))
+    for path in ("monday", "history", "data"):
+        checked = ok(place.run("db", "verify", path, "--json"))
+        assert checked.data["ok"], checked.out
+    moments = (("monday", None, {"first"}), ("both", stats["sequence"] - 1, {"first", "second"}))
+    for folder, sequence, ids in moments:
+        words = () if sequence is None else ("--history", "history", "--at", str(sequence))
+        restored = ok(place.run("db", "restore", "monday", "--to", f"at-{folder}", *words, "--json"))
+        assert restored.data["items"] == len(ids)
+        listed = ok(place.run("db", "list", "notes", "--data-dir", f"at-{folder}", "--json")).data
+        assert {item["id"] for item in listed["items"]} == ids
+    assert place.run("db", "restore", "monday", "--to", "at-both").code == 5
+    assert place.run("db", "backup", "monday").code == 5
+    damaged = next(path for path in (tmp_path / "monday").rglob("*.db"))
+    with damaged.open("r+b") as file:
+        file.seek(5000)
+        file.write(b"!")
+    found = place.run("db", "verify", "monday")
+    assert found.code == 9
+    assert "problems" in found.out
+    assert damaged.name in found.err
+    assert place.run("db", "restore", "monday", "--to", "at-damaged").code == 9
+    assert not (tmp_path / "at-damaged" / "agentdb" / "agentdb.db").exists()
+    assert place.run("db", "verify", "nowhere").code == 2
+    elsewhere = place.run("db", "backup", "x", AGENTIC_FLOW_PEERS__AGENTDB_URL="http://127.0.0.1:1")
+    assert (elsewhere.code, "data folder" in elsewhere.err) == (2, True)
+
+
 def test_the_same_commands_over_http(place: Place, tmp_path: Path) -> None:
     """Catches commands that work on the folder only: with a service they must go over its port."""
     rows = rows_file(tmp_path)

@@ -169,7 +169,7 @@ def open_live(path: Path) -> apsw.Connection:
     try:
         connection.set_busy_timeout(_BUSY_TIMEOUT_MS)
         rows(connection, "SELECT count(*) FROM sqlite_master")
-    except apsw.CantOpenError:
+    except (apsw.CantOpenError, apsw.ReadOnlyError):
         connection.close()
         wal = path.with_name(f"{path.name}-wal")
         if wal.exists() and wal.stat().st_size:

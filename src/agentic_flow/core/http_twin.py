@@ -147,7 +147,9 @@ class HttpTwin:
         """
         again = idempotent if idempotent is not None else method in _IDEMPOTENT or idempotency_key is not None
         deadline = deadline or Deadline.after(self._timeout_s, self._clock)
-        extra = {**(headers or {}), **({} if idempotency_key is None else {IDEMPOTENCY_HEADER: idempotency_key})}
+        extra = dict(headers or {})
+        if idempotency_key is not None:
+            extra[IDEMPOTENCY_HEADER] = idempotency_key
         content = _content(body)
         attempt = 0
         renewed = False

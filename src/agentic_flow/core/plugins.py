@@ -6,6 +6,9 @@
     [project.entry-points."agentic_flow.toolsets"]
     my-tools = "my_package.tools:build"          # () -> list[Tool]
 
+    [project.entry-points."agentic_flow.embedders"]
+    my-embedder = "my_package.embedders:make"    # (AgentDBSettings) -> Embedder
+
 A provider is built by the same kind of function as the built-in ones, and may replace one of the same name.
 """
 

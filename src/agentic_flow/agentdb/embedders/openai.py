@@ -324,7 +324,8 @@ class OpenAIEmbedder:
             import aiohttp
 
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=CALLS_AT_ONCE, keepalive_timeout=_KEEPALIVE_S),
+                # The slots are the limit: waiting for one does not count as the call's time.
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
                 # The deadline is set around each try.
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
                 cookie_jar=aiohttp.DummyCookieJar(),
