@@ -134,6 +134,7 @@ def one_index(folder: Path, settings: AgentDBSettings) -> Generator[OneIndex]:
 
 
 @TIERS
+@pytest.mark.timeout(600)
 async def test_index_file_truncated_at_every_byte(tmp_path: Path, settings: AgentDBSettings) -> None:
     """Catches a part of an index that is taken for the whole, and a reader that trips over one."""
     count = 12
@@ -268,7 +269,7 @@ async def test_indexes_folder_cannot_be_written(tmp_path: Path) -> None:
     assert index_file(tmp_path).exists()
 
 
-@pytest.mark.parametrize("left", ["1.index.4242.0a0b0c0d.part", "77.index"])
+@pytest.mark.parametrize("left", [f"1.index.{2**22 + 1}.0a0b0c0d.part", "77.index"])  # no process has that
 async def test_files_that_a_killed_process_left_are_removed(tmp_path: Path, left: str) -> None:
     """Catches half-written index files that pile up, and indexes of namespaces that are gone."""
     await filled(tmp_path, SCAN, 12)

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from agentic_flow.agentdb import schema, writing
 from agentic_flow.agentdb.embedding import HashedNgramEmbedder
+from agentic_flow.agentdb.erasure import empty_log, overwrite_free_space
 from agentic_flow.agentdb.filters import Compiled, compile_filter, register_functions
 from agentic_flow.agentdb.history import History, HistoryStatus
 from agentic_flow.agentdb.index.allowed import AllowedKeys
@@ -109,11 +110,12 @@ class AgentDB:
             data_dir / DATABASE,
             schema.MIGRATIONS,
             mmap_max_bytes=MMAP_MAX_BYTES,
-            prepare=register_functions,
+            prepare=_prepare_connection,
         )
         self._indexes = Indexes(data_dir / INDEXES, settings, self._db.read_sync)
         self._searcher = Searcher(self._indexes, AllowedKeys())
         self._indexer = Indexer(self._indexes)
+        self._indexes.sweep()
         self._namespaces: dict[tuple[str, str], NamespaceRow] = {}
         self._history: History | None = None
         if settings.history_dir is not None:
@@ -240,7 +242,12 @@ class AgentDB:
         return await self._db.read(lambda connection: read_stats(connection, self._indexes, tenant, now_s))
 
     async def erase_tenant(self, tenant: str) -> int:
-        """See VectorStore. Rows, full-text tables, operations and idempotency records all go."""
+        """See VectorStore. Rows, full-text tables, operations and idempotency records all go, with what they
+        left in freed space, in the write-ahead log and in the history.
+
+        Raises:
+            Unavailable: the history or the log still holds something and cannot be written now; erase again.
+        """
         check_tenant(tenant)
         now_s = self._clock.time_s()
 
@@ -249,12 +256,14 @@ class AgentDB:
             # Freed pages are overwritten: a file that is copied afterwards holds nothing of the tenant.
             rows(connection, "PRAGMA secure_delete=ON")
             removed = sum(writing.drop_namespace(connection, one, now_s) for one in ids)
-            at_commit(connection, lambda writer: execute_many(writer, "PRAGMA secure_delete=OFF", [()]))
+            at_commit(connection, lambda writer: execute_many(writer, "PRAGMA secure_delete=FAST", [()]))
             return removed, ids
 
         removed, ids = await self._write(tenant, job, erases=True)
         for namespace_id in ids:
             await asyncio.to_thread(self._indexes.forget, namespace_id)
+        await self._db.write(overwrite_free_space)
+        await asyncio.to_thread(empty_log, self._db.path)
         return removed
 
     # Items
@@ -728,6 +737,12 @@ class AgentDB:
             f"{self._embedder.id!r}",
             hint="configure that embedder, or delete the namespace and fill it again",
         )
+
+
+def _prepare_connection(connection: apsw.Connection) -> None:
+    register_functions(connection)
+    # Rows that go away are overwritten where that costs no page more; see `overwrite_free_space`.
+    rows(connection, "PRAGMA secure_delete=FAST")
 
 
 def _columns(vector: bool) -> str:

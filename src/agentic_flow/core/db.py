@@ -104,18 +104,8 @@ class Database:
             except BaseException:
                 self._writer.close()
                 raise
-        except (apsw.NotADBError, apsw.CorruptError) as error:
-            raise DataCorrupted(
-                f"{str(path)!r} is not a healthy database: {error}", hint="restore it from a backup"
-            ) from error
-        except (apsw.BusyError, apsw.LockedError) as error:
-            raise Unavailable(
-                f"{str(path)!r} is locked by another process", hint="wait for it or stop it"
-            ) from error
-        except (apsw.CantOpenError, apsw.ReadOnlyError, apsw.PermissionsError) as error:
-            raise Unavailable(
-                f"cannot open {str(path)!r} for writing: {error}", hint="check the folder's permissions"
-            ) from error
+        except apsw.Error as error:
+            raise self._explained(error) from error
         self._jobs: queue.Queue[tuple[Job, Future[Any]] | None] = queue.Queue(_QUEUE_MAX)
         self._closed = False
         self._closing = threading.Lock()
@@ -225,10 +215,10 @@ class Database:
             for script in migrations[version:]:
                 rows(self._writer, script)
             rows(self._writer, f"PRAGMA user_version={len(migrations)}")
+            rows(self._writer, "COMMIT")
         except BaseException:
-            rows(self._writer, "ROLLBACK")
+            self._roll_back(self._writer)
             raise
-        rows(self._writer, "COMMIT")
 
     def _submit_read(self, job: Callable[[apsw.Connection], T]) -> Future[T]:
         with self._closing:
@@ -244,11 +234,23 @@ class Database:
             rows(connection, f"PRAGMA mmap_size={self._mmap_max_bytes:d}")
             self._local.connection = connection
             self._read_connections.append(connection)
-        rows(connection, "BEGIN")
         try:
-            return job(connection)
-        finally:
+            rows(connection, "BEGIN")
+            result = job(connection)
             rows(connection, "COMMIT")
+        except apsw.Error as error:
+            if getattr(error, "extendedresult", 0) == apsw.SQLITE_READONLY:
+                raise  # a job that tried to write
+            raise self._explained(error) from error
+        finally:
+            self._roll_back(connection)
+        return result
+
+    @staticmethod
+    def _roll_back(connection: apsw.Connection) -> None:
+        """End the transaction, if SQLite has not done so itself, as it does when the disk fails it."""
+        if connection.in_transaction:
+            rows(connection, "ROLLBACK")
 
     def _write_loop(self) -> None:
         while (first := self._jobs.get()) is not None:
@@ -274,27 +276,16 @@ class Database:
         try:
             rows(writer, "BEGIN IMMEDIATE")
             for job, future in group:
-                if not future.set_running_or_notify_cancel():
-                    continue
-                before = len(deferred)
-                rows(writer, "SAVEPOINT job")
-                try:
-                    result = job(writer)
-                except BaseException as error:  # noqa: BLE001 - it belongs to the caller of this job alone
-                    del deferred[before:]
-                    rows(writer, "ROLLBACK TO job")
-                    rows(writer, "RELEASE job")
-                    future.set_exception(error)
-                else:
-                    rows(writer, "RELEASE job")
-                    done.append((future, result))
+                if future.set_running_or_notify_cancel():
+                    self._run_job(job, future, done)
             for work in deferred:
                 work(writer)
             rows(writer, "COMMIT")
-        except apsw.Error as error:
-            if writer.in_transaction:
-                rows(writer, "ROLLBACK")
-            failure = self._not_committed(error)
+        except BaseException as error:  # noqa: BLE001 - it belongs to the callers; the next group must go on
+            self._roll_back(writer)
+            failure = (
+                self._explained(error, "nothing was written: ") if isinstance(error, apsw.Error) else error
+            )
             for _, future in group:
                 if not future.done():
                     future.set_exception(failure)
@@ -302,21 +293,55 @@ class Database:
         for future, result in done:
             future.set_result(result)
 
-    def _not_committed(self, error: apsw.Error) -> Exception:
-        hint = "nothing was written; the cause above must be removed"
-        if isinstance(error, apsw.FullError | apsw.IOError):
-            hint = "nothing was written: make room on the disk (or check it), then try again"
-        elif isinstance(error, apsw.BusyError):
-            hint = "nothing was written: another process holds the file; try again, or stop it"
-        elif isinstance(error, apsw.ReadOnlyError):
-            hint = "nothing was written: make the file and its folder writable"
-        elif isinstance(error, apsw.CorruptError | apsw.NotADBError):
-            corrupt = DataCorrupted(
-                f"{str(self.path)!r} is damaged: {error}",
-                hint="nothing was written; restore it from a backup",
+    def _run_job(self, job: Job, future: Future[Any], done: list[tuple[Future[Any], Any]]) -> None:
+        """One job of a group in a savepoint of its own; its result waits in `done` for the commit."""
+        writer, deferred = self._writer, self._writer.deferred
+        before = len(deferred)
+        rows(writer, "SAVEPOINT job")
+        try:
+            result = job(writer)
+        except BaseException as error:
+            if not writer.in_transaction:
+                raise  # SQLite gave up the whole transaction: nobody's job is in it any more
+            del deferred[before:]
+            rows(writer, "ROLLBACK TO job")
+            rows(writer, "RELEASE job")
+            if isinstance(error, apsw.Error):
+                future.set_exception(self._explained(error, "nothing was written: "))
+            else:
+                future.set_exception(error)
+        else:
+            rows(writer, "RELEASE job")
+            done.append((future, result))
+
+    def _explained(self, error: apsw.Error, effect: str = "") -> Exception:
+        """What SQLite met, as an error of ours if the file, the disk or a lock is to blame.
+
+        Args:
+            effect: What became of the call, to begin the hint with.
+        """
+        name = repr(str(self.path))
+        told: Exception
+        if isinstance(error, apsw.CorruptError | apsw.NotADBError):
+            told = DataCorrupted(
+                f"{name} is not a healthy database: {error}", hint=f"{effect}restore it from a backup"
             )
-            corrupt.__cause__ = error
-            return corrupt
-        failure = Unavailable(f"{str(self.path)!r} did not commit: {error}", hint=hint)
-        failure.__cause__ = error
-        return failure
+        elif isinstance(error, apsw.FullError | apsw.IOError):
+            told = Unavailable(
+                f"{name} cannot be used: {error}",
+                hint=f"{effect}make room on the disk (or check it), then try again",
+            )
+        elif isinstance(error, apsw.BusyError | apsw.LockedError):
+            told = Unavailable(
+                f"{name} is locked by another process",
+                hint=f"{effect}another process holds it; try again, or stop that one",
+            )
+        elif isinstance(error, apsw.CantOpenError | apsw.ReadOnlyError | apsw.PermissionsError):
+            told = Unavailable(
+                f"{name} cannot be opened for writing: {error}",
+                hint=f"{effect}check the permissions of the file and its folder",
+            )
+        else:
+            return error  # a fault of the program's own
+        told.__cause__ = error
+        return told

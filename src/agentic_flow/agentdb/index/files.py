@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ import orjson
 _MAGIC = b"afindex1"
 _HEAD = struct.Struct("<8sII")
 _HEADER_MAX_BYTES = 1 << 20
+_WRITTEN_WITHIN_S = 3600.0
+"""Nobody writes one file for so long; the number of its process may be another's by then."""
 
 
 class DamagedIndex(Exception):
@@ -51,6 +54,23 @@ def write_index(path: Path, about: dict[str, Any], parts: dict[str, bytes]) -> i
     finally:
         temporary.unlink(missing_ok=True)
     return _HEAD.size + len(header) + sum(map(len, parts.values()))
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether this is what a process that is gone left of writing an index file."""
+    name, _, rest = path.name.rpartition(".index.")
+    process = rest.partition(".")[0]
+    if not (name and rest.endswith(".part") and process.isdecimal()):
+        return False
+    try:
+        if time.time() - path.stat().st_mtime > _WRITTEN_WITHIN_S:
+            return True
+        os.kill(int(process), 0)
+    except (FileNotFoundError, PermissionError):
+        return False
+    except (ProcessLookupError, OverflowError):
+        return True
+    return False
 
 
 def read_index(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:

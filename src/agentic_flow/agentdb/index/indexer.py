@@ -48,8 +48,7 @@ class Indexer:
         self._woken.set()
         if self._thread is not None:
             self._thread.join()
-        for index in self._indexes.held():
-            self._indexes.save(index)
+        self._indexes.close()
 
     def _work(self) -> None:
         while not self._stopped.is_set():

@@ -23,7 +23,7 @@ import structlog
 from numpy.typing import NDArray
 
 from agentic_flow.agentdb.index.codes import Codes, codes_from_bytes, make_codes
-from agentic_flow.agentdb.index.files import DamagedIndex, read_index, write_index
+from agentic_flow.agentdb.index.files import DamagedIndex, is_abandoned, read_index, write_index
 from agentic_flow.agentdb.index.graph import TRAINING_ROWS, Graph
 from agentic_flow.agentdb.index.layout import (
     BLOCK_ROWS,
@@ -57,7 +57,9 @@ PENDING_SHARE_MAX = 0.1
 GRAPH_BLOCK = 256
 SHRUNK_SHARE = 0.5
 SAVED_SHARE = 0.05
-"""Changed rows, as a share of all, past which the background writes the index file again."""
+"""Changed rows, as a share of all, past which the background writes the index file again,"""
+CLOSED_SHARE = 0.01
+"""and past which closing does."""
 FORMAT = 1
 
 
@@ -306,6 +308,9 @@ class Indexes:
         given = {name: about.get(name) for name in expected}
         if given != expected:
             raise DamagedIndex(f"it is of {given!r}, not of {expected!r}")
+        missing = [name for name in ("library", "sequence", "mark", "pending", "beam") if name not in about]
+        if missing or "codes" not in parts:
+            raise DamagedIndex(f"it lacks {', '.join(missing) or 'its codes'}")
         index = NamespaceIndex(layout, sequence=about["sequence"], mark=about["mark"])
         found = rows(connection, "SELECT at_s FROM operations WHERE sequence = ?", (index.sequence,))
         if not found or found[0][0] != index.mark:
@@ -316,7 +321,6 @@ class Indexes:
             index.pending, index.beam = set(about["pending"]), about["beam"]
         index.file_bytes = sum(map(len, parts.values()))
         self._catch_up(connection, index)
-        index.unsaved = 0
         if len(index) != count and index.sequence == newest_sequence(connection, layout.namespace_id):
             raise DamagedIndex(f"it has {len(index)!r} rows of {count!r}")
         return index
@@ -527,7 +531,22 @@ class Indexes:
         """The namespace is gone: so are its index and the file."""
         with self._lock:
             self._held.pop(namespace_id, None)
-        self._path(namespace_id).unlink(missing_ok=True)
+        _remove(self._path(namespace_id))
+
+    def sweep(self) -> None:
+        """Remove what killed processes left: half-written files, and indexes of namespaces that are gone."""
+        # Listed first: a namespace is older than its file, so none that comes meanwhile is taken for gone.
+        files = list(self._folder.iterdir()) if self._folder.is_dir() else []
+        if not files:
+            return
+        known: set[int] = self._read(
+            lambda connection: {key for (key,) in rows(connection, "SELECT id FROM namespaces")}
+        )
+        for file in files:
+            number, _, rest = file.name.partition(".")
+            gone = rest == "index" and number.isdecimal() and int(number) not in known
+            if gone or is_abandoned(file):
+                _remove(file)
 
     def state(self, connection: apsw.Connection, layout: Layout) -> IndexState:
         """What the index is now, without making it."""
@@ -595,6 +614,12 @@ class Indexes:
         with self._lock:
             return list(self._held.values())
 
+    def close(self) -> None:
+        """Write what the next process would have to make again, unless taking in the few rows is less."""
+        for index in self.held():
+            if index.unsaved > CLOSED_SHARE * len(index):
+                self.save(index)
+
     def stop(self) -> None:
         """End what builds at length."""
         self._stopped.set()
@@ -613,6 +638,14 @@ class Indexes:
 
     def _path(self, namespace_id: int) -> Path:
         return self._folder / f"{namespace_id}.index"
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        # It is derived, and never used for anything but its namespace.
+        _log.warning("index_unremoved", path=str(path), error=str(error))
 
 
 def _spread(keys: Keys, count: int) -> Keys:
