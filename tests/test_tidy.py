@@ -13,7 +13,7 @@ SOURCE = ROOT / "src" / "agentic_flow"
 MODULE_LINES_MAX = 900
 REASON_FOR_LENGTH = "# long because "
 
-_SKIPPED_FOLDERS = {".git", ".venv", "dist", "build", "node_modules", "__pycache__"}
+_SKIPPED_FOLDERS = {".git", ".venv", ".venv-bench", "dist", "build", "node_modules", "__pycache__"}
 _VAGUE_MODULES = {"utils", "util", "helpers", "helper", "manager", "managers", "base", "common", "misc"}
 _VAGUE_CLASS = re.compile(r"(Manager|Helper|Helpers|Utils|Util|Base)$")
 # Written in two pieces so that this file passes its own test.

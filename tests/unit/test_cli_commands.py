@@ -228,7 +228,7 @@ def test_keys_are_shown_once_and_revoked(run: Run, tmp_path: Path) -> None:
     listed = run("keys", "list", "--json")
     assert key not in listed.out
     assert [(k["subject"], k["scopes"], k["revoked_at_s"]) for k in listed.data] == [("ci", ["runs:*"], None)]
-    secret = key.rpartition("_")[2].encode()
+    secret = key.removeprefix(f"af_{info['id']}_").encode()
     assert all(secret not in path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file())
     assert run("keys", "revoke", info["id"]).code == 0
     assert run("keys", "list", "--json").data[0]["revoked_at_s"] is not None

@@ -28,7 +28,7 @@ HEAVY = {
     "uvicorn",
     "yaml",
 }
-MODULES_MAX = 320
+MODULES_MAX = 330
 
 PROBE = """
 import sys
