@@ -13,7 +13,14 @@ from typing import Any, TypeVar, cast
 
 import apsw
 
-from agentic_flow.agentdb.erasure import MANIFEST, PART, backups_holding, erase_from_history, open_readonly
+from agentic_flow.agentdb.erasure import (
+    MANIFEST,
+    PART,
+    backups_holding,
+    erase_from_history,
+    open_readonly,
+    record_backup,
+)
 from agentic_flow.agentdb.manifest import (
     DATABASE,
     FORMAT,
@@ -82,7 +89,8 @@ def backup(
     """Copy the database as it is at one moment, without stopping those who write it.
 
     The copy is compact: what was deleted is not in it, not even as free space. It appears under its name when
-    it is complete and durable; a crash leaves at most a hidden `.part` folder beside it.
+    it is complete and durable; a crash leaves at most a hidden `.part` folder beside it. Its place is noted
+    beside the database, so that erasing a tenant can say that this backup holds it.
 
     Args:
         data_dir: Data folder of the database.
@@ -120,6 +128,7 @@ def backup(
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+    record_backup(source, destination, manifest.sequence)
     sealed, failure = (None, None) if history_dir is None else _seal(source, history_dir)
     return BackupReport(destination, manifest, sealed, failure)
 

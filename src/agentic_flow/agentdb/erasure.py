@@ -1,8 +1,11 @@
-"""Erasing a tenant from the sealed history, and telling which backups still hold it.
+"""Erasing a tenant from the sealed history and from freed space, and telling which backups still hold it.
 
 Its records lose their content and keep their place, so that other tenants' history stays whole. The erasure
 itself is a record, which names the tenant only by a salted hash: restoring an older backup needs to know
 whose rows must not come back, and it has the names to compare.
+
+Backups stay as they are: a changed backup would be none. They are looked for in the folders that are named,
+and where `backups.jsonl` beside the database says that backups of it were made.
 """
 
 from __future__ import annotations
@@ -10,12 +13,15 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import apsw
+import orjson
+import structlog
 
 from agentic_flow.agentdb import segments
 from agentic_flow.agentdb.names import check_tenant
@@ -23,6 +29,9 @@ from agentic_flow.agentdb.segment_files import list_segments, locked, replace_fi
 from agentic_flow.agentdb.segments import Kind, Record
 from agentic_flow.core.db import rows
 from agentic_flow.core.errors import DataCorrupted, PathNotFound, Unavailable
+from agentic_flow.core.messages import Frozen
+
+_log = structlog.get_logger(__name__)
 
 BACKUP_DATABASE = "agentdb.db"
 """File of a backup that is the database."""
@@ -31,9 +40,14 @@ MANIFEST = "manifest.json"
 PART = ".part"
 """Ending of a folder that is being written; a crash may leave it, and it can be removed."""
 
+BACKUPS_MADE = "backups.jsonl"
+"""File beside the database that says where backups of it were made: one JSON object a line."""
+
 _SALT_BYTES = 16
 _LOCK_WAIT_S = 30.0
 _FOLDERS_DEEP_MAX = 4
+_FILLED_AT_ONCE_BYTES = 64 * 1024 * 1024
+_CHECKPOINT_RETRY_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +148,169 @@ def backups_holding(tenant: str, folders: Iterable[Path]) -> list[Path]:
     check_tenant(tenant)
     holding: list[Path] = []
     for folder in folders:
-        if not folder.is_dir():
-            raise PathNotFound(f"{str(folder)!r} is no folder", hint="give folders that hold backups")
+        check_folders([folder])
         holding += [file.parent for file in _databases(folder) if _holds(file, tenant)]
     return holding
+
+
+class BackupSurvey(Frozen):
+    """Which backups still hold a tenant that was erased, as far as anybody can tell here.
+
+    Args:
+        verdict: "held" by those of `holding`; "not_held" by any that was looked at; "unknown" when none was
+            looked at, or one could not be read.
+        looked_at: Folders that were searched and backups that were recorded.
+        holding: Backups that hold it, to be deleted by hand.
+        missing: Backups that were made and are no longer where they were: deleted, or moved.
+        unreadable: What could not be looked at, and why.
+        notes: What this cannot know, in sentences.
+    """
+
+    verdict: Literal["held", "not_held", "unknown"]
+    looked_at: tuple[str, ...] = ()
+    holding: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def joined(self, other: BackupSurvey) -> BackupSurvey:
+        """Both together, each path once."""
+        verdicts = (self.verdict, other.verdict)
+        return BackupSurvey(
+            verdict=next(one for one in ("held", "unknown", "not_held") if one in verdicts),
+            looked_at=_once(self.looked_at, other.looked_at),
+            holding=_once(self.holding, other.holding),
+            missing=_once(self.missing, other.missing),
+            unreadable=_once(self.unreadable, other.unreadable),
+            notes=_once(self.notes, other.notes),
+        )
+
+
+def survey_backups(
+    tenant: str, folders: Sequence[Path], made: Sequence[Path] = (), *, notes: Sequence[str] = ()
+) -> BackupSurvey:
+    """Look for the tenant in backups. What cannot be read is told, never raised: the tenant is gone already.
+
+    Args:
+        folders: Backups, or folders with backups in them (up to four deep).
+        made: Places of backups that were recorded; those that are gone are told apart.
+        notes: What is to be said beside.
+    """
+    check_tenant(tenant)
+    missing = [place for place in made if not (place / BACKUP_DATABASE).is_file()]
+    places = [place.resolve() for place in (*folders, *(one for one in made if one not in missing))]
+    files: dict[Path, None] = {}
+    unreadable: list[str] = []
+    holding: list[str] = []
+    for place in dict.fromkeys(places):
+        try:
+            check_folders([place])
+            files |= dict.fromkeys(_databases(place))
+        except (PathNotFound, OSError) as error:
+            unreadable.append(str(error))
+    for file in files:
+        try:
+            if _holds(file, tenant):
+                holding.append(str(file.parent))
+        except (DataCorrupted, OSError) as error:
+            unreadable.append(str(error))
+    unsure = bool(unreadable or notes) or not places
+    if not places:
+        notes = (*notes, "no folder of backups is known here, so it cannot be told which still hold it")
+    return BackupSurvey(
+        verdict="held" if holding else "unknown" if unsure else "not_held",
+        looked_at=tuple(map(str, dict.fromkeys(places))),
+        holding=tuple(holding),
+        missing=tuple(str(place) for place in missing),
+        unreadable=tuple(unreadable),
+        notes=tuple(notes),
+    )
+
+
+def check_folders(folders: Iterable[Path]) -> None:
+    """Raise PathNotFound for the first that is no folder."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise PathNotFound(f"{str(folder)!r} is no folder", hint="give folders that hold backups")
+
+
+def record_backup(database: Path, folder: Path, sequence: int) -> None:
+    """Note beside the database that a backup of it was made. A failure is logged: the backup is whole.
+
+    Args:
+        database: The AgentDB file.
+        folder: The backup.
+        sequence: The last operation in it.
+    """
+    line = orjson.dumps({"path": str(folder.resolve()), "made_at_s": time.time(), "sequence": sequence})
+    path = database.parent / BACKUPS_MADE
+    try:
+        with path.open("ab") as file:
+            file.write(line + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        _log.warning("backup_unrecorded", path=str(path), error=str(error))
+
+
+def recorded_backups(database: Path) -> list[Path]:
+    """Where backups of this database were made, the oldest first, each once."""
+    path = database.parent / BACKUPS_MADE
+    if not path.is_file():
+        return []
+    found: dict[Path, None] = {}
+    for line in path.read_bytes().splitlines():
+        try:
+            found[Path(orjson.loads(line)["path"])] = None
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            # A crash may cut a line short; the others still tell.
+            _log.warning("backup_record_unreadable", path=str(path))
+    return list(found)
+
+
+def overwrite_free_space(connection: apsw.Connection) -> None:
+    """Fill the pages that the file has free with zeros, in the writer's transaction.
+
+    Rows that go away are overwritten within their pages at once (`secure_delete=FAST`), but pages that are
+    freed as a whole are not: that would write each of them once more.
+    """
+    (page_bytes,) = rows(connection, "PRAGMA page_size")[0]
+    rows(connection, "PRAGMA secure_delete=ON")
+    try:
+        rows(connection, "CREATE TABLE filling (zeros BLOB NOT NULL) STRICT")
+        while free := rows(connection, "PRAGMA freelist_count")[0][0]:
+            size = min(free * page_bytes, _FILLED_AT_ONCE_BYTES)
+            rows(connection, "INSERT INTO filling (zeros) VALUES (zeroblob(?))", (size,))
+        rows(connection, "DROP TABLE filling")
+    finally:
+        rows(connection, "PRAGMA secure_delete=FAST")
+
+
+def empty_log(path: Path, *, wait_s: float) -> None:
+    """Move everything from the write-ahead log into the database file and cut the log off: it holds pages as
+    they were before.
+
+    Raises:
+        Unavailable: somebody reads or writes all the time, or the disk is full.
+    """
+    give_up_at_s = time.monotonic() + wait_s
+    try:
+        connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
+        try:
+            while rows(connection, "PRAGMA wal_checkpoint(TRUNCATE)")[0][0]:
+                if time.monotonic() >= give_up_at_s:
+                    raise Unavailable(
+                        f"the log of {str(path)!r} is in use, and may still hold what was erased",
+                        hint="end long reads of other processes, then erase the tenant again",
+                    )
+                time.sleep(_CHECKPOINT_RETRY_S)
+        finally:
+            connection.close()
+    except apsw.Error as error:
+        raise Unavailable(
+            f"the log of {str(path)!r} cannot be emptied: {error}",
+            hint="correct that and erase the tenant again",
+        ) from error
 
 
 def open_readonly(path: Path) -> apsw.Connection:
@@ -198,6 +371,10 @@ def _holds(file: Path, tenant: str) -> bool:
         raise DataCorrupted(
             f"{str(file)!r} cannot be read: {error}", hint="whether it holds the tenant cannot be told"
         ) from error
+
+
+def _once(*groups: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(one for group in groups for one in group))
 
 
 def _uri(path: Path) -> str:

@@ -280,4 +280,4 @@ def _erase_waiting(connection: apsw.Connection, tenant: str) -> None:
                 (pack_waiting(Kind.ERASED, first, b""), sequence),
             )
     finally:
-        rows(connection, f"PRAGMA secure_delete={secure:d}")
+        rows(connection, f"PRAGMA secure_delete={('OFF', 'ON', 'FAST')[secure]}")

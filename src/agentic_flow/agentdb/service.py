@@ -76,6 +76,8 @@ INDEXES = Path("agentdb", "indexes")
 MMAP_MAX_BYTES = 64 * 1024**3
 """Address space, not memory: searches read a few rows from all over the file."""
 NAMESPACES_KNOWN_MAX = 10_000
+LOG_WAIT_S = 30.0
+"""How long erasing a tenant waits for readers of the log."""
 PREPARED_HERE_MAX = 8
 """Items of one call up to which handing them to another thread costs more than preparing them."""
 
@@ -263,7 +265,7 @@ class AgentDB:
         for namespace_id in ids:
             await asyncio.to_thread(self._indexes.forget, namespace_id)
         await self._db.write(overwrite_free_space)
-        await asyncio.to_thread(empty_log, self._db.path)
+        await asyncio.to_thread(lambda: empty_log(self._db.path, wait_s=LOG_WAIT_S))
         return removed
 
     # Items

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from agentic_flow.cli.session import Session, command, new_app
+
+if TYPE_CHECKING:
+    from agentic_flow.agentdb.erasure import BackupSurvey
 
 app = new_app("Make, list, revoke and erase tenants.")
 
@@ -48,18 +52,32 @@ def revoke(session: Session, name: Name) -> None:
 
 
 @command(
-    app, "erase", examples=("agentic-flow tenants erase team-a", "agentic-flow tenants erase team-a --yes")
+    app,
+    "erase",
+    examples=(
+        "agentic-flow tenants erase team-a",
+        "agentic-flow tenants erase team-a --yes --backups /mnt/backups --json",
+    ),
 )
 def erase(
     session: Session,
     name: Name,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    backups: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--backups",
+            help="Where to look for backups that hold it, beside agentdb.backups_dirs; may be repeated.",
+            metavar="DIR",
+        ),
+    ] = None,
 ) -> None:
     """Revoke a tenant and remove its keys, their history, its memory and its runs. There is no way back.
 
     Memory is all that was read in or learned for it; runs are goals, steps and answers. The records of its
-    tool calls stay in the audit log, whose chain would break without them. Asks first; without a terminal it
-    needs --yes.
+    tool calls stay in the audit log, whose chain would break without them. Backups stay as they are: those
+    that still hold the tenant are named, to be deleted by hand. Asks first; without a terminal it needs
+    --yes.
     """
     import sys
 
@@ -70,8 +88,21 @@ def erase(
         if not sys.stdin.isatty():
             raise InvalidInput(f"erasing {name!r} needs a yes and there is no terminal", hint="add --yes")
         typer.confirm(f"Erase the keys and the memory of tenant {name!r}?", abort=True, err=True)
-    erased = administer(session.start(), lambda admin: admin.erase_tenant(name))
-    session.show(
-        {"name": name, "erased": erased},
-        lambda: print(f"tenant {name} erased: {', '.join(f'{n} {what}' for what, n in erased.items())}"),
-    )
+    done = administer(session.start(), lambda admin: admin.erase_tenant(name, backups=backups or ()))
+
+    def human() -> None:
+        print(f"tenant {name} erased: {', '.join(f'{n} {what}' for what, n in done.erased.items())}")
+        for line in _backup_lines(done.backups):
+            print(line)
+
+    session.show({"name": name, "erased": done.erased, "backups": done.backups}, human)
+
+
+def _backup_lines(survey: BackupSurvey) -> list[str]:
+    """What is known of backups, for people."""
+    lines = [f"still held by the backup {place}" for place in survey.holding]
+    if survey.verdict == "not_held":
+        lines.append(f"none of the backups known here holds it: {', '.join(survey.looked_at)}")
+    lines += [f"the backup {place} is no longer there: deleted, or moved" for place in survey.missing]
+    lines += [f"could not be looked at: {problem}" for problem in survey.unreadable]
+    return [*lines, *survey.notes]

@@ -196,6 +196,11 @@ class AgentDBSettings(Section):
     history_seal_s: Positive = Field(
         default=10.0, description="Longest time that a change waits to be sealed into the history."
     )
+    backups_dirs: tuple[Path, ...] = Field(
+        default=(),
+        description="Folders in which backups are kept, up to four deep. Erasing a tenant says which of them "
+        "still hold it, beside those that `db backup` of this data folder made elsewhere.",
+    )
     query_timeout_s: Positive = Field(default=30.0, description="Longest time of one search.")
     queries_max: Count = Field(default=256, description="Most queries of one batched search.")
     file_max_bytes: Count = Field(default=16 * MIB, description="Larger files are skipped and counted.")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection
-from typing import Any, Protocol, TypeVar
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from agentic_flow.core.auth import DEFAULT_TENANT, LOCAL_OWNER
 from agentic_flow.core.http_twin import HttpTwin
@@ -12,7 +14,18 @@ from agentic_flow.core.settings import Settings
 from agentic_flow.runtime.build import Runtime
 from agentic_flow.runtime.identity import Identity, KeyInfo, TenantInfo
 
+if TYPE_CHECKING:
+    from agentic_flow.agentdb.erasure import BackupSurvey
+
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class ErasedTenant:
+    """What erasing a tenant removed, by place, and which backups still hold it."""
+
+    erased: dict[str, int]
+    backups: BackupSurvey
 
 
 class Administration(Protocol):
@@ -32,8 +45,12 @@ class Administration(Protocol):
 
     async def revoke_tenant(self, name: str) -> TenantInfo: ...
 
-    async def erase_tenant(self, name: str) -> dict[str, int]:
-        """Place → how much was removed there."""
+    async def erase_tenant(self, name: str, *, backups: Sequence[Path] = ()) -> ErasedTenant:
+        """Erase it everywhere, then look for it in backups: also in these folders of this machine.
+
+        Raises:
+            PathNotFound: one of them is no folder; nothing was erased.
+        """
         ...
 
 
@@ -85,8 +102,12 @@ class _Local:
     async def revoke_tenant(self, name: str) -> TenantInfo:
         return await self._identity.revoke_tenant(name)
 
-    async def erase_tenant(self, name: str) -> dict[str, int]:
-        return await self._identity.erase_tenant(name, others=await self._runtime.erasers())
+    async def erase_tenant(self, name: str, *, backups: Sequence[Path] = ()) -> ErasedTenant:
+        from agentic_flow.agentdb.erasure import check_folders
+
+        check_folders(backups)
+        erased = await self._identity.erase_tenant(name, others=await self._runtime.erasers())
+        return ErasedTenant(erased, await self._runtime.survey_backups(name, backups))
 
 
 class _Remote:
@@ -122,9 +143,16 @@ class _Remote:
     async def revoke_tenant(self, name: str) -> TenantInfo:
         return TenantInfo(**await self._call("POST", f"/v1/tenants/{name}/revoke"))
 
-    async def erase_tenant(self, name: str) -> dict[str, int]:
+    async def erase_tenant(self, name: str, *, backups: Sequence[Path] = ()) -> ErasedTenant:
+        from agentic_flow.agentdb.erasure import BackupSurvey, check_folders, survey_backups
+
+        check_folders(backups)
         answer = await self._call("DELETE", f"/v1/tenants/{name}")
-        return {str(place): int(count) for place, count in answer["erased"].items()}
+        survey = BackupSurvey.model_validate(answer["backups"])
+        if backups:
+            here = await asyncio.to_thread(survey_backups, name, backups)
+            survey = survey.joined(here)
+        return ErasedTenant({str(place): int(count) for place, count in answer["erased"].items()}, survey)
 
     async def _call(self, method: str, path: str, body: Any = None) -> Any:
         return await self._twin.call(method, path, body=body, principal=LOCAL_OWNER)

@@ -8,7 +8,7 @@ does not pay for the run engine.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from agentic_flow.core.secrets import SecretSource, SecretStore, resolve
 from agentic_flow.core.settings import PeerSettings, Settings, TlsSettings, secret_names
 
 if TYPE_CHECKING:
+    from agentic_flow.agentdb.erasure import BackupSurvey
     from agentic_flow.runtime.identity import Identity
     from agentic_flow.swarm.definitions import DefinitionCatalog
     from agentic_flow.swarm.runs import RunService
@@ -215,6 +216,31 @@ class Runtime:
         if self.peer_url("swarm") is None:
             found["runs"] = self._erase_runs
         return found
+
+    async def survey_backups(self, tenant: str, folders: Sequence[Path] = ()) -> BackupSurvey:
+        """Which backups still hold a tenant that was erased: of `agentdb.backups_dirs`, of those that were
+        made of this data folder, and of `folders`."""
+        from agentic_flow.agentdb.erasure import recorded_backups, survey_backups
+        from agentic_flow.agentdb.manifest import DATABASE
+
+        settings = self.settings.agentdb
+        notes: list[str] = []
+        if self.peer_url("agentdb") is not None:
+            notes.append(
+                "the database is a service, whose backups are where it runs: look there, or name the folders"
+            )
+        elif settings.database_url is not None:
+            notes.append(
+                "the database is PostgreSQL, whose base backups, archived log and dumps are its own: those "
+                "made until now hold the tenant as long as they are kept"
+            )
+
+        def look() -> BackupSurvey:
+            # Also where the database is elsewhere now: backups of the time before are not.
+            made = recorded_backups(self.settings.data_dir / DATABASE)
+            return survey_backups(tenant, (*settings.backups_dirs, *folders), made, notes=notes)
+
+        return await asyncio.to_thread(look)
 
     async def _erase_runs(self, tenant: str) -> int:
         from agentic_flow.swarm.leases import Leases, RunDatabase

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Annotated
 
 from pydantic import Field
@@ -44,11 +44,17 @@ class TenantRequest(Frozen):
     name: str
 
 
-def identity_routes(identity: Identity, *, erasers: Mapping[str, Eraser] | None = None) -> list[Route]:
+def identity_routes(
+    identity: Identity,
+    *,
+    erasers: Mapping[str, Eraser] | None = None,
+    survey: Callable[[str], Awaitable[Frozen]] | None = None,
+) -> list[Route]:
     """The routes of the identity service.
 
     Args:
         erasers: Place → what removes a tenant's data there, called when a tenant is erased.
+        survey: Says which backups still hold it afterwards.
     """
 
     async def token(request: Request) -> Response:
@@ -109,8 +115,10 @@ def identity_routes(identity: Identity, *, erasers: Mapping[str, Eraser] | None 
 
     async def erase_tenant(request: Request) -> Response:
         principal = require(request, "platform:admin")
-        erased = await identity.erase_tenant(request.path_params["name"], others=erasers, by=principal)
-        return json_response({"erased": erased})
+        name = request.path_params["name"]
+        erased = await identity.erase_tenant(name, others=erasers, by=principal)
+        backups = {} if survey is None else {"backups": await survey(name)}
+        return json_response({"erased": erased, **backups})
 
     return [
         Route("/v1/auth/token", token, methods=["POST"]),

@@ -158,7 +158,9 @@ class _Apps:
             *run_routes(runs),
             *memory_routes(store, self._settings.agentdb),
             *_agent_routes(self._settings),
-            *identity_routes(await runtime.identity(), erasers=await runtime.erasers()),
+            *identity_routes(
+                await runtime.identity(), erasers=await runtime.erasers(), survey=runtime.survey_backups
+            ),
         ]
         return routes, self._peers_ready("agentdb", "swarm"), PUBLIC_PATHS
 
