@@ -20,9 +20,15 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = (
     "README.md",
     "docs/quickstart.md",
-    *sorted(f"docs/guides/{p.name}" for p in (ROOT / "docs/guides").glob("*.md")),
+    *sorted(
+        f"docs/{folder}/{page.name}"
+        for folder in ("guides", "operations")
+        for page in (ROOT / "docs" / folder).glob("*.md")
+    ),
 )
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_PROGRAM = re.compile(r"^```python\n# (\w+\.py)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+"""A program that the reader saves under the name in its first line, and runs by a command of the page."""
 _LINK = re.compile(r"\[[^\]]+\]\(([^)#\s]+)")
 _PORTS = (3000, 5432, 9000)
 _READY = "listens on"
@@ -97,9 +103,10 @@ class Shell:
         self.servers.append(server)
         assert server.stderr is not None
         said = []
+        services = len(_PORTS) if "serve all" in command else 1
         for line in server.stderr:
             said.append(line)
-            if _READY in line and sum(_READY in earlier for earlier in said) == len(_PORTS):
+            if _READY in line and sum(_READY in earlier for earlier in said) == services:
                 return "".join(said)
         raise AssertionError(f"{command} ended: {''.join(said)}")
 
@@ -155,6 +162,8 @@ def test_every_command_runs_and_prints_what_is_shown(page: str, shell: Shell) ->
     """Catches a command in the documents that fails, and shown output that is not what gets printed."""
     found = commands(page)
     assert found, f"{page} shows no command"
+    for name, body in _PROGRAM.findall((ROOT / page).read_text("utf-8")):
+        (shell.folder / name).write_text(shell.at_free_ports(body), "utf-8")
     for shown in found:
         words = shlex.split(shown.command)
         if words[0] in ("git", "cd"):
