@@ -29,7 +29,8 @@ PAGES = (
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _PROGRAM = re.compile(r"^```python\n# (\w+\.py)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 """A program that the reader saves under the name in its first line, and runs by a command of the page."""
-_LINK = re.compile(r"\[[^\]]+\]\(([^)#\s]+)")
+_LINK = re.compile(r"\[[^\]]+\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
+_HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 _PORTS = (3000, 5432, 9000)
 _READY = "listens on"
 _COMMAND_TIMEOUT_S = 100
@@ -236,12 +237,20 @@ def test_every_setting_is_in_the_reference() -> None:
     assert not missing
 
 
+def anchors(page: Path) -> set[str]:
+    """What links to headings of a page may say after the #, by GitHub's rule."""
+    headings = _HEADING.findall(_FENCE.sub("", page.read_text("utf-8")))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_between_documents_lead_somewhere() -> None:
-    """Catches a link to a page that was moved or never written."""
-    broken = [
-        f"{page.relative_to(ROOT)} → {target}"
-        for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
-        for target in _LINK.findall(page.read_text("utf-8"))
-        if not target.startswith(("https://", "http://")) and not (page.parent / target).exists()
-    ]
+    """Catches a link to a page or heading that was moved, renamed or never written."""
+    broken: list[str] = []
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        for target, anchor in _LINK.findall(_FENCE.sub("", page.read_text("utf-8"))):
+            if target.startswith(("https://", "http://")):
+                continue
+            place = page.parent / target if target else page
+            if not place.exists() or (anchor and anchor not in anchors(place)):
+                broken.append(f"{page.relative_to(ROOT)} → {target}#{anchor}")
     assert not broken
