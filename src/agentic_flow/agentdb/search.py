@@ -177,6 +177,10 @@ class Searcher:
         )
         if request.mode == "vector":
             return _Candidates(near.keys, vector=near.scores.astype(np.float64), tier=near.tier)
+        held = self.indexes.loaded(namespace.layout)
+        if held is not None and held.sequence < moment.newest:
+            # Rows were gathered without the index: one in memory that has not seen the newest would lose them.
+            self.indexes.current(connection, namespace.layout, moment.newest)
         union = np.union1d(near.keys, text_keys)
         keys, similarities = self.indexes.similarities(connection, namespace.layout, request.vector, union)
         # An index in memory may be newer than this transaction: what it no longer has takes no part.
