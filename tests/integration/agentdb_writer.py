@@ -332,6 +332,8 @@ def check_folder(folder: Path) -> None:
         connection.close()
     indexes = folder / INDEXES
     files = {path.name for path in indexes.iterdir()} if indexes.exists() else set[str]()
+    # A keyed call that was repeated may be on its way into an index file right now.
+    files = {name for name in files if f".index.{os.getpid()}." not in name}
     assert files <= spaces, f"files left behind: {sorted(files - spaces)}"
 
 

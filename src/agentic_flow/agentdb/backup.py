@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -43,6 +42,7 @@ from agentic_flow.agentdb.segment_files import replace_file, sync_folder
 from agentic_flow.agentdb.verifying import Problem, VerifyReport, verify
 from agentic_flow.core.db import rows
 from agentic_flow.core.errors import AgenticFlowError, Conflict, DataCorrupted, PathNotFound, Unavailable
+from agentic_flow.core.version import __version__
 
 __all__ = [
     "BackupReport",
@@ -175,7 +175,7 @@ def _finish(folder: Path, contents: Contents, progress: Progress | None) -> Mani
     hashes = hasher.hashes()
     manifest = Manifest(
         format=FORMAT,
-        product_version=metadata.version("agentic-flow"),
+        product_version=__version__,
         schema_version=contents.schema_version,
         database_id=contents.database_id,
         sequence=contents.sequence,
