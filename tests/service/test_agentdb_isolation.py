@@ -12,9 +12,11 @@ from typing import Any
 
 import aiohttp
 import apsw
+import numpy as np
 import pytest
 
 from agentic_flow.agentdb import service
+from agentic_flow.agentdb.index.tiers import Near
 from agentic_flow.agentdb.remote import RemoteAgentDB
 from agentic_flow.agentdb.routes import build_routes
 from agentic_flow.agentdb.service import AgentDB
@@ -252,6 +254,27 @@ async def test_equal_vectors_of_all_tenants_stay_apart_on_large_indexes(tier: st
             first = first or scores
             assert scores == first
         assert await store.namespaces(gone.name) == []
+
+
+@pytest.mark.parametrize("mode", ["vector", "hybrid"])
+async def test_an_index_that_names_foreign_rows_shows_none_of_them(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches hits that are taken from an index's word: each row is read again, as the tenant's own."""
+    async with AgentDB(tmp_path, settings()) as store:
+        for tenant in ("me", "other"):
+            await store.create_namespace(tenant, "points", dimension=2)
+            items = [Item(id=f"{tenant}{n}", text="common", vector=Vector((1.0, n))) for n in range(20)]
+            await store.upsert(tenant, "points", items)
+        every = np.arange(1, 41)
+
+        def wrong(*_: Any, **__: Any) -> Near:
+            return Near(every, np.ones(40, np.float32), "exact")
+
+        monkeypatch.setattr(store._indexes, "nearest", wrong)
+        query = SearchQuery(text="common", vector=Vector((1.0, 0.0)), mode=mode, k=1000)
+        found = {hit.item.id for hit in (await store.search("me", "points", query)).hits}
+        assert found == {f"me{n}" for n in range(20)}
 
 
 async def test_hybrid_searches_with_a_filter_find_rows_written_just_now(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from agentic_flow.core.errors import Unavailable
 from agentic_flow.core.messages import JsonObject
 from agentic_flow.core.ports import StepContext, WorkflowContext
 from agentic_flow.core.settings import AgentDBSettings, Settings
-from agentic_flow.core.vectors import Document, Fingerprint, Item
+from agentic_flow.core.vectors import Document, Fingerprint, Item, SearchQuery
 from agentic_flow.runtime.build import Runtime
 from agentic_flow.swarm.engine import DbosRunEngine
 from agentic_flow.swarm.leases import Leases, RunDatabase
@@ -190,6 +190,25 @@ async def test_the_history_of_the_others_still_restores_to_every_sequence(tmp_pa
             assert await everything(restored, "kept") == items
             assert await restored.namespaces("gone") == []
             assert await restored.tenants() == ["also", "kept"]
+
+
+async def test_a_process_that_had_the_index_in_memory_does_not_write_it_again(tmp_path: Path) -> None:
+    """Catches vectors of an erased tenant that come back to the disk when another process ends."""
+    settings = AgentDBSettings(embedding_dimension=256, index="scan")
+    indexes = tmp_path / "agentdb" / "indexes"
+    items = [Item(id=f"i{number}", text=f"aardvark {number}") for number in range(300)]
+    async with AgentDB(tmp_path, settings) as server:
+        for tenant in ("gone", "kept"):
+            await server.create_namespace(tenant, NOTES)
+            await server.upsert(tenant, NOTES, items)
+        await server.settle()
+        for tenant in ("gone", "kept"):
+            await server.upsert(tenant, NOTES, items[:50])
+            await server.search(tenant, NOTES, SearchQuery(text="aardvark", mode="vector"))
+        async with AgentDB(tmp_path, settings) as command:
+            assert await command.erase_tenant("gone") == 300
+        assert len(list(indexes.iterdir())) == 1
+    assert len(list(indexes.iterdir())) == 1
 
 
 async def test_a_log_in_use_is_told_and_the_erasure_can_be_repeated(

@@ -19,6 +19,7 @@ from typing import Self, TypeVar
 
 import apsw
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 
 from agentic_flow.agentdb import schema, writing
@@ -67,6 +68,8 @@ from agentic_flow.core.vectors import (
     SearchResult,
     UpsertResult,
 )
+
+_log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -120,6 +123,7 @@ class AgentDB:
         self._indexes.sweep()
         self._namespaces: dict[tuple[str, str], NamespaceRow] = {}
         self._history: History | None = None
+        self._closed = False
         if settings.history_dir is not None:
             try:
                 self._history = History(settings.history_dir, self._db, seal_s=settings.history_seal_s)
@@ -138,7 +142,15 @@ class AgentDB:
 
     def close(self) -> None:
         """Finish what was accepted, write the indexes, seal the history, then close the file. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
         self._indexer.close()
+        try:
+            # We may have written the index of what another process has erased meanwhile.
+            self._indexes.sweep()
+        except (AgenticFlowError, OSError, apsw.Error) as error:
+            _log.warning("indexes_unswept", error=str(error))
         if self._history is not None:
             self._history.close()
         self._db.close()
