@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+BENCH_VENV := .venv-bench
+BENCH_PIP := $(BENCH_VENV)/bin/python -m pip --disable-pip-version-check -qq
 WHEELS := --only-binary :all: --require-hashes
 SOURCES := src tests benchmarks scripts examples
 FAST := tests/unit tests/contract tests/service tests/test_tidy.py tests/test_layers.py tests/test_docs.py
@@ -10,7 +12,7 @@ CRASH := $(wildcard tests/integration/test_*crash*.py)
 PYTEST := $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-integration test-crash check-retrieval bench reference lint format lock clean
+.PHONY: help setup setup-dev demo test test-integration test-crash check-retrieval bench bench-agentdb bench-peers reference lint format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' Makefile
@@ -51,8 +53,21 @@ test-crash: setup-dev ## kill -9 at random points, recovery by the same and by a
 check-retrieval: setup-dev ## whole runs: the right file among the first three citations, above plain BM25
 	@$(BIN)/python benchmarks/answers.py
 
-bench: setup-dev ## every benchmark, written to benchmarks/RESULTS.md
+bench: setup-dev $(BENCH_VENV)/.peers ## every benchmark, written to benchmarks/RESULTS.md
 	@$(BIN)/python benchmarks/report.py
+
+bench-agentdb: setup-dev $(BENCH_VENV)/.peers ## AgentDB beside its peers, 100,000 and 1,000,000 rows
+	@$(BIN)/python benchmarks/report.py --only agentdb
+
+bench-peers: $(BENCH_VENV)/.peers ## make .venv-bench, in which the peers run
+
+# hnswlib has no wheels: without a C++ compiler it is left out, and the table says so.
+$(BENCH_VENV)/.peers: requirements/bench.txt requirements/bench-built.txt
+	@$(PYTHON) -m venv $(BENCH_VENV)
+	@$(BENCH_PIP) install $(WHEELS) -r requirements/bench.txt
+	@$(BENCH_PIP) install --no-build-isolation --no-deps --require-hashes -r requirements/bench-built.txt || \
+		echo "hnswlib was not built: it is left out" >&2
+	@touch $@
 
 reference: setup-dev ## write docs/reference from the code
 	@$(BIN)/python scripts/reference.py
@@ -68,9 +83,11 @@ format: setup-dev ## ruff's formatter and its safe fixes
 	@$(BIN)/ruff check --fix $(wildcard $(SOURCES))
 
 lock: setup-dev ## compile requirements/*.in to hashes for every platform, without addresses
-	@for name in runtime build dev; do \
+	@for name in runtime build dev bench; do \
 		$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
 			--no-emit-index-url requirements/$$name.in -o requirements/$$name.txt || exit 1; done
+	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-deps \
+		--no-emit-index-url requirements/bench-built.in -o requirements/bench-built.txt
 
 clean: ## remove everything that make made
-	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(BENCH_VENV) dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache

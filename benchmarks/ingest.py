@@ -24,6 +24,7 @@ from typing import Any
 import structlog
 
 ROOT = Path(__file__).resolve().parent.parent
+TITLE = "Reading the standard library"
 sys.path.insert(0, str(ROOT / "src"))
 
 TENANT, NAMESPACE = "benchmark", "stdlib"
@@ -130,6 +131,15 @@ def table(figures: dict[str, Any]) -> str:
             limit = figures["limits"].get(name)
             lines.append(f"| {name.replace('_', ' ')} | {value:.3f} | {'' if limit is None else limit} |")
     return "\n".join([*lines, "", f"{figures['files']} files, {figures['chunks']} chunks."])
+
+
+def section() -> str:
+    """The section of RESULTS.md."""
+    return f"""Interpreter's start and imports are included, except in the warm query.
+
+{table(measure())}
+
+`python benchmarks/ingest.py`"""
 
 
 def main() -> int:

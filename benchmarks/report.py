@@ -1,85 +1,87 @@
-"""Runs every benchmark and writes RESULTS.md beside this file.
+"""Writes RESULTS.md beside this file, a section for each benchmark; those that are not renewed keep theirs.
 
-Usage: python benchmarks/report.py
+Usage: python benchmarks/report.py [--only SECTION]… [--kept]
+       sections: answers ingest steps startup agentdb http
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import os
 import platform
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+import agentdb_report  # noqa: E402
 import answers  # noqa: E402
 import cli_startup  # noqa: E402
+import http_search  # noqa: E402
 import ingest  # noqa: E402
 import steps  # noqa: E402
 
+RESULTS = HERE / "RESULTS.md"
 HEAD = """# Results
 
-Written by `make bench` on {date}, Python {python}, {cores} cores ({machine}). The machine is shared and
-noisy: ratios and CPU time travel, absolute times do not. Peers ran in the same process or the same minute.
+Written by `make bench`, or section by section by `python benchmarks/report.py --only …`. The machine is
+shared and noisy: ratios and CPU time travel, absolute times do not. Peers ran in the same run."""
 
-## The right file among the first three citations
+SECTIONS: dict[str, tuple[str, Callable[[bool], str]]] = {
+    "answers": (answers.TITLE, lambda _: answers.section()),
+    "ingest": (ingest.TITLE, lambda _: ingest.section()),
+    "steps": (steps.TITLE, lambda _: steps.section()),
+    "startup": (cli_startup.TITLE, lambda _: cli_startup.section()),
+    "agentdb": (agentdb_report.TITLE, agentdb_report.section),
+    "http": (http_search.TITLE, lambda _: http_search.section()),
+}
+"""Name → title and what measures and writes it, in the order of the document."""
 
-60 questions over the standard library without its tests ([the set](questions/README.md)). Weights were chosen
-on the dev half; the held-out half was never tuned on, but its totals were seen while the code was still
-changing. One question is 3.3 points of a half. `answer` is a whole run with the keyless model, judged by its
-first three citations as printed; `ours` is the search that its agents call, and `plain bm25` is SQLite's
-default over the same chunks, both judged by their first three distinct files.
 
-{answers}
+def split(text: str) -> dict[str, str]:
+    """Title → text of each section of a document, without the title's line."""
+    parts = re.split(r"^## (.+)\n", text, flags=re.MULTILINE)
+    return {title: body.strip() for title, body in zip(parts[1::2], parts[2::2], strict=True)}
 
-Missed by the answer: {missed}.
 
-`python benchmarks/answers.py`
+def join(sections: dict[str, str]) -> str:
+    """The document of these sections, by title, in their order."""
+    order = [title for title, _ in SECTIONS.values()]
+    bodies = [f"## {title}\n\n{sections[title]}" for title in order if title in sections]
+    return "\n\n".join([HEAD, *bodies]) + "\n"
 
-## Reading the standard library
 
-Interpreter's start and imports are included, except in the warm query.
+def stamp() -> str:
+    """When and on what a section was measured."""
+    today = datetime.datetime.now(datetime.UTC).date()
+    python, cores = platform.python_version(), os.cpu_count()
+    return f"{today}, Python {python}, {cores} cores ({platform.machine()})."
 
-{ingest}
 
-`python benchmarks/ingest.py`
-
-## A durable step
-
-{steps}
-
-`python benchmarks/steps.py`
-
-## Starting the command
-
-Target: `--help` under 0.4 CPU s.
-
-{cli}
-
-`python benchmarks/cli_startup.py`
-"""
+def renew(names: list[str], *, kept: bool = False) -> None:
+    """Measure these sections and write the document anew after each: what comes later may fail."""
+    # A child's peak memory includes what its parent had when it forked: measured first, while that is little.
+    for name in sorted(names, key=lambda one: one != "ingest"):
+        title, section = SECTIONS[name]
+        text = f"{stamp()}\n\n{section(kept)}"
+        before = split(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
+        RESULTS.write_text(join({**before, title: text}), "utf-8")
+        print(f"wrote {name} into {RESULTS}")
 
 
 def main() -> None:
     """Measure and write."""
-    # A child's peak memory includes what its parent had when it forked: measured first, while that is little.
-    reading = ingest.table(ingest.measure())
-    figures = answers.measure()
-    text = HEAD.format(
-        date=datetime.datetime.now(datetime.UTC).date(),
-        python=platform.python_version(),
-        cores=os.cpu_count(),
-        machine=platform.machine(),
-        answers=answers.table(figures),
-        missed=", ".join(figures["missed"]["answer"]),
-        ingest=reading,
-        steps=steps.table(steps.measure()),
-        cli=cli_startup.table(cli_startup.measure()),
+    parser = argparse.ArgumentParser(description="Writes RESULTS.md.")
+    parser.add_argument("--only", choices=list(SECTIONS), action="append", help="several may be given")
+    parser.add_argument(
+        "--kept", action="store_true", help="agentdb: take the figures of its last runs instead of measuring"
     )
-    (HERE / "RESULTS.md").write_text(text, "utf-8")
-    print(f"wrote {HERE / 'RESULTS.md'}")
+    options = parser.parse_args()
+    renew(options.only or list(SECTIONS), kept=options.kept)
 
 
 if __name__ == "__main__":

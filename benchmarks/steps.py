@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+TITLE = "A durable step"
 sys.path.insert(0, str(ROOT / "src"))
 
 from agentic_flow.core.messages import JsonObject  # noqa: E402
@@ -89,6 +90,11 @@ def table(figures: dict[str, Any]) -> str:
             f"| raw SQLite commit of the same bytes | {figures['raw_commit_ms']:.2f} |",
         ]
     )
+
+
+def section() -> str:
+    """The section of RESULTS.md."""
+    return f"{table(measure())}\n\n`python benchmarks/steps.py`"
 
 
 def main() -> None:
