@@ -381,8 +381,8 @@ def _print_result(result: SearchResult, explain: bool) -> None:
         [
             (
                 number,
-                f"{hit.score:.3f}",
-                *(f"{hit.score_parts[part]:.3f}" if part in hit.score_parts else "-" for part in parts),
+                f"{hit.score:.3g}",
+                *(f"{hit.score_parts[part]:.3g}" if part in hit.score_parts else "-" for part in parts),
                 hit.item.id,
                 _compact(hit.item),
                 head(hit.item.text, 50),
@@ -391,11 +391,12 @@ def _print_result(result: SearchResult, explain: bool) -> None:
         ],
     )
     kind = "semantic" if result.semantic else "not semantic"
+    count = f"{len(result.hits)} hit{'' if len(result.hits) == 1 else 's'}"
     if result.mode == "text":
-        talk(f"{len(result.hits)} hits by full text alone")
+        talk(f"{count} by full text alone")
     else:
         talk(
-            f"{len(result.hits)} hits, {result.mode}, embedder {result.embedder_id} ({kind}), "
+            f"{count}, {result.mode}, embedder {result.embedder_id} ({kind}), "
             f"index: {result.tier}"
         )
 
