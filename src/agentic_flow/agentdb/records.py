@@ -24,7 +24,7 @@ from agentic_flow.core.vectors import Document, Item, Metric, Namespace, Quantiz
 ITEM_COLUMNS = (
     "items.key, items.id, items.text, items.metadata, items.version, items.created_at_s, "
     "items.updated_at_s, items.expires_at_s, items.valid_from_s, items.valid_until_s, "
-    "(SELECT path FROM documents WHERE documents.id = items.document_id)"
+    "iif(items.document_id IS NULL, NULL, (SELECT path FROM documents WHERE id = items.document_id))"
 )
 VECTOR_COLUMN = "(SELECT vector FROM vectors WHERE vectors.key = items.key)"
 LIVE = "(items.expires_at_s IS NULL OR items.expires_at_s > ?)"
@@ -159,6 +159,23 @@ def check_vectors(
     if cosine and half and not embedded:
         matrix = layout.comparable(matrix)
     return matrix
+
+
+def check_query(vector: Vector, layout: Layout) -> NDArray[np.float32]:
+    """A query's vector, comparable to the namespace's.
+
+    Raises:
+        InvalidInput: see `check_vectors`.
+    """
+    if len(vector) == layout.dimension:
+        numbers = np.frombuffer(vector.data, "<f4")
+        squares = float(numbers @ numbers)
+        # The usual case at a glance: all is finite, and neither too large nor without a direction.
+        if 1e-6 < squares < 1e6:
+            if layout.metric != "cosine":
+                return numbers
+            return cast(NDArray[np.float32], numbers / np.float32(math.sqrt(squares)))
+    return layout.comparable(check_vectors([vector], layout, lambda _: "the query"))[0]
 
 
 def _bad_vector(what: str, largest: float, most: float) -> InvalidInput:

@@ -41,6 +41,7 @@ from agentic_flow.agentdb.records import (
     all_namespaces,
     check_document,
     check_item,
+    check_query,
     check_vectors,
     find_namespace,
     json_list,
@@ -537,7 +538,7 @@ class AgentDB:
         for position, (query, mode) in enumerate(zip(queries, modes, strict=True)):
             vector = vectors.get(position)
             if mode != "text" and query.vector is not None:
-                vector = row.layout.comparable(check_vectors([query.vector], row.layout, _query_name))[0]
+                vector = check_query(query.vector, row.layout)
             requests.append(
                 Request(
                     query=query,
@@ -761,10 +762,6 @@ def _prepare_connection(connection: apsw.Connection) -> None:
 
 def _columns(vector: bool) -> str:
     return f"{ITEM_COLUMNS}, {VECTOR_COLUMN}" if vector else ITEM_COLUMNS
-
-
-def _query_name(position: int) -> str:
-    return "the query"
 
 
 def _check_batch(items: Sequence[Item]) -> None:

@@ -1,7 +1,7 @@
 """Quantized vectors that are scanned as a whole: candidates for the stored vectors to decide among.
 
-`TurbovecCodes` is the fast one (4 bits a number, SIMD), `FaissCodes` the fallback (8 bits) for what the first
-cannot do: Euclidean distance and short vectors. Decision record 10 has the measurements.
+`TurbovecCodes` is the fast one (2 or 4 bits a number, SIMD), `FaissCodes` the fallback (16 bits) for what the
+first cannot do: Euclidean distance and short vectors. Decision record 10 has the measurements.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from agentic_flow.agentdb.index.layout import Keys, Layout, Vectors
 
 TURBOVEC_DIMENSION_MIN = 64
 """Fewer numbers leave 4-bit codes too little to tell vectors apart."""
+BITS = 4
+"""Bits a number of codes that nothing was measured for."""
 _STEP = 8  # turbovec takes dimensions of whole steps; zeros fill the last one
 
 
@@ -28,6 +30,8 @@ class Codes(Protocol):
     """Quantized vectors by item key."""
 
     library: str
+    bits: int
+    """Bits a number."""
 
     def __len__(self) -> int: ...
 
@@ -48,10 +52,14 @@ class Codes(Protocol):
     def to_bytes(self) -> bytes: ...
 
 
-def make_codes(layout: Layout, library: str) -> Codes:
-    """Empty codes for a namespace, by the library asked for where it can serve it."""
+def make_codes(layout: Layout, library: str, bits: int = BITS) -> Codes:
+    """Empty codes for a namespace, by the library asked for where it can serve it.
+
+    Args:
+        bits: A number, where there is a choice: 2 or 4.
+    """
     if library == "turbovec" and layout.metric != "euclidean" and layout.dimension >= TURBOVEC_DIMENSION_MIN:
-        return TurbovecCodes(layout)
+        return TurbovecCodes(layout, bits=bits)
     return FaissCodes(layout)
 
 
@@ -73,11 +81,12 @@ class TurbovecCodes:
 
     library = "turbovec"
 
-    def __init__(self, layout: Layout, data: bytes | None = None) -> None:
+    def __init__(self, layout: Layout, data: bytes | None = None, bits: int = BITS) -> None:
         self._dimension = layout.dimension
         self._padded = -(-layout.dimension // _STEP) * _STEP
         kind: Any = untyped("turbovec").IdMapIndex
-        self._index: Any = kind(self._padded, 4) if data is None else kind.from_bytes(data)
+        self._index: Any = kind(self._padded, bits) if data is None else kind.from_bytes(data)
+        self.bits: int = self._index.bit_width
         if self._index.dim not in (self._padded, None):
             raise ValueError(f"codes of dimension {self._index.dim!r}, not {self._padded!r}")
 
@@ -112,6 +121,12 @@ class TurbovecCodes:
                 )
         return cast(Keys, found[0].astype(np.int64))
 
+    def nearest_of_each(self, queries: Vectors, count: int, allowed: Keys | None) -> list[Keys]:
+        """`nearest` for several queries, all of whose allowed keys are there."""
+        chosen = None if allowed is None else allowed.astype(np.uint64)
+        _, found = self._index.search(self._wide(queries), count, allowlist=chosen)
+        return [keys.astype(np.int64) for keys in found]
+
     def to_bytes(self) -> bytes:
         return self._index.to_bytes()
 
@@ -124,9 +139,10 @@ class TurbovecCodes:
 
 
 class FaissCodes:
-    """8-bit scalar codes by faiss, with inner product or Euclidean distance."""
+    """Half-precision codes by faiss, with inner product or Euclidean distance."""
 
     library = "faiss"
+    bits = 16
 
     def __init__(self, layout: Layout, data: bytes | None = None) -> None:
         faiss = self._faiss = untyped("faiss")

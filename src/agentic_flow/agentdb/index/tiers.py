@@ -1,8 +1,9 @@
 """The index of each namespace: chosen by size, kept up to date by the operations, made again when in doubt.
 
     exact   every vector in memory (`matrix`)
-    scan    quantized codes of every vector (`codes`), the short list decided by the stored vectors
-    graph   the same codes, and a graph (`graph`) for searches without a filter
+    scan    quantized codes of every vector (`codes`), and coarser ones to look through first (`sketch`); the
+            stored vectors decide the short list
+    graph   the same, and a graph (`graph`) for searches without a filter
 
 Answers are never taken from an index: it names candidates, and the stored vectors, read in the caller's
 transaction, decide. What an index has not taken in yet is taken in before it answers.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from agentic_flow.agentdb.index.codes import Codes, codes_from_bytes, make_codes
+from agentic_flow.agentdb.index.codes import TURBOVEC_DIMENSION_MIN, Codes, codes_from_bytes, make_codes
 from agentic_flow.agentdb.index.files import DamagedIndex, is_abandoned, read_index, write_index
+from agentic_flow.agentdb.index.fitting import CODE_LISTS, SAMPLE, SKETCH_DEEP_MAX, Fit, Trial, among
 from agentic_flow.agentdb.index.graph import TRAINING_ROWS, Graph
 from agentic_flow.agentdb.index.layout import (
     BLOCK_ROWS,
@@ -38,6 +40,8 @@ from agentic_flow.agentdb.index.layout import (
     walk_vectors,
 )
 from agentic_flow.agentdb.index.matrix import Matrix, best
+from agentic_flow.agentdb.index.sketch import TRAINING_ROWS as SKETCH_TRAINING_ROWS
+from agentic_flow.agentdb.index.sketch import Sketch
 from agentic_flow.core.db import rows
 from agentic_flow.core.settings import AgentDBSettings
 from agentic_flow.core.vectors import IndexTier
@@ -46,12 +50,17 @@ _log = structlog.get_logger(__name__)
 
 GATHERED_MAX = 256
 """Allowed rows up to which all of them are compared, whatever the tier."""
+FITTED_ROWS_MIN = SKETCH_TRAINING_ROWS
+"""Rows from which codes are chosen by measurement; fewer get the finest."""
+REFITTED_GROWTH = 2
+"""Growth of a namespace after which they are chosen again."""
+SKETCH_SLACK = 1.25
+"""Candidates of the sketch per one that is hoped to be allowed, over what the filter's share says."""
 GRAPH_BEAMS = (32, 40, 48, 64, 80, 112, 160, 224, 320, 512)
 """Beams (efSearch) that are tried when a graph is made, each on its own rows."""
 GRAPH_RECALL_MIN = 0.993
 """Share of the ten nearest that the chosen beam finds of the sample; a little above what is promised."""
 GRAPH_SAMPLE = 128
-SCAN_SHORT_LIST = 30
 PENDING_SHARE_MAX = 0.1
 """Share of rows that the graph lacks past which searches go to the scan instead."""
 GRAPH_BLOCK = 256
@@ -60,7 +69,7 @@ SAVED_SHARE = 0.05
 """Changed rows, as a share of all, past which the background writes the index file again,"""
 CLOSED_SHARE = 0.01
 """and past which closing does."""
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +99,12 @@ class NamespaceIndex:
     mark: float = 0.0
     matrix: Matrix | None = None
     codes: Codes | None = None
+    sketch: Sketch | None = None
+    fit: Fit = field(default_factory=Fit)
     graph: Graph | None = None
     pending: set[int] = field(default_factory=set[int])
     changed_while_building: set[int] | None = None
+    changes_while_fitting: list[tuple[Keys, Keys, Vectors]] | None = None
     beam: int = 0
     graphless_rows: int = 0
     unsaved: int = 0
@@ -128,6 +140,11 @@ class NamespaceIndex:
         elif self.codes is not None:
             self.codes.remove(changed)
             self.codes.add(keys, vectors)
+            if self.sketch is not None:
+                self.sketch.remove(changed)
+                self.sketch.add(keys, vectors)
+        if self.changes_while_fitting is not None:
+            self.changes_while_fitting.append((changed, keys, vectors))
         if self.changed_while_building is not None:
             self.changed_while_building.update(changed.tolist())
         if self.graph is not None:
@@ -137,12 +154,15 @@ class NamespaceIndex:
             self._pending_keys = None
         self.unsaved += len(changed)
 
+    def changes_of_fitting(self) -> list[tuple[Keys, Keys, Vectors]] | None:
+        """What was applied since codes began to be made anew; None when that is void by now."""
+        return self.changes_while_fitting
+
     def candidates(
         self, query: NDArray[np.float32], count: int, allowed: Keys | None, ef: int | None
     ) -> Keys:
-        """Keys among which the nearest are, by codes and graph."""
+        """Keys among which the nearest are, by sketch, codes and graph."""
         assert self.codes is not None
-        short_list = max(ef or max(SCAN_SHORT_LIST, 3 * count), count)
         with self.lock:
             graph = self.graph
             if allowed is None and graph is not None and len(self.pending) <= PENDING_SHARE_MAX * graph.live:
@@ -152,9 +172,37 @@ class NamespaceIndex:
                 if self._pending_keys is None:
                     self._pending_keys = np.sort(np.fromiter(self.pending, np.int64, len(self.pending)))
                 # No key is in both: a row is pending exactly as long as the graph lacks it.
-                rest = self.codes.nearest(query, short_list, self._pending_keys)
+                rest = self._pending_keys
+                if len(rest) > GATHERED_MAX:
+                    rest = self.codes.nearest(query, self._listed(self.fit.short_list, count, ef), rest)
                 return np.concatenate([found, rest])
-        return self.codes.nearest(query, short_list, allowed)
+            found = self._sketched(query, count, allowed, ef)
+            codes, listed = self.codes, self._listed(self.fit.short_list, count, ef)
+        return codes.nearest(query, listed, allowed) if found is None else found
+
+    def _sketched(
+        self, query: NDArray[np.float32], count: int, allowed: Keys | None, ef: int | None
+    ) -> Keys | None:
+        """What `candidates` are by the sketch; None when it does not tell."""
+        sketch, fit = self.sketch, self.fit
+        listed = fit.sketch_list if allowed is None else fit.sketch_allowed_list
+        if sketch is None or not listed:
+            return None
+        wanted = self._listed(listed, count, ef)
+        if allowed is None:
+            return sketch.nearest(query, wanted) if wanted <= SKETCH_DEEP_MAX else None
+        deep = int(SKETCH_SLACK * wanted * len(sketch) / len(allowed))
+        if deep > SKETCH_DEEP_MAX or wanted >= len(allowed):
+            return None
+        found = sketch.nearest(query, deep)
+        found = found[among(found, allowed)][:wanted]
+        # With fewer than that, the allowed rows are not where the query is.
+        return found if len(found) == wanted else None
+
+    @staticmethod
+    def _listed(of_ten: int, count: int, ef: int | None) -> int:
+        """Candidates for `count` answers, where `of_ten` are enough for ten."""
+        return max(ef or -(-of_ten * max(count, 10) // 10), count)
 
 
 class Indexes:
@@ -308,7 +356,8 @@ class Indexes:
         given = {name: about.get(name) for name in expected}
         if given != expected:
             raise DamagedIndex(f"it is of {given!r}, not of {expected!r}")
-        missing = [name for name in ("library", "sequence", "mark", "pending", "beam") if name not in about]
+        named = ("library", "sequence", "mark", "pending", "beam", "fit")
+        missing = [name for name in named if name not in about]
         if missing or "codes" not in parts:
             raise DamagedIndex(f"it lacks {', '.join(missing) or 'its codes'}")
         index = NamespaceIndex(layout, sequence=about["sequence"], mark=about["mark"])
@@ -316,6 +365,11 @@ class Indexes:
         if not found or found[0][0] != index.mark:
             raise DamagedIndex(f"operation {index.sequence!r} is not the one it was written after")
         index.codes = codes_from_bytes(layout, about["library"], parts["codes"])
+        index.fit = Fit(*about["fit"])
+        if "sketch" in parts:
+            index.sketch = Sketch.from_parts(layout, parts)
+            if len(index.sketch) != len(index.codes):
+                raise DamagedIndex("its codes and its sketch are not of the same rows")
         if "graph" in parts:
             index.graph = Graph.from_parts(layout, parts)
             index.pending, index.beam = set(about["pending"]), about["beam"]
@@ -335,17 +389,42 @@ class Indexes:
         layout = index.layout
         index.sequence = newest_sequence(connection, layout.namespace_id)
         index.mark = _mark(connection, index.sequence)
-        index.graph, index.pending = None, set()
+        index.graph, index.pending, index.changes_while_fitting = None, set(), None
         if tier == "exact":
-            index.codes, index.matrix = None, Matrix(layout)
-        else:
-            index.codes, index.matrix = make_codes(layout, self._settings.scan_library), None
-        for keys, vectors in walk_vectors(connection, layout):
-            if index.matrix is not None:
+            index.codes, index.sketch, index.matrix = None, None, Matrix(layout)
+            for keys, vectors in walk_vectors(connection, layout):
                 index.matrix.apply(np.zeros(0, np.int64), keys, vectors)
-            elif index.codes is not None:
-                index.codes.add(keys, vectors)
+        else:
+            index.codes, index.sketch, index.fit = self._fitted(connection, layout)
+            index.matrix = None
         index.unsaved = len(index)
+
+    def _fitted(self, connection: apsw.Connection, layout: Layout) -> tuple[Codes, Sketch | None, Fit]:
+        """The coarsest codes of the transaction's rows that find enough, and what to ask of them."""
+        keys, library = namespace_keys(connection, layout.namespace_id), self._settings.scan_library
+        if len(keys) <= FITTED_ROWS_MIN or layout.dimension < TURBOVEC_DIMENSION_MIN:
+            codes = make_codes(layout, library)
+            for block, vectors in walk_vectors(connection, layout, keys):
+                codes.add(block, vectors)
+            return codes, None, Fit(rows=len(keys))
+        sketch = Sketch(layout, read_vectors(connection, layout, _spread(keys, SKETCH_TRAINING_ROWS))[1])
+        trial = Trial(layout, *read_vectors(connection, layout, _spread(keys, SAMPLE)), GATHERED_MAX)
+        codes = make_codes(layout, library, min(CODE_LISTS))
+        for block, vectors in walk_vectors(connection, layout, keys):
+            codes.add(block, vectors)
+            sketch.add(block, vectors)
+            trial.see(block, vectors)
+        free, allowed = trial.sketch_lists(sketch)
+        listed = trial.code_list(codes)
+        if listed is None:
+            codes = make_codes(layout, library, max(CODE_LISTS))
+            for block, vectors in walk_vectors(connection, layout, keys):
+                codes.add(block, vectors)
+            listed = trial.code_list(codes)
+        if listed is None:
+            listed = CODE_LISTS[max(CODE_LISTS)][-1]
+            _log.warning("scan_finds_little", namespace_id=layout.namespace_id, candidates=listed)
+        return codes, sketch if free or allowed else None, Fit(listed, free, allowed, len(keys))
 
     def _catch_up(self, connection: apsw.Connection, index: NamespaceIndex) -> None:
         namespace_id = index.layout.namespace_id
@@ -369,7 +448,7 @@ class Indexes:
                 keys, vectors = index.matrix.all()
                 codes = make_codes(index.layout, self._settings.scan_library)
                 codes.add(keys, vectors)
-                index.codes, index.matrix = codes, None
+                index.codes, index.matrix, index.fit = codes, None, Fit()
                 index.unsaved = len(index)
             elif index.codes is not None and wanted == "exact":
                 few = len(index) < SHRUNK_SHARE * self._settings.scan_rows_min
@@ -416,6 +495,10 @@ class Indexes:
             if self._wanted_tier(layout, count) == "exact":
                 return None  # made in a moment when somebody searches
         index = self.current(connection, layout)
+        if index is not None and index.codes is not None:
+            outgrown = len(index) > max(FITTED_ROWS_MIN, REFITTED_GROWTH * index.fit.rows)
+            if outgrown or (index.sketch is not None and index.sketch.worn):
+                self._refit(connection, index)
         if index is None or self._wanted_tier(layout, len(index)) != "graph":
             return index
         if not len(index):
@@ -424,6 +507,25 @@ class Indexes:
             self._build_graph(connection, index)
         self._link_pending(connection, index)
         return index
+
+    def _refit(self, connection: apsw.Connection, index: NamespaceIndex) -> None:
+        """Choose and make codes and sketch anew, while searches go on with those there are."""
+        with index.lock:
+            self._catch_up(connection, index)
+            index.changes_while_fitting = []
+        try:
+            fresh = NamespaceIndex(index.layout)
+            fresh.codes, fresh.sketch, fresh.fit = self._fitted(connection, index.layout)
+            with index.lock:
+                changes = index.changes_of_fitting()
+                if index.codes is None or changes is None:
+                    return  # it became another tier, or was filled anew
+                for changed, keys, vectors in changes:
+                    fresh.apply(changed, keys, vectors)
+                index.codes, index.sketch, index.fit = fresh.codes, fresh.sketch, fresh.fit
+                index.unsaved = len(index)
+        finally:
+            index.changes_while_fitting = None
 
     def _build_graph(self, connection: apsw.Connection, index: NamespaceIndex) -> None:
         layout = index.layout
@@ -474,7 +576,7 @@ class Indexes:
         assert index.codes is not None
         truth: list[set[int]] = []
         for query in queries:
-            found = index.codes.nearest(query, 2 * SCAN_SHORT_LIST, None)
+            found = index.codes.nearest(query, 2 * index.fit.short_list, None)
             found = found[~np.isin(found, held_out)]
             truth.append(set(best(*self._compared(connection, index.layout, query, found), 10)[0].tolist()))
         wanted, right = sum(map(len, truth)), 0
@@ -505,19 +607,24 @@ class Indexes:
 
     def save(self, index: NamespaceIndex) -> None:
         """Write the index file, if the index has something to write that the file has not."""
+        # Before the lock: readers may wait for it, and this needs one of them.
+        of = self._read(lambda connection: self._about(connection, index.layout))
         with index.lock:
             if index.codes is None or not index.unsaved:
                 return
             parts = {"codes": index.codes.to_bytes()}
+            if index.sketch is not None:
+                parts |= index.sketch.parts()
             if index.graph is not None:
                 parts |= index.graph.parts()
             about = {
-                **self._read(lambda connection: self._about(connection, index.layout)),
+                **of,
                 "library": index.codes.library,
                 "sequence": index.sequence,
                 "mark": index.mark,
                 "pending": sorted(index.pending),
                 "beam": index.beam,
+                "fit": astuple(index.fit),
             }
             index.unsaved = 0
         path = self._path(index.layout.namespace_id)
@@ -584,8 +691,18 @@ class Indexes:
             if index.graph is not None:
                 lost = [k for k in keys.tolist() if k not in index.graph and k not in index.pending]
                 problems += [f"item key {key!r} is not in the graph" for key in lost[:10]]
+            if index.sketch is not None:
+                lost = [key for key in keys.tolist() if key not in index.sketch]
+                problems += [f"item key {key!r} is not in the sketch" for key in lost[:10]]
+                if len(index.sketch) != len(index):
+                    problems.append(f"{len(index.sketch)!r} rows in the sketch, not {len(index)!r}")
             fresh = NamespaceIndex(layout)
-            self._fill(connection, fresh, "exact" if index.matrix is not None else "scan")
+            if index.codes is None:
+                self._fill(connection, fresh, "exact")
+            else:
+                fresh.codes = make_codes(layout, index.codes.library, index.codes.bits)
+                for block, vectors in walk_vectors(connection, layout, keys):
+                    fresh.codes.add(block, vectors)
             picked = _spread(keys, 50)
             for key, vector in zip(*read_vectors(connection, layout, picked), strict=True):
                 ours, theirs = (self._answer(connection, one, vector) for one in (index, fresh))
