@@ -71,6 +71,10 @@ class Run:
 
     def __post_init__(self) -> None:
         self.folder = self.folder.resolve()
+        self.read()
+
+    def read(self) -> None:
+        """Take over what the file holds."""
         if self._path.exists():
             self.figures = json.loads(self._path.read_text("utf-8"))
 
@@ -90,6 +94,7 @@ class Run:
 
     def keep(self, part: str, name: str, figures: dict[str, Any]) -> None:
         """Write figures down at once: a later part that fails loses none."""
+        self.read()  # another run may have added to them meanwhile
         entry = self.figures.setdefault(part, {}).setdefault(name, {})
         if "failed" in figures or "failed" in entry:
             entry.clear()

@@ -1,7 +1,7 @@
 """Vector databases that run inside the process: qdrant-edge, zvec, LanceDB and chroma.
 
-Graphs have M = 16 and a construction beam of 100; search beams are the least round figure that gave a
-recall of about .98 to .99 on these rows, so that CPU times can be compared.
+Graphs have M = 16 and a construction beam of 100; search beams are what gave a recall of about .99
+on these rows, so that CPU times can be compared; where a default is kept, it says so.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class QdrantEdge(System):
 
     name = "qdrant-edge"
     about = (
-        "HNSW m 16, ef_construct 100, hnsw_ef 64, one segment, payload indexes (the tenant's: is_tenant), "
+        "HNSW m 16, ef_construct 100, hnsw_ef 20, one segment, payload indexes (the tenant's: is_tenant), "
         "text index"
     )
     durability = "flush() after each write: on disk (some 54 sync calls each)"
-    ef = 64
+    ef = 20
 
     def imports(self) -> None:
         import qdrant_edge
@@ -99,14 +99,17 @@ class QdrantEdge(System):
         )
         return [(point.payload["id"], point.payload["text"], point.payload) for point in found]
 
+    def index_bytes(self) -> int | None:
+        return sum(folder_bytes(path) for path in self.folder.glob("segments/*/vector_index"))
+
 
 class Zvec(System):
     """One collection; attributes have inverted indexes, the text a full-text index."""
 
     name = "zvec"
-    about = "HNSW m 16, ef_construction 100, ef 64, inverted indexes on attributes, full-text index"
+    about = "HNSW m 16, ef_construction 100, ef 24, inverted indexes on attributes, full-text index"
     durability = "flush() after each write: on disk (some 65 sync calls each)"
-    ef = 64
+    ef = 24
 
     def imports(self) -> None:
         import zvec
@@ -179,6 +182,10 @@ class Zvec(System):
             filter=None if query.kind == "all" else f"{query.kind} = {query.value}",
         )
         return [(doc.id, doc.fields["text"], doc.fields) for doc in found]
+
+    def index_bytes(self) -> int | None:
+        # Its index file holds the vectors too.
+        return sum(path.stat().st_size for path in self._path.rglob("vector.index.*"))
 
 
 class LanceDB(System):

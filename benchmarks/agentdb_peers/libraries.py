@@ -48,9 +48,9 @@ class Hnswlib(Library):
 
     name = "hnswlib"
     about = (
-        "bare: M 16, ef_construction 100, ef 64; no rows, texts or durability; an index of the tenant's own"
+        "bare: M 16, ef_construction 100, ef 24; no rows, texts or durability; an index of the tenant's own"
     )
-    ef = 64
+    ef = 24
 
     def imports(self) -> None:
         import hnswlib
