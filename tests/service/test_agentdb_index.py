@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import os
 import shutil
@@ -17,8 +18,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from agentic_flow.agentdb.index.files import DamagedIndex, read_index, write_index
-from agentic_flow.agentdb.index.layout import Layout
+from agentic_flow.agentdb.index.layout import Layout, widened
 from agentic_flow.agentdb.index.matrix import Matrix
+from agentic_flow.agentdb.index.recent import Recent
+from agentic_flow.agentdb.index.sketch import TRAINING_ROWS, Sketch
 from agentic_flow.agentdb.service import INDEXES, AgentDB
 from agentic_flow.core.settings import AgentDBSettings
 from agentic_flow.core.vectors import Item, SearchQuery
@@ -293,3 +296,123 @@ def test_index_files_are_whole_or_refused(tmp_path: Path) -> None:
         with pytest.raises(DamagedIndex):
             read_index(path)
     assert sorted(tmp_path.iterdir()) == [path], "a temporary file was left"
+
+
+def unit(vectors: NDArray[Any]) -> NDArray[np.float32]:
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+HARD = {
+    "clustered 384": lambda: clustered(6000, dimension=384),
+    "random 384": lambda: unit(np.random.default_rng(5).standard_normal((6000, 384))),
+    "random 64": lambda: unit(np.random.default_rng(6).standard_normal((6000, 64))),
+    "alike 96": lambda: unit(1.0 + 0.02 * np.random.default_rng(7).standard_normal((6000, 96))),
+}
+
+
+@pytest.mark.parametrize("data", HARD)
+async def test_the_scan_is_as_coarse_as_its_rows_allow(data: str, tmp_path: Path) -> None:
+    """Catches codes too coarse, or short lists too short, for the rows they are of; filtered or not."""
+    vectors = HARD[data]()
+    rng = np.random.default_rng(8)
+    queries = unit(vectors[rng.integers(0, 6000, 40)] + 0.01 * rng.standard_normal((40, vectors.shape[1])))
+    async with AgentDB(tmp_path, settings_of("scan")) as store:
+        await store.create_namespace(T, SPACE, dimension=vectors.shape[1])
+        await store.upsert(T, SPACE, items_of(vectors))
+        await store.settle()
+        assert await store.check_index(T, SPACE) == []
+        numbers = np.arange(len(vectors))
+        for kept, where in (
+            (numbers >= 0, None),
+            (numbers < 3000, {"n": {"lt": 3000}}),
+            (numbers < 1500, {"n": {"lt": 1500}}),
+        ):
+            right = 0
+            for query in queries:
+                ids = await found(store, query, k=10, filter=where)
+                right += len(nearest_ids(vectors, query, 10, kept) & set(ids))
+            assert right / 400 >= 0.995, (data, where, right / 400)
+
+
+async def test_codes_are_chosen_again_when_rows_have_doubled(tmp_path: Path) -> None:
+    """Catches codes that stay as they were chosen for few rows, and rows lost while new ones are made."""
+    easy, hard = clustered(3000), unit(np.random.default_rng(9).standard_normal((6000, DIMENSION)))
+    async with AgentDB(tmp_path, settings_of("scan")) as store:
+        await store.create_namespace(T, SPACE, dimension=DIMENSION)
+        await store.upsert(T, SPACE, items_of(easy))
+        await store.settle()
+        await store.upsert(T, SPACE, items_of(hard, len(easy)))
+        await store.delete(T, SPACE, [f"i{n:05}" for n in range(100)])
+        await store.settle()
+        assert await store.check_index(T, SPACE) == []
+        kept, right = np.concatenate([easy, hard])[100:], 0
+        for query in hard[:40]:
+            wanted = {f"i{n + 100:05}" for n in np.argsort(-(kept @ query))[:10]}
+            right += len(wanted & set(await found(store, query, k=10)))
+        assert right / 400 >= 0.995, right / 400
+
+
+@functools.cache
+def empty_sketch(layout: Layout) -> dict[str, bytes]:
+    """A trained sketch without rows; training takes a while."""
+    return Sketch(layout, clustered(TRAINING_ROWS, seed=1)).parts()
+
+
+KEY_SETS = st.lists(st.integers(0, 300), min_size=1, max_size=60, unique=True)
+
+
+@pytest.mark.parametrize("metric", ["dot", "euclidean"])
+@settings(max_examples=15, deadline=None)
+@given(steps=st.lists(st.tuples(st.booleans(), KEY_SETS), min_size=1, max_size=8))
+def test_a_sketch_passes_over_what_is_gone(metric: Any, steps: list[tuple[bool, list[int]]]) -> None:
+    """Catches removed rows among the nearest, and too few of those that are left."""
+    layout = Layout(1, DIMENSION, metric, "f32")
+    vectors = clustered(301)
+    sketch, held = Sketch.from_parts(layout, empty_sketch(layout)), set[int]()
+    for number, (adds, keys) in enumerate(steps):
+        chosen = np.array([key for key in keys if (key in held) != adds], np.int64)
+        if adds:
+            sketch.add(chosen, vectors[chosen])
+            held |= set(chosen.tolist())
+        else:
+            sketch.remove(np.array(keys))
+            held -= set(keys)
+        if number % 3 == 1:
+            sketch = Sketch.from_parts(layout, sketch.parts())
+        assert {key for key in range(301) if key in sketch} == held
+        for count in (1, 10, 400):
+            near = sketch.nearest(vectors[0], count).tolist()
+            assert len(near) == len(set(near)) == min(count, len(held))
+            assert set(near) <= held
+
+
+@pytest.mark.parametrize("quantization", ["f32", "f16"])
+@settings(max_examples=25, deadline=None)
+@given(steps=st.lists(st.tuples(st.booleans(), KEY_SETS), min_size=1, max_size=8), room=st.integers(0, 200))
+def test_recent_vectors_are_those_of_the_file(
+    quantization: Any, steps: list[tuple[bool, list[int]]], room: int
+) -> None:
+    """Catches similarities of another row, of one that was dropped, or past the memory allowed."""
+    layout = Layout(1, DIMENSION, "cosine", quantization)
+    vectors = clustered(301)
+    recent, most = Recent(layout, room * layout.stored_bytes), room * layout.stored_bytes
+    for takes, keys in steps:
+        if takes:
+            missing = recent.missing(np.array(keys))
+            recent.take(missing, vectors[missing].astype(layout.dtype).tobytes())
+        else:
+            recent.drop(np.array(keys))
+            assert set(keys) <= set(recent.missing(np.array(keys)).tolist())
+        assert recent.size_bytes <= most
+        everything = np.arange(301)
+        held, scores = recent.similarities(vectors[0], everything)
+        assert sorted({*held.tolist(), *recent.missing(everything).tolist()}) == everything.tolist()
+        stored = layout.decoded([vectors[key].astype(layout.dtype).tobytes() for key in held])
+        assert np.allclose(scores, layout.similarities(stored, vectors[0]), atol=1e-6)
+
+
+def test_halves_are_widened_exactly() -> None:
+    """Catches one of the 63,488 finite float16 numbers that becomes another float32 number."""
+    halves = np.arange(65536, dtype=np.uint16).view(np.float16)
+    halves = halves[np.isfinite(halves)]
+    assert widened(halves.astype("<f2").tobytes()).tobytes() == halves.astype(np.float32).tobytes()

@@ -169,7 +169,8 @@ def check_query(vector: Vector, layout: Layout) -> NDArray[np.float32]:
     """
     if len(vector) == layout.dimension:
         numbers = np.frombuffer(vector.data, "<f4")
-        squares = float(numbers @ numbers)
+        with np.errstate(over="ignore", invalid="ignore"):
+            squares = float(numbers @ numbers)
         # The usual case at a glance: all is finite, and neither too large nor without a direction.
         if 1e-6 < squares < 1e6:
             if layout.metric != "cosine":

@@ -21,7 +21,7 @@ from agentic_flow.agentdb.analysis import match_expression
 from agentic_flow.agentdb.filters import Compiled
 from agentic_flow.agentdb.index.allowed import AllowedKeys
 from agentic_flow.agentdb.index.layout import Layout, bound_keys, newest_sequence
-from agentic_flow.agentdb.index.tiers import Indexes
+from agentic_flow.agentdb.index.tiers import GATHERED_MAX, Indexes
 from agentic_flow.agentdb.records import ITEM_COLUMNS, LIVE, NamespaceRow, read_item
 from agentic_flow.core.db import rows
 from agentic_flow.core.errors import DeadlineExceeded
@@ -121,11 +121,14 @@ class Searcher:
 
     def is_quick(self, layout: Layout, request: Request) -> bool:
         """Whether the search is likely to end within about a millisecond: its index stands in memory."""
-        if request.mode != "vector" or request.where is not None or request.query.exact:
+        if request.mode != "vector" or request.query.exact:
             return False
         index = self.indexes.loaded(layout)
         if index is None or request.pool > QUICK_POOL_MAX:
             return False
+        if request.where is not None:
+            admitted = self.allowed.count(layout.namespace_id, request.where)
+            return admitted is not None and admitted <= GATHERED_MAX and index.recent is not None
         return index.tier == "graph" or len(index) * layout.dimension <= QUICK_NUMBERS_MAX[index.tier]
 
     def run(self, connection: apsw.Connection, namespace: NamespaceRow, request: Request) -> Found:
@@ -179,7 +182,7 @@ class Searcher:
             return _Candidates(near.keys, vector=near.scores.astype(np.float64), tier=near.tier)
         held = self.indexes.loaded(namespace.layout)
         if held is not None and held.sequence < moment.newest:
-            # Rows were gathered without the index: one in memory that has not seen the newest would lose them.
+            # Rows were gathered without the index: one in memory that has not seen the newest loses them.
             self.indexes.current(connection, namespace.layout, moment.newest)
         union = np.union1d(near.keys, text_keys)
         keys, similarities = self.indexes.similarities(connection, namespace.layout, request.vector, union)

@@ -52,6 +52,11 @@ class AllowedKeys:
             self._keep(name, held)
         return held.keys
 
+    def count(self, namespace_id: int, condition: Condition) -> int | None:
+        """How many rows the condition admitted when it was last asked for, if that is remembered."""
+        held = self._held.get(orjson.dumps([namespace_id, *condition]))
+        return None if held is None else len(held.keys)
+
     @staticmethod
     def _renewed(
         connection: apsw.Connection, namespace_id: int, condition: Condition, held: _Admitted | None

@@ -75,7 +75,7 @@ class Layout:
         return scores
 
 
-def widened(halves: bytes) -> Vectors:
+def widened(halves: bytes | memoryview) -> Vectors:
     """Finite little-endian float16 numbers as float32: exactly `astype`, four times as fast.
 
     Sign, exponent and fraction are put where float32 has them; the exponents' different zeros are a factor.
@@ -94,17 +94,22 @@ def read_vectors(connection: apsw.Connection, layout: Layout, keys: Keys) -> tup
     Args:
         keys: Of this namespace; distinct int64.
     """
+    held, blobs = read_stored(connection, keys)
+    if not blobs:
+        return held, np.zeros((0, layout.dimension), np.float32)
+    return held, layout.decoded(blobs)
+
+
+def read_stored(connection: apsw.Connection, keys: Keys) -> tuple[Keys, list[bytes]]:
+    """The vectors of those keys that exist, in the order given, as the file has them."""
     found = rows(
         connection,
         "SELECT v.key, v.vector FROM carray(?) AS c CROSS JOIN vectors AS v ON v.key = c.value",
         (bound_keys(keys),),
     )
-    if not found:
-        return np.zeros(0, np.int64), np.zeros((0, layout.dimension), np.float32)
-    held = keys
     if len(found) < len(keys):
-        held = np.fromiter((key for key, _ in found), np.int64, len(found))
-    return held, layout.decoded([blob for _, blob in found])
+        keys = np.fromiter((key for key, _ in found), np.int64, len(found))
+    return keys, [blob for _, blob in found]
 
 
 def walk_vectors(

@@ -36,10 +36,12 @@ from agentic_flow.agentdb.index.layout import (
     changes_since,
     namespace_keys,
     newest_sequence,
+    read_stored,
     read_vectors,
     walk_vectors,
 )
 from agentic_flow.agentdb.index.matrix import Matrix, best
+from agentic_flow.agentdb.index.recent import Recent
 from agentic_flow.agentdb.index.sketch import TRAINING_ROWS as SKETCH_TRAINING_ROWS
 from agentic_flow.agentdb.index.sketch import Sketch
 from agentic_flow.core.db import rows
@@ -48,7 +50,7 @@ from agentic_flow.core.vectors import IndexTier
 
 _log = structlog.get_logger(__name__)
 
-GATHERED_MAX = 256
+GATHERED_MAX = 1024
 """Allowed rows up to which all of them are compared, whatever the tier."""
 FITTED_ROWS_MIN = SKETCH_TRAINING_ROWS
 """Rows from which codes are chosen by measurement; fewer get the finest."""
@@ -61,6 +63,10 @@ GRAPH_BEAMS = (32, 40, 48, 64, 80, 112, 160, 224, 320, 512)
 GRAPH_RECALL_MIN = 0.993
 """Share of the ten nearest that the chosen beam finds of the sample; a little above what is promised."""
 GRAPH_SAMPLE = 128
+SPARE = 4
+"""Candidates more than answers that are read again once a list is cut short, should some be gone."""
+RECENT_SHARE = 0.25
+"""Share of the memory for indexes that recently compared vectors of one namespace may take."""
 PENDING_SHARE_MAX = 0.1
 """Share of rows that the graph lacks past which searches go to the scan instead."""
 GRAPH_BLOCK = 256
@@ -101,6 +107,7 @@ class NamespaceIndex:
     codes: Codes | None = None
     sketch: Sketch | None = None
     fit: Fit = field(default_factory=Fit)
+    recent: Recent | None = None
     graph: Graph | None = None
     pending: set[int] = field(default_factory=set[int])
     changed_while_building: set[int] | None = None
@@ -131,7 +138,8 @@ class NamespaceIndex:
         """About what it takes in memory."""
         if self.matrix is not None:
             return self.matrix.size_bytes
-        return len(self) * (self.layout.dimension * (1 if self.graph is None else 2) + 200)
+        recent = 0 if self.recent is None else self.recent.size_bytes
+        return recent + len(self) * (self.layout.dimension * (1 if self.graph is None else 2) + 200)
 
     def apply(self, changed: Keys, keys: Keys, vectors: Vectors) -> None:
         """Take in what became of the changed keys: those that exist now come with their vectors."""
@@ -143,6 +151,8 @@ class NamespaceIndex:
             if self.sketch is not None:
                 self.sketch.remove(changed)
                 self.sketch.add(keys, vectors)
+        if self.recent is not None:
+            self.recent.drop(changed)
         if self.changes_while_fitting is not None:
             self.changes_while_fitting.append((changed, keys, vectors))
         if self.changed_while_building is not None:
@@ -252,7 +262,13 @@ class Indexes:
             newest: The namespace's last operation, where the caller knows it.
         """
         if allowed is not None and len(allowed) <= GATHERED_MAX:
-            keys, scores = self._compared(connection, layout, query, allowed)
+            held = self._held.get(layout.namespace_id)
+            near = (
+                allowed if held is None else self._narrowed(connection, held, query, allowed, count, newest)
+            )
+            keys, scores = self._compared(connection, layout, query, near)
+            if len(keys) < min(count, len(allowed)) and near is not allowed:
+                keys, scores = self._compared(connection, layout, query, allowed)
             return Near(*best(keys, scores, count), "exact")
         if exact:
             return self._walked(connection, layout, query, count, allowed)
@@ -264,6 +280,7 @@ class Indexes:
         tier = "scan" if allowed is not None else index.tier
         wanted = min(count, len(index) if allowed is None else len(allowed))
         found = index.candidates(query, count, allowed, ef)
+        found = self._narrowed(connection, index, query, found, count, newest)
         keys, scores = self._compared(connection, layout, query, found)
         if len(keys) < wanted:
             # Rows went or came between this transaction and the state of the index.
@@ -278,6 +295,39 @@ class Indexes:
         if index is not None and index.matrix is not None:
             return index.matrix.similarities(query, keys)
         return self._compared(connection, layout, query, keys)
+
+    def _narrowed(
+        self,
+        connection: apsw.Connection,
+        index: NamespaceIndex,
+        query: NDArray[np.float32],
+        found: Keys,
+        count: int,
+        newest: int | None,
+    ) -> Keys:
+        """The best few of the candidates, if vectors in memory can tell; else all of them."""
+        if len(found) <= 2 * (count + SPARE) or index.codes is None or newest is None:
+            return found
+        with index.lock:
+            if index.recent is None:
+                most = int(RECENT_SHARE * self._settings.index_memory_max_bytes)
+                index.recent = Recent(index.layout, most)
+            recent = index.recent
+            missing = recent.missing(found)
+        keys, stored = read_stored(connection, missing) if len(missing) else (missing, [])
+        with index.lock:
+            if index.sequence != newest:
+                return found  # what this transaction sees is not what the index is of
+            if len(keys):
+                missing = recent.missing(keys)  # another search may have brought some
+                if len(missing) == len(keys):
+                    recent.take(keys, b"".join(stored))
+                elif len(missing):
+                    wanted = set(missing.tolist())
+                    chosen = [place for place, key in enumerate(keys.tolist()) if key in wanted]
+                    recent.take(keys[chosen], b"".join(stored[place] for place in chosen))
+            held, scores = recent.similarities(query, found)
+        return best(held, scores, count + SPARE)[0]
 
     @staticmethod
     def _compared(
@@ -416,14 +466,15 @@ class Indexes:
             trial.see(block, vectors)
         free, allowed = trial.sketch_lists(sketch)
         listed = trial.code_list(codes)
-        if listed is None:
-            codes = make_codes(layout, library, max(CODE_LISTS))
+        # Vectors that are all but alike lose in few bits what tells them apart; half precision keeps it.
+        for finer in (make_codes(layout, library, max(CODE_LISTS)), make_codes(layout, "faiss")):
+            if listed is not None:
+                break
+            codes = finer
             for block, vectors in walk_vectors(connection, layout, keys):
                 codes.add(block, vectors)
             listed = trial.code_list(codes)
-        if listed is None:
-            listed = CODE_LISTS[max(CODE_LISTS)][-1]
-            _log.warning("scan_finds_little", namespace_id=layout.namespace_id, candidates=listed)
+        assert listed is not None, "half precision is not measured"
         return codes, sketch if free or allowed else None, Fit(listed, free, allowed, len(keys))
 
     def _catch_up(self, connection: apsw.Connection, index: NamespaceIndex) -> None:
@@ -445,11 +496,9 @@ class Indexes:
         wanted = self._wanted_tier(index.layout, len(index))
         with index.lock:
             if wanted != "exact" and index.matrix is not None:
-                keys, vectors = index.matrix.all()
-                codes = make_codes(index.layout, self._settings.scan_library)
-                codes.add(keys, vectors)
-                index.codes, index.matrix, index.fit = codes, None, Fit()
-                index.unsaved = len(index)
+                # Not from a transaction that is behind: what is newer would be lost.
+                if index.sequence == newest_sequence(connection, index.layout.namespace_id):
+                    self._fill(connection, index, "scan")
             elif index.codes is not None and wanted == "exact":
                 few = len(index) < SHRUNK_SHARE * self._settings.scan_rows_min
                 if few or self._settings.index == "exact":
