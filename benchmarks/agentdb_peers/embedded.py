@@ -7,6 +7,7 @@ on these rows, so that CPU times can be compared; where a default is kept, it sa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -245,15 +246,12 @@ class LanceDB(System):
 
     def build(self) -> None:
         index = self._index
-        self._table.optimize()
-        self.rebuild()
+        config = index.HnswSq(distance_type="cosine", m=16, ef_construction=100)
+        self._table.create_index("vector", config=config)
         for name in ATTRIBUTES:
             self._table.create_index(name, config=index.Bitmap())
         self._table.create_index("text", config=index.FTS())
-
-    def rebuild(self) -> None:
-        config = self._index.HnswSq(distance_type="cosine", m=16, ef_construction=100)
-        self._table.create_index("vector", config=config, replace=True)
+        self._table.optimize(cleanup_older_than=timedelta(0))
 
     def upsert(self, rows: Sequence[Row]) -> None:
         self._table.add(self._batch(rows))

@@ -136,9 +136,6 @@ class PgVector(System):
         self._index()
         self._db.execute("VACUUM ANALYZE items")
 
-    def rebuild(self) -> None:
-        self._db.execute("REINDEX INDEX items_vector")
-
     def upsert(self, rows: Sequence[Row]) -> None:
         with self._db.transaction(), self._db.cursor() as cursor:
             cursor.executemany(
