@@ -93,12 +93,19 @@ class Message(Frozen):
 
 
 class ToolSpec(Frozen):
-    """A tool as a model sees it. `input_schema` is JSON Schema 2020-12 of an object."""
+    """A tool as a model sees it. `input_schema` is JSON Schema 2020-12 of an object.
+
+    `strict` asks a provider that can to hold the model to the schema; None leaves it to the provider.
+    """
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z][a-zA-Z0-9_-]{0,63}$")]
     description: str
     input_schema: JsonObject
     read_only: bool = False
+    strict: bool | None = None
+
+
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class CompletionRequest(Frozen):
@@ -106,7 +113,9 @@ class CompletionRequest(Frozen):
 
     `tool_choice` is "auto", "none", "required" or the name of the one tool to call. `stream` asks the
     gateway to use the provider's streaming wire format even when the caller wants the whole answer, so that
-    a stalled or truncated answer is noticed while it happens.
+    a stalled or truncated answer is noticed while it happens. `parallel_tool_calls` False asks for one call
+    at a time; `reasoning_effort` None leaves thinking to the model; `end_user` is the caller's opaque name of
+    the person behind the request, for the provider's abuse checks.
     """
 
     model: str
@@ -120,6 +129,9 @@ class CompletionRequest(Frozen):
     output_schema: JsonObject | None = None
     seed: int | None = None
     stream: bool = False
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: ReasoningEffort | None = None
+    end_user: str | None = None
 
 
 class Usage(Frozen):

@@ -89,7 +89,8 @@ def create_app(
         lifespan: Entered by `core.serve.serve` before the first request.
         metrics: The service's own metrics, shown on `/metrics` beside the floor's; never the global registry.
         public_paths: Exact paths that need no credential.
-        error_shapes: Exact path → how an error looks there (`as_openai`, `as_anthropic`); else problem+json.
+        error_shapes: Exact path, or the beginning of one with a slash at its end → how an error looks there
+            (`as_openai`, `as_anthropic`); else problem+json.
         stall_timeout_s: Longest silence within a request's body.
     """
     registry = metrics or CollectorRegistry()

@@ -68,7 +68,7 @@ class Floor:
         settings: The sections `serve` and `auth` are read.
         registry: Where the duration histogram is registered.
         public_paths: Exact paths that need no credential.
-        error_shapes: Exact path → the shape of an error there.
+        error_shapes: Exact path, or the beginning of one with a slash at its end → the shape of an error.
         stall_timeout_s: Longest silence within a body.
     """
 
@@ -194,7 +194,7 @@ class Floor:
             # Half an answer is out. Ending here makes the server cut the connection, which a client notices.
             _log.warning("response_cut", service=self._service, path=scope["path"], code=error.code)
             return
-        shape = self._error_shapes.get(scope["path"])
+        shape = self._shape(scope["path"])
         body, media_type = (
             (as_problem(error, instance=f"urn:request:{answer.request_id}"), b"application/problem+json")
             if shape is None
@@ -204,10 +204,23 @@ class Floor:
         headers = [(b"content-type", media_type), (b"content-length", str(len(content)).encode())]
         if error.retry_after_s is not None:
             headers.append((b"retry-after", str(math.ceil(error.retry_after_s)).encode()))
+        if shape is not None:
+            # Under this name Anthropic's clients look for it; other shapes are not disturbed by it.
+            headers.append((b"request-id", answer.request_id.encode()))
         if error.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
         await answer.send({"type": "http.response.start", "status": error.status, "headers": headers})
         await answer.send({"type": "http.response.body", "body": content})
+
+    def _shape(self, path: str) -> ErrorShape | None:
+        """The shape of an error at `path`: its own, or that of what begins it and ends in a slash."""
+        exact = self._error_shapes.get(path)
+        if exact is not None:
+            return exact
+        shapes = self._error_shapes.items()
+        return next(
+            (shape for start, shape in shapes if start.endswith("/") and path.startswith(start)), None
+        )
 
     def _record(
         self, scope: Scope, method: str, answer: _Answer, duration_s: float, span: trace.Span

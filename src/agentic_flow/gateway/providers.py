@@ -7,12 +7,21 @@ GatewaySettings and the HttpTransport of the gateway and returns a Provider. The
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+import structlog
+
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock, Deadline
-from agentic_flow.core.errors import AgenticFlowError, InvalidSettings, ProviderProtocol
+from agentic_flow.core.errors import (
+    AgenticFlowError,
+    InvalidSettings,
+    ProviderProtocol,
+    ProviderRejected,
+    UnknownModel,
+)
 from agentic_flow.core.messages import Completion, CompletionRequest, ModelInfo, StreamEvent
 from agentic_flow.core.secrets import SecretSource, resolve
 from agentic_flow.core.settings import GatewaySettings, ProviderSettings
@@ -20,9 +29,12 @@ from agentic_flow.gateway.extractive import ExtractiveProvider
 from agentic_flow.gateway.faults import error_from_answer
 from agentic_flow.gateway.models import ANTHROPIC_DEFAULT, OPENAI_DEFAULT, OPENROUTER_DEFAULT
 from agentic_flow.gateway.transport import HttpAnswer, HttpTransport
-from agentic_flow.gateway.wire.anthropic import AnthropicFormat
+from agentic_flow.gateway.wire.anthropic import API_VERSION, AnthropicFormat
 from agentic_flow.gateway.wire.format import WireFormat, items, load_object, text_of
 from agentic_flow.gateway.wire.openai import COMPATIBLE, OPENAI, OPENROUTER, OpenAIFormat
+from agentic_flow.gateway.wire.passing import PassingReader, PassingRequest
+
+_log = structlog.get_logger(__name__)
 
 PLUGIN_GROUP = "agentic_flow.providers"
 MODELS_LISTED_MAX = 2000
@@ -232,23 +244,100 @@ class HttpProvider:
         end = decoder.end()
         yield end.model_copy(update={"completion": self._settled(end.completion, decoder.usage_estimated)})
 
+    # Passing through: the caller speaks this provider's own format
+
+    @property
+    def wire_name(self) -> str:
+        """The format that this provider speaks."""
+        return self._wire.name
+
+    def reader(self, sent: PassingRequest) -> PassingReader:
+        """What reads the answer to `sent` while it passes."""
+        return self._wire.passing(sent.sent)
+
+    async def pass_whole(
+        self, sent: PassingRequest, *, deadline: Deadline, idempotency_key: str | None = None
+    ) -> bytes:
+        """One try, as the caller wrote it: the body of the answer, untouched.
+
+        Raises:
+            ProviderError: as `complete`; what the provider says of a request that it refuses is in
+                `details["answer_body"]`.
+        """
+        async with self._open(sent, deadline, idempotency_key, patience_s=None) as answer:
+            body = await answer.read()
+        if not body:
+            raise ProviderProtocol(f"{self.name} sent an empty answer", hint="the call can be repeated")
+        self._check_type(answer, "application/json", body)
+        return body
+
+    async def pass_stream(
+        self,
+        sent: PassingRequest,
+        reader: PassingReader,
+        *,
+        deadline: Deadline,
+        idempotency_key: str | None = None,
+    ) -> AsyncGenerator[bytes]:
+        """One try, streamed: whole events as they come, untouched.
+
+        The provider's own error event is passed on like any other; `reader.error` then holds it.
+
+        Raises:
+            ProviderError: as `stream`; also after events were given, when the stream breaks.
+        """
+        patience_s = self._transport.idle_timeout_s
+        async with self._open(sent, deadline, idempotency_key, patience_s=patience_s) as answer:
+            if answer.content_type != "text/event-stream":
+                self._check_type(answer, "text/event-stream", await answer.read())
+            async for chunk in answer.chunks():
+                events = reader.feed(chunk)
+                if events:
+                    yield events
+                if reader.error is not None:
+                    return
+                if reader.done:
+                    await answer.settle()
+                    return
+        rest = reader.finish()
+        if rest:
+            yield rest
+
+    @asynccontextmanager
+    async def _open(
+        self,
+        sent: PassingRequest,
+        deadline: Deadline,
+        idempotency_key: str | None,
+        *,
+        patience_s: float | None,
+    ) -> AsyncGenerator[HttpAnswer]:
+        key = self._key.get()
+        accept = "text/event-stream" if sent.stream else "application/json"
+        headers = {"content-type": "application/json", "accept": accept}
+        headers |= {**self._headers(key, idempotency_key), **sent.headers}
+        async with self._transport.open(
+            "POST",
+            self._base_url + sent.path,
+            provider=self.name,
+            headers=headers,
+            body=sent.body,
+            deadline=deadline,
+            patience_s=patience_s,
+        ) as answer:
+            if answer.status != 200:
+                raise await self._refusal(answer, text_of(sent.sent.get("model")), key, quoted=True)
+            yield answer
+
     def _settled(self, completion: Completion, usage_estimated: bool) -> Completion:
         if usage_estimated:
-            import structlog
-
-            structlog.get_logger(__name__).warning(
-                "usage_estimated",
-                provider=self.name,
-                model=completion.model,
-                input_tokens=completion.usage.input_tokens,
-                output_tokens=completion.usage.output_tokens,
-            )
+            log_estimate(self.name, completion)
         return completion.model_copy(update={"provider": self.name})
 
     def _headers(self, key: str | None, idempotency_key: str | None) -> dict[str, str]:
         headers = self._wire.auth_headers(key) if key else {}
         if self._profile.version_prefix:
-            headers["anthropic-version"] = "2023-06-01"
+            headers["anthropic-version"] = API_VERSION
         if idempotency_key:
             headers["idempotency-key"] = idempotency_key
         return headers
@@ -266,14 +355,16 @@ class HttpProvider:
             details={"provider": self.name, "last_status": answer.status},
         )
 
-    async def _refusal(self, answer: HttpAnswer, model: str, key: str | None) -> AgenticFlowError:
+    async def _refusal(
+        self, answer: HttpAnswer, model: str, key: str | None, *, quoted: bool = False
+    ) -> AgenticFlowError:
         body = b""
         async for chunk in answer.chunks():
             body += chunk
             if len(body) > _ERROR_BODY_MAX_BYTES:
                 break
         variable, setting = self._profile.variable, f"gateway.{self.name}"
-        return error_from_answer(
+        error = error_from_answer(
             self.name,
             model,
             answer.status,
@@ -284,6 +375,21 @@ class HttpProvider:
             now_s=self._clock.time_s(),
             secret=key,
         )
+        if quoted and isinstance(error, ProviderRejected | UnknownModel):
+            text = body[:_ERROR_BODY_MAX_BYTES].decode("utf-8", "replace")
+            error.details["answer_body"] = text.replace(key, "…") if key else text
+        return error
+
+
+def log_estimate(provider: str, completion: Completion) -> None:
+    """Say that the tokens of an answer were estimated, because its provider counted none."""
+    _log.warning(
+        "usage_estimated",
+        provider=provider,
+        model=completion.model,
+        input_tokens=completion.usage.input_tokens,
+        output_tokens=completion.usage.output_tokens,
+    )
 
 
 def anthropic_provider(settings: GatewaySettings, transport: HttpTransport) -> Provider:

@@ -1,6 +1,7 @@
 """The gateway over HTTP, in its own vocabulary: what its HTTP twin speaks.
 
-GET  /v1/models            OpenAI-shaped list, with our own fields beside
+GET  /v1/models            OpenAI-shaped list, with our own fields beside; Anthropic's pages for its clients
+GET  /v1/models/{id}       one of them, likewise
 GET  /v1/resolve           ?model=NAME → the ModelInfo that would serve it; without a name the default one
 POST /v1/complete          CompletionRequest → Completion
 POST /v1/complete/stream   CompletionRequest → StreamEvents as server-sent events
@@ -22,6 +23,7 @@ from agentic_flow.core.messages import CompletionRequest, StreamEvent
 from agentic_flow.core.ports import Completer
 from agentic_flow.core.sse import ServerEvent
 from agentic_flow.core.web import deadline_of, event_stream, json_response, parse, require
+from agentic_flow.gateway.front import listing
 
 SCOPE = "models:use"
 IDEMPOTENCY_HEADER = "idempotency-key"
@@ -34,10 +36,15 @@ def build_routes(gateway: Completer) -> list[Route]:
 
     async def models(request: Request) -> Response:
         found = await gateway.models(principal=require(request, SCOPE))
-        data = [
-            {"object": "model", "owned_by": info.provider, **info.model_dump(mode="json")} for info in found
-        ]
-        return json_response({"object": "list", "data": data})
+        if listing.VERSION_HEADER in request.headers:
+            return json_response(listing.anthropic_page(found, request.query_params))
+        return json_response(listing.openai_list(found))
+
+    async def model(request: Request) -> Response:
+        found = await gateway.models(principal=require(request, SCOPE))
+        info = listing.find(found, str(request.path_params["id"]))
+        shape = listing.anthropic_model if listing.VERSION_HEADER in request.headers else listing.openai_model
+        return json_response(shape(info))
 
     async def resolve(request: Request) -> Response:
         principal = require(request, SCOPE)
@@ -63,6 +70,7 @@ def build_routes(gateway: Completer) -> list[Route]:
 
     return [
         Route("/v1/models", models, methods=["GET"]),
+        Route("/v1/models/{id:path}", model, methods=["GET"]),
         Route("/v1/resolve", resolve, methods=["GET"]),
         Route("/v1/complete", complete, methods=["POST"]),
         Route("/v1/complete/stream", stream, methods=["POST"]),

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from contextlib import AbstractContextManager, aclosing
 from types import TracebackType
-from typing import Self, cast
+from typing import NamedTuple, Self, cast
 
 import structlog
 from opentelemetry import trace
@@ -25,10 +25,17 @@ from agentic_flow.core.messages import (
 from agentic_flow.core.settings import GatewaySettings
 from agentic_flow.gateway.models import EXTRACTIVE, choose, default_name
 from agentic_flow.gateway.prices import PriceList
-from agentic_flow.gateway.providers import HttpProvider, Provider, ProviderFactory, build_providers
+from agentic_flow.gateway.providers import (
+    HttpProvider,
+    Provider,
+    ProviderFactory,
+    build_providers,
+    log_estimate,
+)
 from agentic_flow.gateway.retries import RetryPolicy
 from agentic_flow.gateway.transport import HttpTransport
-from agentic_flow.gateway.wire.format import IMAGE_TOKENS, request_chars, request_images
+from agentic_flow.gateway.wire.format import IMAGE_TOKENS, load_object, request_chars, request_images
+from agentic_flow.gateway.wire.passing import PassingReader, PassingRequest
 
 _log = structlog.get_logger(__name__)
 _tracer = trace.get_tracer("agentic_flow.gateway")
@@ -37,6 +44,14 @@ MODELS_CACHED_S = 300.0
 MODELS_TIMEOUT_S = 10.0
 # Reservations must not fall short: code and JSON run to about three characters a token.
 _RESERVE_CHARS_PER_TOKEN = 3
+
+
+class Destination(NamedTuple):
+    """Where a call goes: the provider, its own id of the model, and the format that it speaks over HTTP."""
+
+    provider: str
+    model: str
+    wire: str | None
 
 
 class Gateway:
@@ -198,7 +213,7 @@ class Gateway:
         """
         deadline = deadline.earliest(self._settings.timeout_s)
         provider, asked = await self._route(request, deadline)
-        call = _Call(provider.name, asked, principal, self._clock)
+        call = _Call(provider.name, asked.model, asked.output_tokens_max, principal, self._clock)
 
         async def once() -> Completion:
             call.tries += 1
@@ -213,7 +228,7 @@ class Gateway:
             except BaseException as error:
                 call.failed(span, error)
                 raise
-            completion = self._settle(answered, provider.name, asked, call)
+            completion = self._settle(answered, provider.name, asked.model, call)
             call.finished(span, completion)
             return completion
 
@@ -232,7 +247,7 @@ class Gateway:
         """
         deadline = deadline.earliest(self._settings.timeout_s)
         provider, asked = await self._route(request, deadline)
-        call = _Call(provider.name, asked, principal, self._clock)
+        call = _Call(provider.name, asked.model, asked.output_tokens_max, principal, self._clock)
 
         async def begin() -> tuple[AsyncGenerator[StreamEvent], StreamEvent]:
             call.tries += 1
@@ -259,7 +274,7 @@ class Gateway:
                     event = await anext(events, None)
                     if event is None:
                         raise _no_end(provider.name)
-            completion = self._settle(event.completion, provider.name, asked, call)
+            completion = self._settle(event.completion, provider.name, asked.model, call)
             call.finished(span, completion)
         except BaseException as error:
             call.failed(span, error)
@@ -268,13 +283,154 @@ class Gateway:
             span.end()
         yield StreamEnd(completion=completion)
 
+    # Passing through: the caller speaks the provider's own format
+
+    async def destination(self, model: str | None) -> Destination:
+        """Where a call to `model` goes (None: the default one), without asking for it.
+
+        Raises:
+            UnknownModel: no configured provider serves it.
+        """
+        provider, native = await self._place(
+            model or self.default_model(), Deadline.after(MODELS_TIMEOUT_S, self._clock)
+        )
+        wire = provider.wire_name if isinstance(provider, HttpProvider) else None
+        return Destination(provider.name, native, wire)
+
+    async def pass_whole(
+        self,
+        destination: Destination,
+        sent: PassingRequest,
+        *,
+        principal: Principal,
+        deadline: Deadline,
+        idempotency_key: str | None = None,
+    ) -> bytes:
+        """The provider's answer to a request in its own format, byte for byte; priced and recorded.
+
+        Raises:
+            ProviderError, DeadlineExceeded: as `complete`.
+        """
+        deadline = deadline.earliest(self._settings.timeout_s)
+        provider = self._passing_provider(destination)
+        call = _Call(provider.name, destination.model, _output_max(sent), principal, self._clock)
+
+        async def once() -> tuple[bytes, PassingReader]:
+            call.tries += 1
+            body = await provider.pass_whole(sent, deadline=deadline, idempotency_key=idempotency_key)
+            reader = provider.reader(sent)
+            reader.take_answer(load_object(body, f"the answer of {provider.name}"))
+            return body, reader
+
+        with call.span() as span:
+            try:
+                body, reader = await self._policy.run(once, provider=provider.name, deadline=deadline)
+            except BaseException as error:
+                call.failed(span, error)
+                raise
+            call.finished(span, self._passed(destination, reader, call))
+            return body
+
+    async def pass_stream(
+        self,
+        destination: Destination,
+        sent: PassingRequest,
+        *,
+        principal: Principal,
+        deadline: Deadline,
+        idempotency_key: str | None = None,
+    ) -> AsyncGenerator[bytes]:
+        """The same, streamed: whole events, untouched; retries happen before the first one only.
+
+        An error event of the provider is the last that is passed on.
+
+        Raises:
+            ProviderError, DeadlineExceeded: as `stream`; also after events were given.
+        """
+        deadline = deadline.earliest(self._settings.timeout_s)
+        provider = self._passing_provider(destination)
+        call = _Call(provider.name, destination.model, _output_max(sent), principal, self._clock)
+
+        async def begin() -> tuple[AsyncGenerator[bytes], PassingReader, bytes]:
+            call.tries += 1
+            reader = provider.reader(sent)
+            stream = provider.pass_stream(sent, reader, deadline=deadline, idempotency_key=idempotency_key)
+            try:
+                first = await anext(stream)
+                if reader.error is not None and reader.model == "":
+                    raise reader.error  # nothing of an answer has come: it can be tried again
+            except StopAsyncIteration:
+                raise _no_end(provider.name) from None
+            except BaseException:
+                await stream.aclose()
+                raise
+            return stream, reader, first
+
+        span = call.start_span()
+        try:
+            stream, reader, events = await self._policy.run(begin, provider=provider.name, deadline=deadline)
+            async with aclosing(stream):
+                call.first_event()
+                yield events
+                async for events in stream:
+                    yield events
+            if reader.error is not None:
+                call.failed(span, reader.error)
+                _log.warning("stream_broken", provider=provider.name, error=reader.error.message)
+            else:
+                call.finished(span, self._passed(destination, reader, call))
+        except BaseException as error:
+            call.failed(span, error)
+            raise
+        finally:
+            span.end()
+
+    async def pass_count(
+        self, destination: Destination, sent: PassingRequest, *, principal: Principal, deadline: Deadline
+    ) -> bytes:
+        """The provider's answer to a question that costs nothing, such as how many tokens a request has."""
+        deadline = deadline.earliest(self._settings.timeout_s)
+        provider = self._passing_provider(destination)
+
+        async def once() -> bytes:
+            body = await provider.pass_whole(sent, deadline=deadline)
+            load_object(body, f"the answer of {provider.name}")
+            return body
+
+        return await self._policy.run(once, provider=provider.name, deadline=deadline)
+
+    def _passing_provider(self, destination: Destination) -> HttpProvider:
+        provider = self._providers[destination.provider]
+        assert isinstance(provider, HttpProvider), "only a destination with a wire can be passed to"
+        return provider
+
+    def _passed(self, destination: Destination, reader: PassingReader, call: _Call) -> Completion:
+        """What the books need of an answer that passed through."""
+        usage, estimated = reader.billed()
+        completion = Completion(
+            model=reader.model or destination.model,
+            provider=destination.provider,
+            parts=(),
+            stop_reason=reader.stop_reason,
+            usage=usage,
+        )
+        if estimated:
+            log_estimate(destination.provider, completion)
+        return self._settle(completion, destination.provider, destination.model, call)
+
     async def _route(
         self, request: CompletionRequest, deadline: Deadline
     ) -> tuple[Provider, CompletionRequest]:
-        chosen = choose(request.model, self._providers)
-        provider = self._providers[chosen.provider]
-        model = chosen.model or provider.default_model or await self._first_listed(provider, deadline)
+        provider, model = await self._place(request.model, deadline)
         return provider, request.model_copy(update={"model": model})
+
+    async def _place(self, name: str, deadline: Deadline) -> tuple[Provider, str]:
+        """The provider that a name means, and its own id of the model."""
+        chosen = choose(name, self._providers)
+        provider = self._providers[chosen.provider]
+        return provider, chosen.model or provider.default_model or await self._first_listed(
+            provider, deadline
+        )
 
     async def _first_listed(self, provider: Provider, deadline: Deadline) -> str:
         known = self._listed.get(provider.name)
@@ -287,15 +443,13 @@ class Gateway:
         self._listed.setdefault(provider.name, (self._clock.monotonic_s(), listed))
         return listed[0].id
 
-    def _settle(
-        self, completion: Completion, provider: str, asked: CompletionRequest, call: _Call
-    ) -> Completion:
+    def _settle(self, completion: Completion, provider: str, asked: str, call: _Call) -> Completion:
         usage = completion.usage
         if usage.cost_usd is None:
             url = self._price_url(provider)
             cost = self._prices.cost_usd(provider, completion.model, usage, base_url=url)
-            if cost is None and completion.model != asked.model:
-                cost = self._prices.cost_usd(provider, asked.model, usage, base_url=url)
+            if cost is None and completion.model != asked:
+                cost = self._prices.cost_usd(provider, asked, usage, base_url=url)
             usage = usage.model_copy(update={"cost_usd": cost})
         return completion.model_copy(
             update={"usage": usage, "provider": provider, "latency_s": call.elapsed_s()}
@@ -311,6 +465,16 @@ async def _last(provider: str, events: AsyncIterator[StreamEvent]) -> Completion
     raise _no_end(provider)
 
 
+def _output_max(sent: PassingRequest) -> int | None:
+    """The output limit that a request in a vendor's format names, if any."""
+    for name in ("max_completion_tokens", "max_tokens"):
+        value = sent.sent.get(name)
+        # An attribute of a span holds 64 bits.
+        if isinstance(value, int) and 0 < value < 2**63:
+            return value
+    return None
+
+
 def _no_end(provider: str) -> ProviderProtocol:
     return ProviderProtocol(
         f"the stream of {provider} ended before the answer did", hint="the call can be repeated"
@@ -323,10 +487,13 @@ class _Call:
     Attribute names: OpenTelemetry semantic conventions for generative AI.
     """
 
-    def __init__(self, provider: str, asked: CompletionRequest, principal: Principal, clock: Clock) -> None:
+    def __init__(
+        self, provider: str, model: str, output_tokens_max: int | None, principal: Principal, clock: Clock
+    ) -> None:
         self.tries = 0
         self._provider = provider
-        self._asked = asked
+        self._model = model
+        self._output_tokens_max = output_tokens_max
         self._principal = principal
         self._clock = clock
         self._started_s = clock.monotonic_s()
@@ -340,18 +507,15 @@ class _Call:
             self._first_event_s = self.elapsed_s()
 
     def start_span(self) -> Span:
-        asked = self._asked
-        return _tracer.start_span(
-            f"chat {asked.model}",
-            kind=SpanKind.CLIENT,
-            attributes={
-                "gen_ai.operation.name": "chat",
-                "gen_ai.provider.name": self._provider,
-                "gen_ai.request.model": asked.model,
-                "gen_ai.request.max_tokens": asked.output_tokens_max,
-                "agentic_flow.tenant": self._principal.tenant,
-            },
-        )
+        attributes: dict[str, str | int] = {
+            "gen_ai.operation.name": "chat",
+            "gen_ai.provider.name": self._provider,
+            "gen_ai.request.model": self._model,
+            "agentic_flow.tenant": self._principal.tenant,
+        }
+        if self._output_tokens_max is not None:
+            attributes["gen_ai.request.max_tokens"] = self._output_tokens_max
+        return _tracer.start_span(f"chat {self._model}", kind=SpanKind.CLIENT, attributes=attributes)
 
     def span(self) -> AbstractContextManager[Span]:
         """A span that is current for a block; `failed` and `finished` say how it went."""

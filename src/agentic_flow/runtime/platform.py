@@ -7,9 +7,9 @@ routes of runs and memory over its neighbours, wherever those run.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -21,6 +21,7 @@ from agentic_flow.core.errors import AgenticFlowError, InvalidInput
 from agentic_flow.core.serve import bind, check_host, serve
 from agentic_flow.core.settings import Settings
 from agentic_flow.core.web import create_app, json_response, require
+from agentic_flow.core.web_floor import ErrorShape
 from agentic_flow.runtime.build import SERVICES, Runtime, definition_catalog
 
 if TYPE_CHECKING:
@@ -31,8 +32,14 @@ PROBE_TIMEOUT_S = 2.0
 Ready = Callable[[], Awaitable[dict[str, bool]]]
 """Name of what is needed → whether it works."""
 
-_Face = tuple[list[BaseRoute], Ready, Collection[str]]
-"""Routes, readiness, and paths that need no credential."""
+
+class _Face(NamedTuple):
+    """What a service shows: routes, readiness, paths that need no credential, shapes of errors by path."""
+
+    routes: list[BaseRoute]
+    ready: Ready
+    public: Collection[str] = ()
+    error_shapes: Mapping[str, ErrorShape] = {}
 
 
 async def serve_services(
@@ -110,16 +117,16 @@ class _Apps:
         makers = {"platform": self._platform, "agentdb": self._agentdb, "swarm": self._swarm}
         apps: dict[str, Starlette] = {}
         for name in names:
-            routes, ready, public = await makers[name]()
-            if remote is not None:
-                ready = _both(ready, _fresh(remote))
+            face = await makers[name]()
+            ready = face.ready if remote is None else _both(face.ready, _fresh(remote))
             apps[name] = create_app(
                 name,
-                routes,
+                face.routes,
                 authenticator=authenticator,
                 settings=self._settings,
                 ready=ready,
-                public_paths=public,
+                public_paths=face.public,
+                error_shapes=face.error_shapes,
                 # Entered once all ports are ours: a key that is shown once must not be lost to a taken port.
                 lifespan=self._first_start if name == names[0] and remote is None else None,
             )
@@ -146,15 +153,21 @@ class _Apps:
 
     async def _platform(self) -> _Face:
         from agentic_flow.agentdb.routes import build_routes as memory_routes
+        from agentic_flow.gateway.front.errors import ERROR_SHAPES
+        from agentic_flow.gateway.front.routes import build_front_routes
         from agentic_flow.gateway.routes import build_routes as model_routes
+        from agentic_flow.gateway.service import Gateway
         from agentic_flow.runtime.identity_routes import PUBLIC_PATHS, identity_routes
         from agentic_flow.swarm.routes import build_routes as run_routes
 
         runtime = self._runtime
         store = await runtime.store()
         runs = await runtime.swarm(takeover=True)
+        completer = await runtime.completer()
+        assert isinstance(completer, Gateway), "the platform serves the gateway itself"
         routes: list[BaseRoute] = [
-            *model_routes(await runtime.completer()),
+            *model_routes(completer),
+            *build_front_routes(completer),
             *run_routes(runs),
             *memory_routes(store, self._settings.agentdb),
             *_agent_routes(self._settings),
@@ -162,7 +175,7 @@ class _Apps:
                 await runtime.identity(), erasers=await runtime.erasers(), survey=runtime.survey_backups
             ),
         ]
-        return routes, self._peers_ready("agentdb", "swarm"), PUBLIC_PATHS
+        return _Face(routes, self._peers_ready("agentdb", "swarm"), PUBLIC_PATHS, ERROR_SHAPES)
 
     async def _agentdb(self) -> _Face:
         from agentic_flow.agentdb.routes import PUBLIC_PATHS, build_document_route, build_routes
@@ -173,7 +186,7 @@ class _Apps:
             return {"database": await _works(store.namespaces(DEFAULT_TENANT))}
 
         routes: list[BaseRoute] = [*build_routes(store, self._settings.agentdb), build_document_route()]
-        return routes, ready, PUBLIC_PATHS
+        return _Face(routes, ready, PUBLIC_PATHS)
 
     async def _swarm(self) -> _Face:
         from agentic_flow.swarm.routes import build_routes
@@ -185,7 +198,7 @@ class _Apps:
             works = await _works(runs.list_runs(LOCAL_OWNER, limit=1))
             return {"run database": works, **await peers_ready()}
 
-        return [*build_routes(runs)], ready, frozenset()
+        return _Face([*build_routes(runs)], ready)
 
     def _peers_ready(self, *names: str) -> Ready:
         """Whether those neighbours that run elsewhere can be reached."""

@@ -28,7 +28,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, cast
@@ -86,6 +86,8 @@ class Reply:
         chunk_bytes: Cut the stream into pieces of this many bytes, regardless of events.
         fault: What goes wrong.
         stream_error: End a stream with the vendor's error event of this type.
+        extra: Fields beside those that are known: of an answer, of Anthropic's `message_start`, of every
+            chunk of OpenAI's.
     """
 
     body_text: str = ""
@@ -108,6 +110,7 @@ class Reply:
     chunk_bytes: int | None = None
     fault: Fault | None = None
     stream_error: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @classmethod
     def text(cls, text: str, **more: Any) -> Reply:
@@ -226,6 +229,7 @@ class FakeProvider:
         self._lock = threading.Lock()
         self._requests: list[SeenRequest] = []
         self._refused: list[Refusal] = []
+        self._left = threading.Event()
         self._closing: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -252,6 +256,10 @@ class FakeProvider:
         """What was wrong with the requests that broke the vendor's rules."""
         with self._lock:
             return list(self._refused)
+
+    def wait_until_left(self, timeout_s: float) -> bool:
+        """Wait until a client has closed its connection before its answer was whole; whether one did."""
+        return self._left.wait(timeout_s)
 
     def start(self) -> Self:
         """Begin to serve in a thread of its own; `url` is set when this returns."""
@@ -285,9 +293,16 @@ class FakeProvider:
         self._loop, self._closing = asyncio.get_running_loop(), asyncio.Event()
         app = web.Application(client_max_size=256 * 1024 * 1024)
         app.router.add_post("/v1/messages", self._answer("anthropic", check_anthropic))
+        app.router.add_post("/v1/messages/count_tokens", self._answer("anthropic", check_anthropic))
         app.router.add_post("/v1/chat/completions", self._answer("openai", check_openai))
         app.router.add_get("/v1/models", self._list_models)
-        runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=0.1)
+        runner = web.AppRunner(
+            app,
+            access_log=None,
+            handle_signals=False,
+            shutdown_timeout=0.1,
+            handler_cancellation=True,
+        )
         await runner.setup()
         try:
             site = web.TCPSite(runner, "127.0.0.1", self._port)
@@ -305,7 +320,13 @@ class FakeProvider:
             seen, problem = self._take(wire, request, body, check)
             if problem is not None:
                 return _refuse(wire, *problem)
-            return await self._send(request, seen, self._next_reply(seen))
+            if request.path.endswith("/count_tokens"):
+                return web.json_response({"input_tokens": -(-len(body) // 5)})
+            try:
+                return await self._send(request, seen, self._next_reply(seen))
+            except (asyncio.CancelledError, ConnectionError):
+                self._left.set()
+                raise
 
         return handle
 

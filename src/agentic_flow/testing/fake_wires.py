@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple, cast
 
 Wire = Literal["anthropic", "openai"]
 Json = Mapping[str, Any]
+ANTHROPIC_VERSIONS = ("2023-06-01", "2026-10-21")
+"""The first is what most clients send, the second what the vendor's SDK sends since its version 2."""
 
 
 class Refusal(NamedTuple):
@@ -32,6 +34,7 @@ class SeenRequest:
     body: dict[str, Any]
     index: int
     key: str | None
+    raw: bytes = b""
 
     @classmethod
     def parse(
@@ -47,7 +50,7 @@ class SeenRequest:
             scheme, _, token = headers.get("authorization", "").partition(" ")
             key = token if scheme == "Bearer" and token else None
         fields = cast(dict[str, Any], value) if isinstance(value, dict) else {}
-        return cls(wire, path, headers, fields, index, key)
+        return cls(wire, path, headers, fields, index, key, body)
 
     @property
     def model(self) -> str:
@@ -122,18 +125,21 @@ def _text_of(content: object) -> str:
 def check_anthropic(seen: SeenRequest) -> str | None:
     """What the vendor would refuse, None when the request is good."""
     body = seen.body
-    if seen.headers.get("anthropic-version") != "2023-06-01":
+    if seen.headers.get("anthropic-version") not in ANTHROPIC_VERSIONS:
         return "anthropic-version: header is required"
     if not isinstance(body.get("model"), str) or not body["model"]:
         return "model: Field required"
     limit = body.get("max_tokens")
-    if not isinstance(limit, int) or limit < 1:
+    counting = seen.path.endswith("/count_tokens")
+    if counting and ("max_tokens" in body or "stream" in body):
+        return "max_tokens: Extra inputs are not permitted"
+    if not counting and (not isinstance(limit, int) or limit < 1):
         return "max_tokens: Field required"
     if "system" in body and not isinstance(body["system"], str | list):
         return "system: Input should be a valid string or list"
     allowed = {"model", "max_tokens", "messages", "system", "tools", "tool_choice", "temperature", "top_p",
                "top_k", "stop_sequences", "stream", "metadata", "thinking", "output_config", "service_tier",
-               "cache_control"}  # fmt: skip
+               "cache_control", "container", "inference_geo", "speed"}  # fmt: skip
     extra = sorted(set(body) - allowed)
     if extra:
         return f"{extra[0]}: Extra inputs are not permitted"
@@ -239,7 +245,9 @@ def check_openai(seen: SeenRequest) -> str | None:
         return "The 'stream_options' parameter is only allowed when 'stream' is enabled."
     allowed = {"model", "messages", "max_tokens", "max_completion_tokens", "tools", "tool_choice",
                "response_format", "temperature", "top_p", "seed", "stop", "stream", "stream_options", "n",
-               "parallel_tool_calls", "user", "logprobs", "reasoning_effort"}  # fmt: skip
+               "parallel_tool_calls", "user", "logprobs", "top_logprobs", "reasoning_effort", "verbosity",
+               "logit_bias", "metadata", "store", "service_tier", "prompt_cache_key", "frequency_penalty",
+               "presence_penalty", "safety_identifier"}  # fmt: skip
     extra = sorted(set(body) - allowed)
     if extra:
         return f"Unrecognized request argument supplied: {extra[0]}"
@@ -420,6 +428,7 @@ def anthropic_answer(seen: SeenRequest, reply: Json) -> dict[str, Any]:
         "content": content,
         "stop_reason": "tool_use" if forced else _stop(reply, _ANTHROPIC_STOPS),
         "stop_sequence": None,
+        **reply["extra"],
     }
     if not reply["omit_usage"]:
         answer["usage"] = _anthropic_usage(reply)
@@ -509,6 +518,7 @@ def openai_answer(seen: SeenRequest, reply: Json) -> dict[str, Any]:
         "choices": [
             {"index": 0, "message": message, "logprobs": None, "finish_reason": _stop(reply, _OPENAI_STOPS)}
         ],
+        **reply["extra"],
     }
     if not reply["omit_usage"]:
         answer["usage"] = _openai_usage(reply)
@@ -525,6 +535,7 @@ def openai_events(seen: SeenRequest, reply: Json) -> list[bytes]:
             "created": 0,
             "model": reply["model"] or seen.model,
             "choices": choices,
+            **reply["extra"],
             **more,
         }
         return f"data: {json.dumps(body, ensure_ascii=False)}\n\n".encode()

@@ -37,6 +37,7 @@ from agentic_flow.core.messages import (
     ToolCallDelta,
     ToolCallPart,
     ToolResultPart,
+    ToolSpec,
     Usage,
 )
 from agentic_flow.gateway.wire.format import (
@@ -56,6 +57,7 @@ from agentic_flow.gateway.wire.format import (
     system_and_turns,
     text_of,
 )
+from agentic_flow.gateway.wire.passing import PassingReader
 from agentic_flow.gateway.wire.sse import SseEvent, SseParser
 
 API_VERSION = "2023-06-01"
@@ -88,7 +90,9 @@ class AnthropicFormat:
         check_tool_choice(request)
         if request.seed is not None:
             raise InvalidInput(
-                f"seed {request.seed!r} cannot be sent: Anthropic Messages has none", hint="leave seed out"
+                f"seed {request.seed!r} cannot be sent: Anthropic Messages has none",
+                hint="leave seed out",
+                details={"field": "seed"},
             )
         system, turns = system_and_turns(request.messages)
         body: JsonObject = {
@@ -98,12 +102,13 @@ class AnthropicFormat:
         }
         if system:
             body["system"] = [{"type": "text", "text": text} for text in system if text]
-        tools = [
-            {"name": tool.name, "description": tool.description, "input_schema": tool.input_schema}
-            for tool in request.tools
-        ]
-        choice = _encode_choice(request.tool_choice)
-        if request.output_schema is not None:
+        tools = [_encode_tool(tool) for tool in request.tools]
+        choice: JsonObject = _encode_choice(request.tool_choice)
+        body.update(_encode_reasoning(request))
+        if request.output_schema is not None and _thinks(request):
+            # The API refuses a forced tool while the model thinks.
+            body["output_config"]["format"] = {"type": "json_schema", "schema": request.output_schema}
+        elif request.output_schema is not None:
             if any(tool.name == OUTPUT_TOOL for tool in request.tools):
                 raise InvalidInput(
                     f"tool name {OUTPUT_TOOL!r} is taken by structured output", hint="rename it"
@@ -121,6 +126,8 @@ class AnthropicFormat:
                 choice = {"type": "any"}
         if tools:
             body["tools"] = tools
+            if request.parallel_tool_calls is False and choice["type"] != "none":
+                choice["disable_parallel_tool_use"] = True
             if choice != {"type": "auto"}:
                 body["tool_choice"] = choice
         for name, value in (("temperature", request.temperature), ("top_p", request.top_p)):
@@ -128,6 +135,8 @@ class AnthropicFormat:
                 body[name] = value
         if request.stop:
             body["stop_sequences"] = list(request.stop)
+        if request.end_user is not None:
+            body["metadata"] = {"user_id": request.end_user}
         if stream:
             body["stream"] = True
         headers = {"content-type": "application/json", "anthropic-version": API_VERSION}
@@ -149,6 +158,9 @@ class AnthropicFormat:
     def decoder(self, request: CompletionRequest) -> AnthropicDecoder:
         return AnthropicDecoder(request)
 
+    def passing(self, sent: JsonObject) -> AnthropicPassing:
+        return AnthropicPassing("anthropic", sent)
+
     def fault(self, body: bytes) -> ProviderFault | None:
         try:
             error = mapping(orjson.loads(body)).get("error")
@@ -158,6 +170,34 @@ class AnthropicFormat:
             return None
         fields = mapping(cast(object, error))
         return ProviderFault(text_of(fields.get("type")), text_of(fields.get("message")))
+
+
+def _thinks(request: CompletionRequest) -> bool:
+    return request.reasoning_effort not in (None, "none")
+
+
+def _encode_reasoning(request: CompletionRequest) -> JsonObject:
+    effort = request.reasoning_effort
+    if effort is None:
+        return {}
+    if effort == "none":
+        return {"thinking": {"type": "disabled"}}
+    if effort == "minimal":
+        raise InvalidInput(
+            "reasoning_effort 'minimal' cannot be sent: Anthropic Messages has no such effort",
+            hint="use none, low, medium, high, xhigh or max",
+            details={"field": "reasoning_effort"},
+        )
+    return {"thinking": {"type": "adaptive"}, "output_config": {"effort": effort}}
+
+
+def _encode_tool(tool: ToolSpec) -> JsonObject:
+    encoded: JsonObject = {"name": tool.name, "input_schema": tool.input_schema}
+    if tool.description:
+        encoded["description"] = tool.description
+    if tool.strict is not None:
+        encoded["strict"] = tool.strict
+    return encoded
 
 
 def _encode_choice(choice: str) -> JsonObject:
@@ -343,20 +383,28 @@ class _Assembly:
         return ThinkingPart(text=text, signature=block.signature or None)
 
     def _final_usage(self, parts: list[Part]) -> Usage:
-        if "output_tokens" not in self._usage or "input_tokens" not in self._usage:
+        billed = _billed(self._usage)
+        if billed is None:
             self.usage_estimated = True
             return estimated_usage(self._request, parts)
-        read = count(self._usage.get("cache_read_input_tokens"))
-        written = count(self._usage.get("cache_creation_input_tokens"))
-        details = mapping(self._usage.get("output_tokens_details"))
-        return Usage(
-            input_tokens=count(self._usage.get("input_tokens")) + read + written,
-            output_tokens=count(self._usage.get("output_tokens")),
-            cache_read_tokens=read,
-            cache_write_tokens=written,
-            reasoning_tokens=count(details.get("thinking_tokens")),
-            cost_usd=None,
-        )
+        return billed
+
+
+def _billed(usage: Mapping[str, Any]) -> Usage | None:
+    """The usage of an answer, all its events together; None when it says nothing."""
+    if "output_tokens" not in usage or "input_tokens" not in usage:
+        return None
+    read = count(usage.get("cache_read_input_tokens"))
+    written = count(usage.get("cache_creation_input_tokens"))
+    details = mapping(usage.get("output_tokens_details"))
+    return Usage(
+        input_tokens=count(usage.get("input_tokens")) + read + written,
+        output_tokens=count(usage.get("output_tokens")),
+        cache_read_tokens=read,
+        cache_write_tokens=written,
+        reasoning_tokens=count(details.get("thinking_tokens")),
+        cost_usd=None,
+    )
 
 
 class AnthropicDecoder:
@@ -429,6 +477,47 @@ class AnthropicDecoder:
                 return self._assembly.add_arguments(index, text_of(delta.get("partial_json")))
             case _:
                 return []
+
+
+class AnthropicPassing(PassingReader):
+    """`PassingReader` of the Messages API."""
+
+    def __init__(self, provider: str, sent: JsonObject) -> None:
+        super().__init__(provider, sent)
+        self._counts: dict[str, Any] = {}
+
+    def take_event(self, sent: SseEvent) -> None:
+        """See `PassingReader`."""
+        event = load_object(sent.data, "an event of Anthropic's stream")
+        match event.get("type"):
+            case "error":
+                self.error = _stream_error(event)
+            case "message_start":
+                self._take(mapping(event.get("message")))
+            case "content_block_delta":
+                self.count_written(event.get("delta"))
+            case "message_delta":
+                self._take({**mapping(event.get("delta")), "usage": event.get("usage")})
+            case "message_stop":
+                self.done = True
+            case _:
+                pass  # what the API adds later passes through; its rules say to ignore the unknown
+
+    def take_answer(self, answer: JsonObject) -> None:
+        """See `PassingReader`."""
+        if answer.get("type") == "error":
+            raise _stream_error(answer)
+        if answer.get("type") != "message":
+            raise ProviderProtocol(f"Anthropic's answer is no message but {str(answer.get('type'))!r}")
+        self.count_written(answer.get("content"))
+        self._take(answer)
+
+    def _take(self, message: Mapping[str, Any]) -> None:
+        self.model = self.model or text_of(message.get("model"))
+        # Counts in later events are cumulative: they replace the earlier ones.
+        self._counts.update({k: v for k, v in mapping(message.get("usage")).items() if v is not None})
+        self.usage = _billed(self._counts)
+        self.stop_reason = _STOP_REASONS.get(text_of(message.get("stop_reason")), self.stop_reason)
 
 
 def _stream_error(event: Mapping[str, Any]) -> ProviderError:

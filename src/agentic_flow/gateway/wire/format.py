@@ -29,11 +29,7 @@ from agentic_flow.core.messages import (
     ToolResultPart,
     Usage,
 )
-
-CHARS_PER_TOKEN = 4
-"""The rule of thumb for English and code, used where no provider counted for us."""
-IMAGE_TOKENS = 1600
-"""What a full-size image costs at the large vendors, to the nearest hundred."""
+from agentic_flow.gateway.wire.passing import CHARS_PER_TOKEN, IMAGE_TOKENS, PassingReader
 
 
 class WireRequest(NamedTuple):
@@ -102,6 +98,13 @@ class WireFormat(Protocol):
     def decode(self, request: CompletionRequest, body: bytes) -> Answer: ...
 
     def decoder(self, request: CompletionRequest) -> StreamDecoder: ...
+
+    def passing(self, sent: JsonObject) -> PassingReader:
+        """What reads usage and completeness from an answer whose bytes are passed on untouched.
+
+        `sent` is the body of the request.
+        """
+        ...
 
     def fault(self, body: bytes) -> ProviderFault | None:
         """The error object in a body, None when it holds none."""

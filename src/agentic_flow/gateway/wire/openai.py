@@ -36,6 +36,7 @@ from agentic_flow.core.messages import (
     ToolCallDelta,
     ToolCallPart,
     ToolResultPart,
+    ToolSpec,
     Usage,
 )
 from agentic_flow.gateway.wire.format import (
@@ -54,6 +55,7 @@ from agentic_flow.gateway.wire.format import (
     misplaced,
     text_of,
 )
+from agentic_flow.gateway.wire.passing import PassingReader
 from agentic_flow.gateway.wire.sse import SseEvent, SseParser
 
 TOOL_ERROR_PREFIX = "Error: "
@@ -106,17 +108,9 @@ class OpenAIFormat:
             self._dialect.max_tokens_field: request.output_tokens_max,
         }
         if request.tools:
-            body["tools"] = [
-                {
-                    "type": "function",
-                    "function": {
-                        "name": tool.name,
-                        "description": tool.description,
-                        "parameters": tool.input_schema,
-                    },
-                }
-                for tool in request.tools
-            ]
+            body["tools"] = [_encode_tool(tool) for tool in request.tools]
+            if request.parallel_tool_calls is not None:
+                body["parallel_tool_calls"] = request.parallel_tool_calls
             if request.tool_choice in ("none", "required"):
                 body["tool_choice"] = request.tool_choice
             elif request.tool_choice != "auto":
@@ -135,6 +129,8 @@ class OpenAIFormat:
             ("top_p", request.top_p),
             ("seed", request.seed),
             ("stop", list(request.stop) or None),
+            ("reasoning_effort", request.reasoning_effort),
+            ("user", request.end_user),
         ):
             if value is not None:
                 body[name] = value
@@ -159,6 +155,9 @@ class OpenAIFormat:
     def decoder(self, request: CompletionRequest) -> OpenAIDecoder:
         return OpenAIDecoder(request, self._provider, self._dialect)
 
+    def passing(self, sent: JsonObject) -> OpenAIPassing:
+        return OpenAIPassing(self._provider, sent, self._dialect)
+
     def fault(self, body: bytes) -> ProviderFault | None:
         try:
             whole = mapping(orjson.loads(body))
@@ -178,6 +177,15 @@ class OpenAIFormat:
         return ProviderFault(
             str(whole.get("type") or ""), message if isinstance(message, str) else str(message)
         )
+
+
+def _encode_tool(tool: ToolSpec) -> JsonObject:
+    function: JsonObject = {"name": tool.name, "parameters": tool.input_schema}
+    if tool.description:
+        function["description"] = tool.description
+    if tool.strict is not None:
+        function["strict"] = tool.strict
+    return {"type": "function", "function": function}
 
 
 def _is_strict(schema: object) -> bool:
@@ -362,21 +370,28 @@ class _Assembly:
         return "refusal" if reason == "end" and self._refused else reason
 
     def _final_usage(self, parts: list[Part]) -> Usage:
-        usage = self._usage
-        if usage is None or "prompt_tokens" not in usage:
+        billed = _billed(self._usage, self._dialect)
+        if billed is None:
             self.usage_estimated = True
             return estimated_usage(self._request, parts)
-        prompt = mapping(usage.get("prompt_tokens_details"))
-        completion = mapping(usage.get("completion_tokens_details"))
-        cost = usage.get("cost") if self._dialect.reports_cost else None
-        return Usage(
-            input_tokens=count(usage.get("prompt_tokens")),
-            output_tokens=count(usage.get("completion_tokens")),
-            cache_read_tokens=count(prompt.get("cached_tokens")),
-            cache_write_tokens=count(prompt.get("cache_write_tokens")),
-            reasoning_tokens=count(completion.get("reasoning_tokens")),
-            cost_usd=float(cost) if isinstance(cost, int | float) else None,
-        )
+        return billed
+
+
+def _billed(usage: Mapping[str, Any] | None, dialect: Dialect) -> Usage | None:
+    """The usage object of an answer, None when it says nothing."""
+    if usage is None or "prompt_tokens" not in usage:
+        return None
+    prompt = mapping(usage.get("prompt_tokens_details"))
+    completion = mapping(usage.get("completion_tokens_details"))
+    cost = usage.get("cost") if dialect.reports_cost else None
+    return Usage(
+        input_tokens=count(usage.get("prompt_tokens")),
+        output_tokens=count(usage.get("completion_tokens")),
+        cache_read_tokens=count(prompt.get("cached_tokens")),
+        cache_write_tokens=count(prompt.get("cache_write_tokens")),
+        reasoning_tokens=count(completion.get("reasoning_tokens")),
+        cost_usd=float(cost) if isinstance(cost, int | float) else None,
+    )
 
 
 class OpenAIDecoder:
@@ -423,6 +438,51 @@ class OpenAIDecoder:
             events = self._assembly.add(mapping(choice.get("delta")))
             self._assembly.stop(choice.get("finish_reason"))
         return events
+
+
+class OpenAIPassing(PassingReader):
+    """`PassingReader` of Chat Completions. Any of several choices may hold the finish_reason."""
+
+    def __init__(self, provider: str, sent: JsonObject, dialect: Dialect) -> None:
+        super().__init__(provider, sent)
+        self._dialect = dialect
+        self._finished = False
+
+    def take_event(self, sent: SseEvent) -> None:
+        """See `PassingReader`."""
+        if sent.data.strip() == b"[DONE]":
+            if not self._finished:
+                raise ProviderProtocol(
+                    f"the stream of {self.provider} ended without a finish_reason: the answer is incomplete",
+                    hint="the connection broke; the call can be repeated",
+                )
+            self.done = True
+            return
+        chunk = load_object(sent.data, f"an event in the stream of {self.provider}")
+        if chunk.get("error"):
+            self.error = _embedded_error(self.provider, chunk["error"])
+            return
+        self._take(chunk, "delta")
+
+    def take_answer(self, answer: JsonObject) -> None:
+        """See `PassingReader`."""
+        if answer.get("error"):
+            raise _embedded_error(self.provider, answer["error"])
+        if not items(answer.get("choices")):
+            raise ProviderProtocol(f"the answer of {self.provider} has no choices")
+        self._take(answer, "message")
+
+    def _take(self, answer: Mapping[str, Any], holder: str) -> None:
+        self.model = self.model or text_of(answer.get("model"))
+        usage = answer.get("usage")
+        if isinstance(usage, dict):
+            self.usage = _billed(mapping(cast(object, usage)), self._dialect)
+        for choice in items(answer.get("choices")):
+            self.count_written(choice.get(holder))
+            reason = choice.get("finish_reason")
+            if isinstance(reason, str) and reason:
+                self._finished = True
+                self.stop_reason = _STOP_REASONS.get(reason, "end")
 
 
 def _embedded_error(provider: str, error: object) -> ProviderError:
