@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Generator, Sequence
@@ -38,6 +39,8 @@ SPELLING_WEIGHT = 0.25
 
 MOMENTS_KEPT_MAX = 1000
 QUICK_POOL_MAX = 100
+NAMED_KEYS_MAX = 32
+"""Keys of hits up to which they are bound one by one."""
 QUICK_NUMBERS_MAX: dict[IndexTier, int] = {"exact": 2_000_000, "scan": 100_000_000}
 """Numbers compared up to which a search of this tier takes about a millisecond."""
 
@@ -391,21 +394,30 @@ def _hits(
     parts: Sequence[dict[str, float]],
 ) -> tuple[Hit, ...]:
     """The rows of the keys, in their order, as they are now; what is gone or expired is left out."""
-    found = rows(
-        connection,
-        # CROSS JOIN: by key, in the order given, never through the index of the namespace.
-        f"SELECT {ITEM_COLUMNS} FROM carray(?) AS c CROSS JOIN items ON items.key = c.value "
-        f"WHERE items.namespace_id = ? AND {LIVE}",
-        (bound_keys(keys), namespace.id, request.now_s),
-    )
-    if len(found) < len(keys):
-        place = {key: index for index, key in enumerate(keys.tolist())}
-        kept = [place[row[0]] for row in found]
-        scores, parts = [scores[index] for index in kept], [parts[index] for index in kept]
+    order = keys.tolist()
+    if len(order) <= NAMED_KEYS_MAX:
+        found = rows(connection, _items_by_key(len(order)), (*order, namespace.id, request.now_s))
+    else:
+        found = rows(
+            connection,
+            # CROSS JOIN: by key, never through the index of the namespace.
+            f"SELECT {ITEM_COLUMNS} FROM carray(?) AS c CROSS JOIN items ON items.key = c.value "
+            f"WHERE items.namespace_id = ? AND {LIVE}",
+            (bound_keys(keys), namespace.id, request.now_s),
+        )
+    row_of = {row[0]: row for row in found}
     return tuple(
-        Hit.trusted(item=read_item(row), score=score, score_parts=part)
-        for row, score, part in zip(found, scores, parts, strict=True)
+        Hit.trusted(item=read_item(row_of[key]), score=score, score_parts=part)
+        for key, score, part in zip(order, scores, parts, strict=True)
+        if key in row_of
     )
+
+
+@functools.cache
+def _items_by_key(count: int) -> str:
+    """Twice as fast as `carray` for few keys. The + keeps the index of the namespace out of it."""
+    named = ",".join("?" * count)
+    return f"SELECT {ITEM_COLUMNS} FROM items WHERE key IN ({named}) AND +namespace_id = ? AND {LIVE}"
 
 
 def _json(keys: Ints) -> str:
