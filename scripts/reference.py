@@ -1,4 +1,4 @@
-"""Write docs/reference from the code: commands, settings and errors. `make reference`; a test checks it.
+"""Write docs/reference from the code: commands, settings, errors, HTTP routes. `make reference` runs it.
 
 Usage: python scripts/reference.py [--check]
 """
@@ -129,7 +129,19 @@ def errors_page() -> str:
     )
 
 
-PAGES = {"cli.md": cli_page, "settings.md": settings_page, "errors.md": errors_page}
+def http_page() -> str:
+    """The page about AgentDB's routes, from its OpenAPI document."""
+    from agentic_flow.agentdb.openapi import reference_page
+
+    return f"{NOTICE}\n\n{reference_page()}"
+
+
+PAGES = {
+    "cli.md": cli_page,
+    "settings.md": settings_page,
+    "errors.md": errors_page,
+    "agentdb-http.md": http_page,
+}
 
 
 def main() -> int:

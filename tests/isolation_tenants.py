@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from agentic_flow.agentdb.embedding import HashedNgramEmbedder
 from agentic_flow.agentdb.filters import matches
+from agentic_flow.agentdb.remote import RemoteAgentDB
 from agentic_flow.core.errors import AgenticFlowError, Conflict, NotFound
 from agentic_flow.core.ports import VectorStore
 from agentic_flow.core.vectors import (
@@ -226,6 +227,10 @@ class Tenant:
         async def call(store: VectorStore) -> Any:
             found = await store.stats(self.name)
             for stats in found:
+                # Over HTTP the key is a tenant's, which must not learn how much the others write.
+                assert (stats.sequence is None) == isinstance(store, RemoteAgentDB), f"{self.name}: {stats!r}"
+                if stats.sequence is None:
+                    continue
                 before, calls = bounds[stats.name]
                 moved = stats.sequence - before
                 assert moved >= 0, f"{self.name}: the sequence went back by {-moved}"

@@ -337,7 +337,8 @@ async def test_the_twin_sends_and_receives_exact_vectors(tmp_path: Path) -> None
         assert await twin.search_many(TENANT, SPACE, queries) == await db.store.search_many(
             TENANT, SPACE, queries
         )
-        assert await twin.stats(TENANT) == await db.store.stats(TENANT)
+        told = [one.model_copy(update={"sequence": None}) for one in await db.store.stats(TENANT)]
+        assert await twin.stats(TENANT) == told
 
 
 # The document

@@ -20,7 +20,7 @@ from agentic_flow.agentdb.index.tiers import Near
 from agentic_flow.agentdb.remote import RemoteAgentDB
 from agentic_flow.agentdb.routes import build_routes
 from agentic_flow.agentdb.service import AgentDB
-from agentic_flow.core.auth import Principal
+from agentic_flow.core.auth import LOCAL_OWNER, NoCredentials, Principal
 from agentic_flow.core.errors import NotFound
 from agentic_flow.core.settings import AgentDBSettings, Settings
 from agentic_flow.core.vectors import Document, Fingerprint, Item, SearchQuery, Vector
@@ -67,6 +67,8 @@ class Served:
     url: str
     remote: RemoteAgentDB
     keys: dict[str, str]
+    identity: Identity
+    store: AgentDB
 
 
 @asynccontextmanager
@@ -92,7 +94,7 @@ async def served(folder: Path) -> AsyncGenerator[Served]:
                 ready=ready,
             )
             async with serving(app) as (url,), RemoteAgentDB(url, tokens=TenantKeys(keys)) as remote:
-                yield Served(url, remote, keys)
+                yield Served(url, remote, keys, identity, store)
     finally:
         identity.close()
 
@@ -102,6 +104,48 @@ async def test_every_answer_over_http_is_the_tenants_own(seed: int, tmp_path: Pa
     """Catches a face that mixes callers up: the tenant of a call is the one whose key it came with."""
     async with served(tmp_path) as at, AgentDB(tmp_path / "alone", settings()) as alone:
         await live(at.remote, seed, rounds=100, at_once=6, looks_every=50, alone=alone)
+
+
+async def test_only_an_operator_is_told_how_much_all_tenants_write(tmp_path: Path) -> None:
+    """Catches a count of the others' calls in the numbers of one's own, and an operator who is told none."""
+    one, other = "tenant-00", "tenant-01"
+    async with served(tmp_path) as at, aiohttp.ClientSession() as session:
+        for tenant in (one, other, one):
+            await at.remote.create_namespace(tenant, "points", dimension=2, embedder_id="model-a")
+            await at.remote.upsert(tenant, "points", [Item(id="a", vector=Vector((1.0, 0.0)))])
+        (known,) = await at.store.stats(one)
+        assert known.sequence
+        wanted = {
+            ("memory:read",): None,
+            ("memory:*",): None,
+            ("*",): None,
+            ("memory:read", "platform:admin"): known.sequence,
+        }
+        for scopes, sequence in wanted.items():
+            _, key = await at.identity.create_key(one, "someone", set(scopes))
+            url, headers = f"{at.url}/v1/namespace-stats", {"authorization": f"Bearer {key}"}
+            async with session.get(url, headers=headers) as answer:
+                assert answer.status == 200
+                (told,) = (await answer.json())["stats"]
+            assert "sequence" in told
+            assert told == {**known.model_dump(mode="json"), "sequence": sequence}, scopes
+
+
+async def test_the_local_owner_is_the_operator(tmp_path: Path) -> None:
+    """Catches a number withheld from who has the whole folder: a caller on loopback without any keys."""
+
+    async def ready() -> dict[str, bool]:
+        return {"agentdb": True}
+
+    async with AgentDB(tmp_path, settings()) as store:
+        await store.create_namespace(LOCAL_OWNER.tenant, "notes")
+        app = create_app(
+            "agentdb", build_routes(store), authenticator=NoCredentials(), settings=Settings(), ready=ready
+        )
+        async with serving(app) as (url,), RemoteAgentDB(url) as remote:
+            (told,) = await remote.stats(LOCAL_OWNER.tenant)
+        assert told.sequence
+        assert [told] == await store.stats(LOCAL_OWNER.tenant)
 
 
 NAMESPACE_CALLS: tuple[tuple[str, str, Any], ...] = (

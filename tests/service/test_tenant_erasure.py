@@ -180,6 +180,7 @@ async def test_the_history_of_the_others_still_restores_to_every_sequence(tmp_pa
             await store.upsert("gone", NOTES, [Item(id=f"g{number}", text="aardvark")])
             await store.upsert("kept", NOTES, [Item(id=f"k{number % 5}", text=f"badger {number}")])
             (stats,) = await store.stats("kept")
+            assert stats.sequence is not None
             moments[stats.sequence] = await everything(store, "kept")
         assert await store.erase_tenant("gone") == 12
     for sequence, items in moments.items():

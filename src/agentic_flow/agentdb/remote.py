@@ -112,7 +112,7 @@ class RemoteAgentDB(HttpTwin):
         return _read(_NAMESPACES, await self._ask(tenant, "GET", "/v1/namespaces"), "namespaces")
 
     async def stats(self, tenant: str) -> list[NamespaceStats]:
-        """See VectorStore."""
+        """See VectorStore. `sequence` is None unless the token is an operator's (scope `platform:admin`)."""
         return _read(_STATS, await self._ask(tenant, "GET", "/v1/namespace-stats"), "stats")
 
     async def delete_namespace(self, tenant: str, name: str) -> bool:

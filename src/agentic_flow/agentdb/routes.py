@@ -53,6 +53,8 @@ from agentic_flow.core.vectors import Name, Namespace, Page, SearchQuery, Search
 from agentic_flow.core.web import body_max_bytes, principal_of, stream_body
 
 READ, WRITE = "memory:read", "memory:write"
+OPERATOR = "platform:admin"
+"""Scope of whoever runs the database, and may know what concerns all tenants."""
 IDEMPOTENCY_HEADER = "idempotency-key"
 RAW = "application/octet-stream"
 PUBLIC_PATHS = frozenset({DOCUMENT_PATH})
@@ -321,7 +323,12 @@ class _Namespaces:
         return answer(NamespaceList(namespaces=tuple(found)))
 
     async def stats(self, request: Request) -> Response:
-        return answer(StatsList(stats=tuple(await self._db.stats(principal_of(request).tenant))))
+        caller = principal_of(request)
+        found = await self._db.stats(caller.tenant)
+        if not caller.allows(OPERATOR):
+            # Its gaps would tell one tenant how much all the others do.
+            found = [one.model_copy(update={"sequence": None}) for one in found]
+        return answer(StatsList(stats=tuple(found)))
 
     async def erase(self, request: Request) -> Response:
         return answer(Erased(items=await self._db.erase_tenant(principal_of(request).tenant)))
@@ -365,6 +372,7 @@ def _namespace_operations(faces: _Namespaces) -> list[Operation]:
             method="GET",
             path="/v1/namespace-stats",
             summary="The tenant's namespaces with sizes and the state of their indexes.",
+            notes="`sequence` counts the calls of all tenants: only the scope `platform:admin` is told it.",
             scope=READ,
             handler=faces.stats,
             answer=StatsList,

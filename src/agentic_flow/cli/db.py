@@ -345,7 +345,8 @@ def search(
 def stats(session: Session, tenant: TenantOption = None) -> None:
     """Rows, bytes, index tier and lag of every namespace.
 
-    The lag counts changes that the index has not taken in; searches look at those rows themselves.
+    The lag counts changes that the index has not taken in; searches look at those rows themselves. The
+    sequence counts the calls of all tenants: a service tells it only to keys with the scope platform:admin.
     """
     from agentic_flow.cli.output import print_table
 
@@ -395,10 +396,7 @@ def _print_result(result: SearchResult, explain: bool) -> None:
     if result.mode == "text":
         talk(f"{count} by full text alone")
     else:
-        talk(
-            f"{count}, {result.mode}, embedder {result.embedder_id} ({kind}), "
-            f"index: {result.tier}"
-        )
+        talk(f"{count}, {result.mode}, embedder {result.embedder_id} ({kind}), index: {result.tier}")
 
 
 def _print_item(item: Item) -> None:

@@ -290,6 +290,10 @@ class NamespaceStats(Frozen):
 
     `index_lag` counts committed changes that the index has not taken in yet (searches compare those rows one
     by one, so none is missed). Sizes are of what is stored, in bytes; None where the store cannot tell.
+
+    `sequence` numbers the operations of all tenants together. From its gaps a tenant could count what the
+    others do, so over HTTP only the operator (scope `platform:admin`) is told it, others get None. A store in
+    the process always gives it: whoever has the data folder has everything in it.
     """
 
     name: Name
@@ -304,4 +308,7 @@ class NamespaceStats(Frozen):
     index_bytes: int | None
     vector_bytes: int
     text_bytes: int
-    sequence: int
+    sequence: int | None = Field(
+        description="Last operation of the namespace, in the numbers of the whole database; null for callers "
+        "without the scope `platform:admin`."
+    )

@@ -466,7 +466,9 @@ async def stats_tell_what_is_there(store: VectorStore) -> None:
     assert await after(store.restore(tenant, "a", items[:1])) == (4, 1)
     assert await after(store.delete_documents(tenant, "a", ["a.py"])) == (2, 0)
     assert await after(store.delete_where(tenant, "a", {"@id": "i1"})) == (1, 0)
-    assert sequences == sorted(set(sequences)), "a change without a number of its own"
+    numbers = [sequence for sequence in sequences if sequence is not None]
+    assert len(numbers) in (0, len(sequences)), "told to one and the same caller, or not"
+    assert numbers == sorted(set(numbers)), "a change without a number of its own"
     assert await after(store.upsert(tenant, "a", [Item(id="gone", expires_at_s=1.0)])) == (1, 0)
     assert (await store.stats(tenant))[1] == second, "a change of one namespace shows in another"
 
