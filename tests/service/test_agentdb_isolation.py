@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import re
+import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -211,6 +213,9 @@ class Statements:
         watched.trace_v2(apsw.SQLITE_TRACE_PROFILE, profile, id=self)
 
 
+READERS = 4
+
+
 async def test_a_foreign_namespace_takes_the_path_of_a_missing_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +235,9 @@ async def test_a_foreign_namespace_takes_the_path_of_a_missing_one(
         await store.upsert("other", "private", items, idempotency_key="key")
         await store.search("other", "private", SearchQuery(vector=items[0].vector))
         await store.settle()
+        # Every reader opens its connection now: one that did so between two calls would be told apart.
+        together = threading.Barrier(READERS)
+        await asyncio.gather(*(store._db.read(lambda _: together.wait()) for _ in range(READERS)))
         mark = Fingerprint(size_bytes=1, mtime_ns=1, sha256="0")
         calls: list[Callable[[str], Awaitable[Any]]] = [
             lambda name: store.upsert("me", name, items[:1], idempotency_key="key"),
