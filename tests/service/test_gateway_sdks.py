@@ -15,6 +15,8 @@ import aiohttp
 import anthropic
 import openai
 import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from structlog.testing import capture_logs
 
@@ -177,9 +179,11 @@ class Front:
 
 
 @asynccontextmanager
-async def gateway_at(fake: FakeProvider, **more: Any) -> AsyncIterator[str]:
+async def gateway_at(
+    fake: FakeProvider, *, stop: asyncio.Event | None = None, **more: Any
+) -> AsyncIterator[str]:
     """A gateway over `fake`, with the routes and error shapes of the platform."""
-    settings = GatewaySettings.model_validate(
+    configured = GatewaySettings.model_validate(
         {
             "anthropic": {"base_url": fake.anthropic_url, "api_key": "upstream-key"},
             "openai": {"base_url": fake.openai_url, "api_key": "upstream-key"},
@@ -192,7 +196,7 @@ async def gateway_at(fake: FakeProvider, **more: Any) -> AsyncIterator[str]:
     async def ready() -> dict[str, bool]:
         return {}
 
-    async with Gateway(settings) as gateway:
+    async with Gateway(configured) as gateway:
         app = create_app(
             "platform",
             [*build_routes(gateway), *build_front_routes(gateway)],
@@ -201,7 +205,7 @@ async def gateway_at(fake: FakeProvider, **more: Any) -> AsyncIterator[str]:
             ready=ready,
             error_shapes=ERROR_SHAPES,
         )
-        async with serving(app) as (url,):
+        async with serving(app, stop=stop) as (url,):
             yield url
 
 
@@ -440,6 +444,9 @@ async def test_wrong_keys_and_missing_scopes(front: str) -> None:
         for lister in (sdk.openai.models.list(), sdk.anthropic.models.list()):
             with pytest.raises((openai.AuthenticationError, anthropic.AuthenticationError)):
                 await lister
+        with pytest.raises(openai.AuthenticationError) as shaped:
+            await sdk.openai.models.retrieve("fake-model")
+        assert shaped.value.code == "invalid_api_key"
     assert fake.requests == []
 
 
@@ -576,6 +583,29 @@ async def test_a_client_that_leaves_ends_the_call_upstream(front: str, back: str
         assert await asyncio.to_thread(fake.wait_until_left, WAIT_S)
 
 
+async def test_a_server_that_stops_lets_streams_finish_or_says_that_it_cut_them() -> None:
+    """Catches a stream that ends at a restart as if it were complete."""
+    for reply, whole in (
+        (Reply.text("all of it", chunk_delay_s=0.02), True),
+        (Reply.broken("hang_mid", text="word " * 20), False),
+    ):
+        pieces: list[str] = []
+        stop = asyncio.Event()
+        with FakeProvider([reply], api_key="upstream-key") as fake:
+            async with gateway_at(fake, stop=stop) as url, Front("openai", url) as sdk:
+                task = asyncio.create_task(_read(sdk, "anthropic:fake-model", pieces))
+                async with asyncio.timeout(WAIT_S):
+                    while not pieces:
+                        await asyncio.sleep(0)
+                stop.set()
+                if whole:
+                    await task
+                    assert "".join(pieces) == "all of it"
+                else:
+                    with pytest.raises(openai.APIError, match="the server is stopping"):
+                        await task
+
+
 # Counting and listing
 
 
@@ -610,13 +640,59 @@ async def test_both_vendors_clients_list_the_models() -> None:
             await sdk.anthropic.models.retrieve("nobody")
 
 
+# Whatever arrives
+
+NAMES = st.sampled_from(
+    "messages stream max_tokens temperature stop tools tool_choice response_format system thinking role "
+    "content type text name n stream_options output_config metadata user logprobs stop_sequences".split()
+)
+VALUES: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | NAMES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=4),
+    max_leaves=10,
+)
+MODELS = st.sampled_from(["openai:fake-model", "anthropic:fake-model", "extractive", "nobody"])
+BODIES = st.binary(max_size=40) | st.builds(
+    lambda model, more, whole: json.dumps(
+        {
+            **({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9} if whole else {}),
+            "model": model,
+            **more,
+        }
+    ).encode(),
+    MODELS | VALUES,
+    st.dictionaries(NAMES, VALUES, max_size=3),
+    st.booleans(),
+)
+
+
+@settings(
+    max_examples=4,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(bodies=st.lists(BODIES, min_size=25, max_size=25))
+async def test_no_body_gives_a_500_or_a_hang(bodies: list[bytes]) -> None:
+    """Catches a request that ends in a bug of ours, or that is never answered."""
+    headers = {"x-api-key": "good", "anthropic-version": "2023-06-01"}
+    with FakeProvider(lambda seen: Reply.text("{}"), api_key="upstream-key") as fake:
+        async with gateway_at(fake) as url, aiohttp.ClientSession(url, headers=headers) as session:
+            for body in bodies:
+                for path in ("/v1/chat/completions", "/v1/messages", "/v1/messages/count_tokens"):
+                    async with asyncio.timeout(WAIT_S), session.post(path, data=body) as answer:
+                        content = await answer.read()
+                    assert answer.status in (200, 400, 404), (path, body, content)
+                    if answer.status != 200:
+                        assert "error" in json.loads(content)
+
+
 # The platform itself
 
 
 async def test_the_platform_serves_both_sdks_with_its_own_keys(tmp_path: Path) -> None:
     """Catches routes that are not on port 3000, and the platform's keys not taken in either header."""
     with FakeProvider(lambda seen: Reply.text(f"from {seen.wire}"), api_key="upstream-key") as fake:
-        settings = Settings.model_validate(
+        configured = Settings.model_validate(
             {
                 "data_dir": tmp_path / "data",
                 "auth": {"required": True},
@@ -630,7 +706,7 @@ async def test_the_platform_serves_both_sdks_with_its_own_keys(tmp_path: Path) -
         stop, ready, keys = asyncio.Event(), asyncio.get_running_loop().create_future(), list[str]()
         server = asyncio.create_task(
             serve_services(
-                settings, ["platform"], on_ready=ready.set_result, on_owner_key=keys.append, stop=stop
+                configured, ["platform"], on_ready=ready.set_result, on_owner_key=keys.append, stop=stop
             )
         )
         await asyncio.wait((server, ready), return_when=asyncio.FIRST_COMPLETED)

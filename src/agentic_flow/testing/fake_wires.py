@@ -241,6 +241,8 @@ def check_openai(seen: SeenRequest) -> str | None:
         return "you must provide a model parameter"
     if "max_tokens" in body and "max_completion_tokens" in body:
         return "max_tokens and max_completion_tokens cannot both be set"
+    if not isinstance(body.get("stream_options") or {}, dict):
+        return "Invalid type for 'stream_options': expected an object."
     if "stream_options" in body and not seen.stream:
         return "The 'stream_options' parameter is only allowed when 'stream' is enabled."
     allowed = {"model", "messages", "max_tokens", "max_completion_tokens", "tools", "tool_choice",
