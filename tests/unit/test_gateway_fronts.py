@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from agentic_flow.core.errors import (
@@ -64,7 +64,11 @@ arguments = st.dictionaries(
 )
 stops: st.SearchStrategy[StopReason] = st.sampled_from(["end", "length", "refusal"])
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=12,
 )
@@ -415,6 +419,15 @@ def test_refusals_name_the_field(name: str, change: dict[str, Any], field: str) 
 # Errors and names
 
 
+def test_a_name_in_another_spelling_is_renamed_and_its_like_is_not() -> None:
+    """Catches a nested `model` renamed in place of the real one, whose key is written with an escape."""
+    body = b'{"a": {"model": "m"}, "mod\\u0065l": "m", "b": "\\"model\\": \\"m\\""}'
+    assert rename_model(body, "n") == body.replace(b'l": "m"', b'l": "n"').replace(
+        b'{"model": "n"}', b'{"model": "m"}'
+    )
+    assert rename_model(b'{"model":"m", "model" : "m"}', "n") == b'{"model":"n", "model" : "n"}'
+
+
 @pytest.mark.parametrize(
     ("error", "openai_status", "anthropic_status", "openai_code", "anthropic_type"),
     [
@@ -462,12 +475,15 @@ def test_errors_have_the_vendors_statuses_and_words(
     name=st.text(max_size=8),
     indent=st.none() | st.integers(0, 2),
 )
+@example(before={"a": {"model": "m"}}, after={}, model="m", name="n", indent=None)
+@example(before={'x"model': "m"}, after={}, model="m", name="n", indent=0)
 @example(before={"a": {"model": "x"}}, after={"b": ['"model": "y"', "\\"]}, model="m", name='"', indent=2)
 def test_only_the_model_is_renamed(
     before: dict[str, Any], after: dict[str, Any], model: str, name: str, indent: int | None
 ) -> None:
     """Catches another byte of a request changed, or a `model` within a schema taken for the real one."""
     body = {**before, "model": model, **{k: v for k, v in after.items() if k != "model"}}
+    assume(model != name)
     text = json.dumps(body, indent=indent, ensure_ascii=False).encode("utf-8", "surrogatepass")
     renamed = rename_model(text, name)
     # orjson and json write some characters differently; read, the value must be the name.

@@ -6,6 +6,7 @@ stream that breaks within one can still be ended by an error event that clients 
 
 from __future__ import annotations
 
+import itertools
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ from agentic_flow.gateway.wire.sse import SseEvent, SseParser
 _EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 # A string as a whole, or one structural character; what lies between says nothing about nesting.
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]:,]', re.DOTALL)
+_NAMED = re.compile(rb'"model"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")', re.DOTALL)
+
 # Fields whose strings are no text that a model reads or writes.
 _LABELS = frozenset({"role", "type", "id", "tool_call_id", "tool_use_id"})
 
@@ -138,8 +141,21 @@ class PassingReader(ABC):
 def rename_model(body: bytes, model: str) -> bytes:
     """The JSON object `body` with another value of its top-level `model`, every other byte as it was.
 
-    Where the name is given several times, each is replaced. `body` must be valid JSON.
+    Where the name is given several times, each is replaced. `body` must be valid JSON, and the name a string
+    other than `model`.
     """
+    found = list(itertools.islice(_NAMED.finditer(body), 2))
+    if len(found) == 1:
+        # Nearly always the one place that looks right is; reading the result is faster than walking there.
+        start, end = found[0].span(1)
+        renamed = b"".join([body[:start], orjson.dumps(model), body[end:]])
+        if orjson.loads(renamed).get("model") == model:
+            return renamed
+    return _rename_everywhere(body, model)
+
+
+def _rename_everywhere(body: bytes, model: str) -> bytes:
+    """The same by walking through all of it."""
     pieces: list[bytes] = []
     depth, at, key, awaiting = 0, 0, b"", False
     for token in _TOKEN.finditer(body):
