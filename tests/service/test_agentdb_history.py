@@ -16,6 +16,7 @@ import pytest
 from agentic_flow.agentdb import segments, writing
 from agentic_flow.agentdb.backup import backup, backups_holding, erase_from_history, restore, verify
 from agentic_flow.agentdb.manifest import DATABASE
+from agentic_flow.agentdb.pruning import prune
 from agentic_flow.agentdb.records import find_namespace
 from agentic_flow.agentdb.segment_files import list_segments, load_segment, locked
 from agentic_flow.agentdb.segments import Kind, Record
@@ -471,3 +472,94 @@ async def test_dropping_a_large_namespace_records_its_number_only(tmp_path: Path
     restore(tmp_path / "base", tmp_path / "back", history=history)
     assert stored(tmp_path / "back") == now
     assert verify(tmp_path / "back").ok
+
+
+async def test_pruning_removes_what_no_kept_backup_needs_and_no_more(tmp_path: Path) -> None:
+    """Catches a moment behind a kept backup that is lost, segments that stay, and a chain that breaks off."""
+    data, history, backups = tmp_path / "data", tmp_path / "history", tmp_path / "backups"
+    with recorded(data, history, segment_max_bytes=1500) as one:
+        folder = one.history.status().folder
+        moments: dict[str, list[int]] = {}
+        for name in ("first", "second", "third"):
+            moments[name] = []
+            for number in range(6):
+                await put(one, f"{name}{number}", text="many words " * 40)
+                moments[name].append(one.sequence)
+            one.history.seal()
+            backup(data, backups / name)
+        before = list_segments(folder)
+        ends = [moments[name][-1] for name in ("first", "second", "third")]
+        foreign = recorded(tmp_path / "other", tmp_path / "other-history")
+        with foreign as other:
+            await put(other, "x")
+        # A backup of another database, however old, needs nothing of this history.
+        backup(tmp_path / "other", backups / "foreign")
+        tried = prune(data, history, dry_run=True)
+        assert (tried.oldest_backup, tried.oldest_sequence) == (backups / "first", ends[0])
+        assert list_segments(folder) == before
+        assert list(tried.removed) == [file.path for file in before if file.last <= ends[0]]
+        (backups / "first").rename(tmp_path / "gone")
+        done = prune(data, history, [backups])
+        assert (done.oldest_backup, done.missing) == (backups / "second", (backups / "first",))
+        assert done.removed_bytes > 0
+        after = list_segments(folder)
+        assert after == [file for file in before if file.last > ends[1]]
+        assert (len(done.removed), done.kept) == (len(before) - len(after), len(after))
+        await put(one, "later")
+        one.history.seal()
+        moments["third"].append(one.sequence)
+        assert verify(folder).ok
+        for sequence in moments["third"]:
+            back = tmp_path / f"at-{sequence}"
+            assert restore(backups / "second", back, history=history, at=sequence).sequence == sequence
+        with pytest.raises(DataCorrupted, match="not in the history"):
+            restore(tmp_path / "gone", tmp_path / "too-old", history=history)
+        # Back again, it is the oldest, and the history no longer continues it.
+        with pytest.raises(Conflict, match="begins at"):
+            prune(data, history, [tmp_path / "gone"])
+        shutil.rmtree(tmp_path / "gone")
+        # All that is sealed is in the newest backup; the chain goes on from the last segment all the same.
+        backup(data, backups / "fourth", history_dir=history)
+        for name in ("second", "third"):
+            shutil.rmtree(backups / name)
+        assert prune(data, history).kept == 1
+        await put(one, "last")
+        one.history.seal()
+        assert verify(folder).ok
+        assert restore(backups / "fourth", tmp_path / "end", history=history).sequence == one.sequence
+
+
+async def test_pruning_needs_a_backup_that_is_whole(tmp_path: Path) -> None:
+    """Catches a history that is removed for a backup that is not there, or cannot be restored."""
+    data, history = tmp_path / "data", tmp_path / "history"
+    with recorded(data, history, segment_max_bytes=1500) as one:
+        folder = one.history.status().folder
+        for number in range(6):
+            await put(one, f"i{number}", text="many words " * 40)
+        one.history.seal()
+        before = list_segments(folder)
+        assert len(before) > 1
+        with pytest.raises(Conflict, match="no backup"):
+            prune(data, history)
+        backup(data, tmp_path / "base")
+        file = tmp_path / "base" / "agentdb.db"
+        whole = file.read_bytes()
+        file.write_bytes(whole[:5000] + b"!" + whole[5001:])
+        with pytest.raises(DataCorrupted, match="damaged"):
+            prune(data, history)
+        assert list_segments(folder) == before
+        file.write_bytes(whole)
+        assert prune(data, history).kept == 1
+
+
+async def test_a_history_that_cannot_be_written_is_told_in_words(tmp_path: Path) -> None:
+    """Catches a bare errno where the path and the reason should stand, beside a backup that is whole."""
+    with recorded(tmp_path / "data", tmp_path / "history") as one:
+        await put(one, "a")
+        wrong = tmp_path / "file"
+        wrong.touch()
+        told = backup(tmp_path / "data", tmp_path / "base", history_dir=wrong).history_error
+        assert told is not None
+        assert told.endswith("cannot be written: Not a directory")
+        assert told.startswith(f"'{wrong}")
+    assert verify(tmp_path / "base").ok

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -394,6 +395,15 @@ def test_a_backup_brings_back_a_moment(place: Place, tmp_path: Path) -> None:
     assert "problems" in found.out
     assert damaged.name in found.err
     assert place.run("db", "restore", "monday", "--to", "at-damaged").code == 9
+    assert place.run("db", "prune").code == 2
+    assert place.run("db", "prune", **history).code == 9
+    shutil.rmtree(tmp_path / "monday")
+    pruned = ok(place.run("db", "prune", "--dry-run", "--json", **history)).data
+    assert pruned["oldest_backup"] == str(tmp_path / "tuesday")
+    assert (pruned["removed"], pruned["kept"], pruned["missing"]) == ([], 1, [str(tmp_path / "monday")])
+    told = ok(place.run("db", "prune", **history))
+    assert "0 segments, 0 B, removed; 1 kept" in told.out
+    assert "taken for deleted" in told.err
     assert not (tmp_path / "at-damaged" / "agentdb" / "agentdb.db").exists()
     assert place.run("db", "verify", "nowhere").code == 2
     elsewhere = place.run("db", "backup", "x", AGENTIC_FLOW_PEERS__AGENTDB_URL="http://127.0.0.1:1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import shutil
 import signal
 import sqlite3
 import urllib.request
@@ -17,6 +18,7 @@ from cli_process import Place
 
 from agentic_flow.agentdb.backup import backup, restore
 from agentic_flow.agentdb.erasure import recorded_backups, survey_backups
+from agentic_flow.agentdb.lineage import other_histories
 from agentic_flow.agentdb.manifest import DATABASE
 from agentic_flow.agentdb.service import AgentDB
 from agentic_flow.core.errors import Unavailable
@@ -232,9 +234,9 @@ async def test_a_log_in_use_is_told_and_the_erasure_can_be_repeated(
         assert files_that_hold(tmp_path, "aardvark") == []
 
 
-async def fill(data_dir: Path, *tenants: str) -> None:
+async def fill(data_dir: Path, *tenants: str, history_dir: Path | None = None) -> None:
     """A database in which each of them has a row."""
-    async with AgentDB(data_dir, AgentDBSettings()) as store:
+    async with AgentDB(data_dir, AgentDBSettings(history_dir=history_dir)) as store:
         for tenant in tenants:
             await store.create_namespace(tenant, NOTES)
             await store.upsert(tenant, NOTES, [Item(id="a", text="some words")])
@@ -326,7 +328,88 @@ def test_the_command_names_the_backups_that_hold_the_tenant(tmp_path: Path) -> N
     assert survey["verdict"] == "held"
     assert set(survey["holding"]) == {str(tmp_path / n) for n in ("aside", "kept/monday", "named/tuesday")}
     told = place.run(*erase, "beta")
-    assert told.out.splitlines()[1:] == [f"still held by the backup {tmp_path / 'aside'}"]
+    assert told.out.splitlines()[1:] == [f"still held in {tmp_path / 'aside'}"]
+
+
+def test_a_restored_database_tells_of_the_history_it_came_from(tmp_path: Path) -> None:
+    """Catches "erased" said of a restored database while the history that it came from holds the tenant."""
+    place = Place(tmp_path, AGENTIC_FLOW_AGENTDB__HISTORY_DIR=str(tmp_path / "history"))
+    asyncio.run(fill(place.data_dir, "acme", history_dir=tmp_path / "history"))
+    (history,) = (tmp_path / "history").iterdir()
+    for words in (
+        ("db", "backup", "monday"),
+        ("db", "restore", "monday", "--to", "back"),
+        ("tenants", "create", "acme", "--data-dir", "back"),
+    ):
+        done = place.run(*words)
+        assert done.code == 0, done.err
+    done = place.run("tenants", "erase", "acme", "--yes", "--json", "--data-dir", "back")
+    assert done.code == 0, done.err
+    assert done.data["erased"]["memory"] == 1
+    survey = done.data["backups"]
+    assert survey["verdict"] == "held"
+    assert survey["holding"] == [str(tmp_path / "monday"), str(history)]
+    assert any(str(history) in note for note in survey["notes"])
+
+
+@pytest.mark.parametrize("configured", [True, False], ids=["history set", "history unset"])
+async def test_all_that_a_database_comes_from_is_surveyed(tmp_path: Path, configured: bool) -> None:
+    """Catches backups and histories that are forgotten when a restored database is restored again."""
+    data, history = tmp_path / "data", tmp_path / "history"
+    await fill(data, "acme", "beta", history_dir=history)
+    for name in ("first", "second"):
+        backup(data, tmp_path / name, history_dir=history)
+    (origin,) = history.iterdir()
+    restore(tmp_path / "second", tmp_path / "once", history=history)
+    backup(tmp_path / "once", tmp_path / "third")
+    restore(tmp_path / "third", tmp_path / "twice")
+    own = AgentDBSettings(history_dir=history if configured else None)
+    async with Runtime(Settings(data_dir=tmp_path / "twice", agentdb=own)) as runtime:
+        survey = await runtime.survey_backups("acme")
+        assert survey.verdict == "held"
+        places = [*(tmp_path / name for name in ("first", "second", "third")), origin]
+        assert survey.holding == tuple(map(str, places))
+        # Erased in the original as well, and the backups deleted: nothing is left, if all can be looked at.
+        async with AgentDB(data, AgentDBSettings(history_dir=history)) as store:
+            assert await store.erase_tenant("acme") == 1
+        for place in places[:3]:
+            shutil.rmtree(place)
+        survey = await runtime.survey_backups("acme", [tmp_path / "history"])
+        assert (survey.holding, survey.missing) == ((), tuple(map(str, places[:3])))
+        assert survey.verdict == ("not_held" if configured else "unknown"), survey
+        survey = await runtime.survey_backups("beta")
+        assert survey.holding == (str(origin),)
+
+
+async def test_a_history_that_cannot_be_looked_at_is_told(tmp_path: Path) -> None:
+    """Catches "not held" of a history that is damaged, or whose place nobody knows any more."""
+    history, data, back = tmp_path / "history", tmp_path / "data", tmp_path / "back"
+    async with AgentDB(data, AgentDBSettings(history_dir=history)) as store:
+        await store.create_namespace("acme", NOTES)
+    backup(data, tmp_path / "base", history_dir=history)
+    restore(tmp_path / "base", back, history=history)
+    (folder,) = history.iterdir()
+    (segment,) = folder.glob("*.segment")
+    whole = segment.read_bytes()
+    others = other_histories(back / DATABASE, history)
+    assert (others.folders, others.notes) == ((folder,), ())
+    survey = survey_backups("acme", [], [], histories=others.folders)
+    assert (survey.verdict, survey.holding) == ("held", (str(folder),))
+    segment.write_bytes(whole[:100] + b"!" + whole[101:])
+    survey = survey_backups("acme", [tmp_path / "base"], histories=others.folders)
+    assert survey.verdict == "held"
+    assert any(str(segment) in told for told in survey.unreadable)
+    assert survey_backups("other", [tmp_path / "base"], histories=others.folders).verdict == "unknown"
+    folder.rename(tmp_path / "moved")
+    survey = survey_backups("other", [tmp_path / "base"], histories=others.folders)
+    assert (survey.verdict, survey.missing) == ("not_held", (str(folder),))
+    # The database's own history, when it is not set any more; and an origin whose history nobody named.
+    (told,) = other_histories(data / DATABASE, None).notes
+    assert "history_dir is not set" in told
+    restore(tmp_path / "base", tmp_path / "alone")
+    (told,) = other_histories(tmp_path / "alone" / DATABASE, None).notes
+    assert folder.name in told
+    assert other_histories(tmp_path / "nothing.db", None).notes == ()
 
 
 def test_a_platform_elsewhere_says_it_over_http(tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ from typing import Any, TypeVar, cast
 import apsw
 
 from agentic_flow.agentdb.erasure import (
+    BACKUPS_MADE,
     MANIFEST,
     PART,
     backups_holding,
+    carry_records,
     erase_from_history,
     open_readonly,
     record_backup,
@@ -38,7 +40,7 @@ from agentic_flow.agentdb.manifest import (
 )
 from agentic_flow.agentdb.restoring import RestoreReport, restore
 from agentic_flow.agentdb.sealing import Sealer
-from agentic_flow.agentdb.segment_files import replace_file, sync_folder
+from agentic_flow.agentdb.segment_files import failure, replace_file, sync_folder
 from agentic_flow.agentdb.verifying import Problem, VerifyReport, verify
 from agentic_flow.core.db import rows
 from agentic_flow.core.errors import AgenticFlowError, Conflict, DataCorrupted, PathNotFound, Unavailable
@@ -90,7 +92,8 @@ def backup(
 
     The copy is compact: what was deleted is not in it, not even as free space. It appears under its name when
     it is complete and durable; a crash leaves at most a hidden `.part` folder beside it. Its place is noted
-    beside the database, so that erasing a tenant can say that this backup holds it.
+    beside the database, so that erasing a tenant can say that this backup holds it; the backup has the places
+    of those before it.
 
     Args:
         data_dir: Data folder of the database.
@@ -119,6 +122,7 @@ def backup(
     try:
         part.mkdir(parents=True)
         manifest = _copy(source, part, progress)
+        carry_records([source.parent / BACKUPS_MADE], part)
         part.rename(destination)
         sync_folder(destination.parent)
     except OSError as error:
@@ -232,4 +236,4 @@ def _seal(source: Path, history_dir: Path) -> tuple[int | None, str | None]:
         folder.mkdir(parents=True, exist_ok=True)
         return Sealer(folder, database_id, read, None).seal(wait_s=_SEAL_WAIT_S), None
     except (AgenticFlowError, OSError, IndexError, apsw.Error) as error:
-        return None, str(error)
+        return None, failure(error, history_dir)

@@ -25,10 +25,16 @@ import structlog
 
 from agentic_flow.agentdb import segments
 from agentic_flow.agentdb.names import check_tenant
-from agentic_flow.agentdb.segment_files import list_segments, locked, replace_file, whole_segment
+from agentic_flow.agentdb.segment_files import (
+    list_segments,
+    load_segment,
+    locked,
+    replace_file,
+    whole_segment,
+)
 from agentic_flow.agentdb.segments import Kind, Record
 from agentic_flow.core.db import rows
-from agentic_flow.core.errors import DataCorrupted, PathNotFound, Unavailable
+from agentic_flow.core.errors import AgenticFlowError, DataCorrupted, PathNotFound, Unavailable
 from agentic_flow.core.messages import Frozen
 
 _log = structlog.get_logger(__name__)
@@ -43,6 +49,10 @@ PART = ".part"
 BACKUPS_MADE = "backups.jsonl"
 """File beside the database that says where backups of it were made: one JSON object a line."""
 
+_HISTORY_NOTE = (
+    "{!r} is the history of a database that this one comes from: erasing here does not change it; delete it "
+    "with the backups that need it, once there is a new backup"
+)
 _SALT_BYTES = 16
 _LOCK_WAIT_S = 30.0
 _FOLDERS_DEEP_MAX = 4
@@ -153,15 +163,21 @@ def backups_holding(tenant: str, folders: Iterable[Path]) -> list[Path]:
     return holding
 
 
+def find_backups(folder: Path) -> list[Path]:
+    """The finished backups in a folder (up to four deep), or the folder itself if it is one."""
+    return [file.parent for file in _databases(folder) if (file.parent / MANIFEST).is_file()]
+
+
 class BackupSurvey(Frozen):
-    """Which backups still hold a tenant that was erased, as far as anybody can tell here.
+    """Which backups still hold a tenant that was erased, as far as anybody can tell here; and which histories
+    of databases that this one was restored from, which no erasure here reaches.
 
     Args:
         verdict: "held" by those of `holding`; "not_held" by any that was looked at; "unknown" when none was
             looked at, or one could not be read.
-        looked_at: Folders that were searched and backups that were recorded.
-        holding: Backups that hold it, to be deleted by hand.
-        missing: Backups that were made and are no longer where they were: deleted, or moved.
+        looked_at: Folders that were searched, backups that were recorded, and histories.
+        holding: Backups and folders of histories that hold it, to be deleted by hand.
+        missing: Backups and histories that are no longer where they were: deleted, or moved.
         unreadable: What could not be looked at, and why.
         notes: What this cannot know, in sentences.
     """
@@ -187,17 +203,24 @@ class BackupSurvey(Frozen):
 
 
 def survey_backups(
-    tenant: str, folders: Sequence[Path], made: Sequence[Path] = (), *, notes: Sequence[str] = ()
+    tenant: str,
+    folders: Sequence[Path],
+    made: Sequence[Path] = (),
+    *,
+    histories: Sequence[Path] = (),
+    notes: Sequence[str] = (),
 ) -> BackupSurvey:
     """Look for the tenant in backups. What cannot be read is told, never raised: the tenant is gone already.
 
     Args:
         folders: Backups, or folders with backups in them (up to four deep).
         made: Places of backups that were recorded; those that are gone are told apart.
+        histories: Folders with the sealed history of one database each, which the erasure did not reach.
         notes: What is to be said beside.
     """
     check_tenant(tenant)
     missing = [place for place in made if not (place / BACKUP_DATABASE).is_file()]
+    missing += [place for place in histories if not place.is_dir()]
     places = [place.resolve() for place in (*folders, *(one for one in made if one not in missing))]
     files: dict[Path, None] = {}
     unreadable: list[str] = []
@@ -214,12 +237,20 @@ def survey_backups(
                 holding.append(str(file.parent))
         except (DataCorrupted, OSError) as error:
             unreadable.append(str(error))
+    branches = [place.resolve() for place in histories if place.is_dir()]
+    for place in branches:
+        try:
+            if _history_holds(place, tenant):
+                holding.append(str(place))
+                notes = (*notes, _HISTORY_NOTE.format(str(place)))
+        except (AgenticFlowError, OSError) as error:
+            unreadable.append(str(error))
     unsure = bool(unreadable or notes) or not places
     if not places:
         notes = (*notes, "no folder of backups is known here, so it cannot be told which still hold it")
     return BackupSurvey(
         verdict="held" if holding else "unknown" if unsure else "not_held",
-        looked_at=tuple(map(str, dict.fromkeys(places))),
+        looked_at=tuple(map(str, dict.fromkeys((*places, *branches)))),
         holding=tuple(holding),
         missing=tuple(str(place) for place in missing),
         unreadable=tuple(unreadable),
@@ -249,6 +280,25 @@ def record_backup(database: Path, folder: Path, sequence: int) -> None:
             file.write(line + b"\n")
             file.flush()
             os.fsync(file.fileno())
+    except OSError as error:
+        _log.warning("backup_unrecorded", path=str(path), error=str(error))
+
+
+def carry_records(sources: Iterable[Path], folder: Path) -> None:
+    """Note in `folder`, too, where backups were made. A failure is logged: these notes hold no rows.
+
+    Args:
+        sources: Files of such notes; those that do not exist are passed over.
+        folder: Of a backup or a database.
+    """
+    found: dict[bytes, None] = {}
+    path = folder / BACKUPS_MADE
+    try:
+        for source in sources:
+            if source.is_file():
+                found |= dict.fromkeys(line for line in source.read_bytes().splitlines() if line)
+        if found:
+            path.write_bytes(b"".join(line + b"\n" for line in found))
     except OSError as error:
         _log.warning("backup_unrecorded", path=str(path), error=str(error))
 
@@ -371,6 +421,22 @@ def _holds(file: Path, tenant: str) -> bool:
         raise DataCorrupted(
             f"{str(file)!r} cannot be read: {error}", hint="whether it holds the tenant cannot be told"
         ) from error
+
+
+def _history_holds(folder: Path, tenant: str) -> bool:
+    """Whether any record of the tenant has content; what is damaged hides only what lies behind it."""
+    damaged: list[str] = []
+    for file in list_segments(folder):
+        scan = load_segment(file)
+        if any(record.kind is Kind.PATCH and record.tenant == tenant for record in scan.records):
+            return True
+        if scan.damage is not None:
+            damaged.append(
+                f"{str(file.path)!r} is damaged at byte {scan.damage.offset}: {scan.damage.reason}"
+            )
+    if damaged:
+        raise DataCorrupted("; ".join(damaged), hint="whether it holds the tenant cannot be told")
+    return False
 
 
 def _once(*groups: Sequence[str]) -> tuple[str, ...]:

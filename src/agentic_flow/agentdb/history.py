@@ -19,6 +19,7 @@ import structlog
 from agentic_flow.agentdb.erasure import Mark
 from agentic_flow.agentdb.patches import Capture, encode_dropped
 from agentic_flow.agentdb.sealing import SEGMENT_MAX_BYTES, Sealer, pack_waiting, waiting_bytes
+from agentic_flow.agentdb.segment_files import failure
 from agentic_flow.agentdb.segments import Kind
 from agentic_flow.core.db import Database, rows
 from agentic_flow.core.errors import AgenticFlowError, TooLarge, Unavailable
@@ -223,9 +224,10 @@ class History:
             # Another process is at it, and takes our changes along.
             return
         except (AgenticFlowError, OSError, apsw.Error) as error:
+            reason = failure(error, self._folder)
             if self._error is None:
-                _log.error("history_seal_failed", folder=str(self._folder), error=str(error))
-            self._error = str(error)
+                _log.error("history_seal_failed", folder=str(self._folder), error=reason)
+            self._error = reason
         else:
             if self._error is not None:
                 _log.info("history_seal_recovered", folder=str(self._folder))

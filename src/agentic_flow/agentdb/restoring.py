@@ -14,7 +14,8 @@ from pathlib import Path
 import apsw
 
 from agentic_flow.agentdb import schema, writing
-from agentic_flow.agentdb.erasure import PART
+from agentic_flow.agentdb.erasure import BACKUPS_MADE, PART, carry_records, record_backup
+from agentic_flow.agentdb.lineage import add_origin
 from agentic_flow.agentdb.manifest import (
     DATABASE,
     Hasher,
@@ -132,6 +133,10 @@ def restore(
             report = _roll_forward(
                 part / DATABASE.name, target_data_dir, manifest, timeline, survey, newest, read
             )
+            # Whoever erases a tenant here is told of the original's backups too.
+            known = [backup_dir] if live is None else [backup_dir, live / DATABASE.parent]
+            carry_records([place / BACKUPS_MADE for place in known], part)
+            record_backup(part / DATABASE.name, backup_dir, manifest.sequence)
             sync_file(part / DATABASE.name)
             sync_folder(part)
             part.rename(folder)
@@ -257,7 +262,8 @@ def _roll_forward(
             applied += 1
         _migrate(connection, len(schema.MIGRATIONS))
         _make_texts(connection, touched)
-        _make_own(connection, manifest, survey, newest)
+        _make_own(connection, survey, newest)
+        add_origin(connection, manifest.database_id, timeline.folder)
         wrong = rows(connection, "PRAGMA foreign_key_check")
         if wrong:
             raise DataCorrupted(
@@ -322,7 +328,7 @@ def _make_texts(connection: apsw.Connection, touched: set[int]) -> None:
             writing.rebuild_texts(connection, namespace)
 
 
-def _make_own(connection: apsw.Connection, manifest: Manifest, survey: Survey, newest: int) -> None:
+def _make_own(connection: apsw.Connection, survey: Survey, newest: int) -> None:
     """A new id and an empty log: the restored database goes its own way from here.
 
     No sequence that the original gave out is given out again.
@@ -337,7 +343,6 @@ def _make_own(connection: apsw.Connection, manifest: Manifest, survey: Survey, n
     rows(connection, "DELETE FROM about WHERE name = ?", (SEALED,))
     rows(connection, "UPDATE about SET value = lower(hex(randomblob(16))) WHERE name = 'database_id'")
     for name, value in (
-        ("origin_database_id", manifest.database_id),
         ("origin_sequence", str(survey.target.sequence)),
         ("restored_at_s", str(time.time())),
     ):

@@ -119,6 +119,15 @@ def locked(folder: Path, wait_s: float) -> Generator[None]:
         os.close(descriptor)
 
 
+def failure(error: Exception, folder: Path) -> str:
+    """Why the history in `folder` cannot be written, for people: the path and the system's words."""
+    if isinstance(error, BlockingIOError):
+        return f"another process is writing the history in {str(folder)!r}"
+    if isinstance(error, OSError):
+        return f"{str(error.filename or folder)!r} cannot be written: {error.strerror or error}"
+    return str(error)
+
+
 def load_segment(file: SegmentFile) -> Scan:
     """Read and check a whole segment.
 

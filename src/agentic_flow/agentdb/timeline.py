@@ -78,7 +78,7 @@ class Timeline:
     ) -> None:
         self._database_id = database_id
         self._base = base
-        self._folder = folder
+        self.folder = folder
         self._live = live
 
     def survey(self, at: int | float | datetime | None, now_s: float) -> Survey:
@@ -155,7 +155,7 @@ class Timeline:
     def _walk(self) -> Iterator[Record | Break]:
         """Records behind the base in order. Behind a Break the rest is still read, for the erasures in it."""
         position = self._base.sequence
-        if self._folder is not None:
+        if self.folder is not None:
             for file, scan, reason in self._scans():
                 if reason is not None:
                     yield Break(file.path, 0, reason)
@@ -179,11 +179,11 @@ class Timeline:
 
     def _scans(self) -> Iterator[tuple[SegmentFile, Scan, str | None]]:
         """The segments behind the base, and what is wrong with the place of each, if anything is."""
-        assert self._folder is not None
+        assert self.folder is not None
         position, chain = self._base.sequence, None
         retried = 0
         while True:
-            file = next((file for file in list_segments(self._folder) if file.last > position), None)
+            file = next((file for file in list_segments(self.folder) if file.last > position), None)
             if file is None:
                 return
             try:

@@ -1,4 +1,4 @@
-"""`agentic-flow db backup|verify|restore|migrate|migrate-schema`."""
+"""`agentic-flow db backup|verify|restore|prune|migrate|migrate-schema`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from agentic_flow.cli.session import Session, command
 
 if TYPE_CHECKING:
     from agentic_flow.agentdb.migrate import Moved
+    from agentic_flow.agentdb.pruning import PruneReport
     from agentic_flow.agentdb.restoring import RestoreReport
     from agentic_flow.agentdb.verifying import VerifyReport
     from agentic_flow.core.settings import Settings
@@ -39,6 +40,11 @@ def register(app: typer.Typer) -> None:
             "agentic-flow db restore backups/monday --to restored --history history --at 4711",
         ),
     )(restore)
+    command(
+        app,
+        "prune",
+        examples=("agentic-flow db prune --dry-run", "agentic-flow db prune --backups /mnt/backups"),
+    )(prune)
     command(
         app,
         "migrate",
@@ -185,6 +191,49 @@ def restore(
         talk(f"note: {note}")
 
 
+def prune(
+    session: Session,
+    backups: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--backups",
+            help="Where to look for backups, beside agentdb.backups_dirs; may be repeated.",
+            metavar="DIR",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only tell what would be removed, and remove nothing.")
+    ] = False,
+) -> None:
+    """Remove the part of the history that no kept backup needs: what lies before the oldest of them.
+
+    The oldest backup is read in full first. A backup that is neither in these folders nor where it was made
+    is taken for deleted: moments behind it are lost if it lies before the others.
+    """
+    from agentic_flow.agentdb.pruning import prune as remove
+    from agentic_flow.cli.output import talk
+    from agentic_flow.core.errors import InvalidInput
+
+    settings = session.start()
+    data_dir, own = _own_folder(settings), settings.agentdb
+    if own.history_dir is None:
+        raise InvalidInput("agentdb.history_dir is not set", hint="set it to the folder of the history")
+    report = remove(data_dir, own.history_dir, (*own.backups_dirs, *(backups or ())), dry_run=dry_run)
+
+    def human() -> None:
+        for path in report.removed:
+            print(path)
+        print(
+            f"{len(report.removed)} segments, {size(report.removed_bytes)}, "
+            f"{'would be removed' if dry_run else 'removed'}; {report.kept} kept, for {report.oldest_backup} "
+            f"(sequence {report.oldest_sequence}) and what came after it"
+        )
+
+    session.show({**_plain(report), "dry_run": dry_run}, human)
+    for place in report.missing:
+        talk(f"note: the backup {place} is no longer there, and was taken for deleted")
+
+
 def _moment(text: str | None) -> int | float | None:
     """A sequence number, or a time as Unix seconds."""
     if text is None:
@@ -212,7 +261,7 @@ def _own_folder(settings: Settings) -> Path:
     return settings.data_dir
 
 
-def _plain(report: VerifyReport | RestoreReport) -> dict[str, Any]:
+def _plain(report: VerifyReport | RestoreReport | PruneReport) -> dict[str, Any]:
     from dataclasses import asdict
 
     return asdict(report)

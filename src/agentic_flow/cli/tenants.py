@@ -100,9 +100,9 @@ def erase(
 
 def _backup_lines(survey: BackupSurvey) -> list[str]:
     """What is known of backups, for people."""
-    lines = [f"still held by the backup {place}" for place in survey.holding]
+    lines = [f"still held in {place}" for place in survey.holding]
     if survey.verdict == "not_held":
-        lines.append(f"none of the backups known here holds it: {', '.join(survey.looked_at)}")
-    lines += [f"the backup {place} is no longer there: deleted, or moved" for place in survey.missing]
+        lines.append(f"nothing that is known here holds it: {', '.join(survey.looked_at)}")
+    lines += [f"{place} is no longer there: deleted, or moved" for place in survey.missing]
     lines += [f"could not be looked at: {problem}" for problem in survey.unreadable]
     return [*lines, *survey.notes]

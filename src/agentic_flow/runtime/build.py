@@ -219,8 +219,10 @@ class Runtime:
 
     async def survey_backups(self, tenant: str, folders: Sequence[Path] = ()) -> BackupSurvey:
         """Which backups still hold a tenant that was erased: of `agentdb.backups_dirs`, of those that were
-        made of this data folder, and of `folders`."""
+        made of this data folder, and of `folders`. Also which histories that are not this database's own:
+        those of databases that it was restored from."""
         from agentic_flow.agentdb.erasure import recorded_backups, survey_backups
+        from agentic_flow.agentdb.lineage import other_histories
         from agentic_flow.agentdb.manifest import DATABASE
 
         settings = self.settings.agentdb
@@ -237,8 +239,15 @@ class Runtime:
 
         def look() -> BackupSurvey:
             # Also where the database is elsewhere now: backups of the time before are not.
-            made = recorded_backups(self.settings.data_dir / DATABASE)
-            return survey_backups(tenant, (*settings.backups_dirs, *folders), made, notes=notes)
+            database = self.settings.data_dir / DATABASE
+            others = other_histories(database, settings.history_dir, in_use=not notes)
+            return survey_backups(
+                tenant,
+                (*settings.backups_dirs, *folders),
+                recorded_backups(database),
+                histories=others.folders,
+                notes=(*notes, *others.notes),
+            )
 
         return await asyncio.to_thread(look)
 
