@@ -363,6 +363,10 @@ async def test_all_that_a_database_comes_from_is_surveyed(tmp_path: Path, config
     restore(tmp_path / "second", tmp_path / "once", history=history)
     backup(tmp_path / "once", tmp_path / "third")
     restore(tmp_path / "third", tmp_path / "twice")
+    # With the original at hand, also those that were made after the one that is restored.
+    restore(tmp_path / "first", tmp_path / "beside", live=data)
+    known = recorded_backups(tmp_path / "beside" / DATABASE)
+    assert sorted(known) == [tmp_path / "first", tmp_path / "second"]
     own = AgentDBSettings(history_dir=history if configured else None)
     async with Runtime(Settings(data_dir=tmp_path / "twice", agentdb=own)) as runtime:
         survey = await runtime.survey_backups("acme")
