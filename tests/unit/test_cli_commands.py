@@ -17,6 +17,7 @@ from typer.main import get_command
 
 from agentic_flow.cli.main import app, main
 from agentic_flow.core import errors
+from agentic_flow.gateway.comparison import Mix
 
 
 @dataclass
@@ -92,6 +93,13 @@ def test_every_command_has_json_and_examples(run: Run, words: tuple[str, ...]) -
         (["secrets", "set", "anthropic"], "'anthropic'"),
         (["keys", "create", "ci", "--expires-days", "-1"], "--expires-days"),
         (["tenants", "erase", "team-a"], "'team-a'"),
+        (["models", "compare", "--tokens-in", "0"], "input tokens 0"),
+        (["models", "compare", "--tokens-in", "many"], "many"),
+        (["models", "compare", "--tokens-out", "-5"], "output tokens -5"),
+        (["models", "compare", "--tokens-out", "9" * 30], "9" * 30),
+        (["models", "compare", "--tokens-in", "5", "--cached", "6"], "cached tokens 6"),
+        (["models", "compare", "--model", "openai:qwen3"], "'openai:qwen3'"),
+        (["models", "compare", "--model", "qwen3"], "'qwen3'"),
     ],
 )
 def test_wrong_words_get_one_clear_line(run: Run, tmp_path: Path, words: list[str], told: str) -> None:
@@ -183,6 +191,32 @@ def test_secrets_come_from_stdin_and_are_never_shown(run: Run, tmp_path: Path) -
     assert run("secrets", "delete", "gateway.anthropic.api_key").code == 0
     assert run("secrets", "delete", "gateway.anthropic.api_key").code == 4
     assert run("models", "list", "--json").data[0]["provider"] == "extractive"
+
+
+def test_models_are_compared_by_their_prices(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a comparison that ignores own prices, hides its mix or date, or needs the data folder."""
+    shown = run("models", "compare", "--json")
+    assert shown.code == 0
+    assert shown.data["mix"] == Mix().model_dump()
+    monkeypatch.setenv("AGENTIC_FLOW_GATEWAY__PRICES_USD_PER_MTOK", '{"openai:mine": [2, 8]}')
+    words = ("--tokens-in", "4000", "--tokens-out", "500", "--cached", "1000", "--tasks", "250")
+    own = run("models", "compare", *words, "--model", "openai:mine", "--json").data
+    assert [(m["model"], m["cost_usd"], m["published_usd"]) for m in own["models"]] == [
+        ("openai:mine", 3.0, None)  # 1 M tokens in at $2, 0.125 M out at $8
+    ]
+    table = run("models", "compare", *words).out
+    assert "4000 tokens in (1000 cached), 500 out" in table
+    assert own["snapshot_date"] in table
+    assert "$ per 250 tasks" in table
+    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in table.splitlines()}
+    assert rows["onnx:phi-4"] == "no price $0.00 -"
+    # 0.75 M tokens in at $3, 0.25 M cached at $0.30, 0.125 M out at $15.
+    assert rows["anthropic:claude-3-5-sonnet"] == "$4.2000 $80.00 snapshot"
+    tiny = ("--tokens-in", "1", "--tokens-out", "1", "--tasks", "1", "--model", "openai:mine")
+    assert "$1e-05" in run("models", "compare", *tiny).out
+    assert not (tmp_path / "data").exists()
 
 
 def test_an_empty_secret_is_refused(run: Run) -> None:

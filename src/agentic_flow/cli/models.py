@@ -1,10 +1,14 @@
-"""`agentic-flow models list`."""
+"""`agentic-flow models list|compare`."""
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from agentic_flow.cli.session import Session, command, new_app
 
-app = new_app("Show the models that can be asked.")
+app = new_app("Show the models that can be asked, and what they cost.")
 
 
 @command(app, "list", examples=("agentic-flow models list", "agentic-flow models list --json"))
@@ -34,3 +38,78 @@ def list_models(session: Session) -> None:
             ],
         ),
     )
+
+
+@command(
+    app,
+    "compare",
+    examples=(
+        "agentic-flow models compare",
+        "agentic-flow models compare --tokens-in 20000 --tokens-out 1000 --cached 15000",
+        "agentic-flow models compare --model sonnet --model openrouter:deepseek/deepseek-chat --json",
+    ),
+)
+def compare_models(
+    session: Session,
+    tokens_in: Annotated[
+        int, typer.Option("--tokens-in", help="Input tokens of a task, cached included.", metavar="N")
+    ] = 10_000,
+    tokens_out: Annotated[
+        int, typer.Option("--tokens-out", help="Output tokens of a task, reasoning included.", metavar="N")
+    ] = 3_333,
+    cached: Annotated[
+        int, typer.Option("--cached", help="Input tokens that come from the cache.", metavar="N")
+    ] = 0,
+    tasks: Annotated[
+        int, typer.Option("--tasks", help="Number of tasks, one call each.", metavar="N")
+    ] = 1_000,
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", help="Compare these models only; repeatable.", metavar="PROVIDER:NAME"),
+    ] = None,
+) -> None:
+    """Compare what the same tasks cost on different models, at dated list prices.
+
+    `no price` means that none is known, not that it is free. Own prices are in gateway.prices_usd_per_mtok.
+    No provider is asked.
+    """
+    from agentic_flow.cli.output import print_table
+    from agentic_flow.gateway.comparison import Mix, compare
+    from agentic_flow.gateway.prices import PriceList
+
+    gateway = session.settings.gateway
+    compared = compare(
+        Mix(input_tokens=tokens_in, output_tokens=tokens_out, cached_tokens=cached, tasks=tasks),
+        PriceList(gateway.prices_usd_per_mtok),
+        models=model or (),
+        base_urls={"openai": gateway.openai.base_url},
+    )
+
+    def human() -> None:
+        print(f"mix: {tokens_in} tokens in ({cached} cached), {tokens_out} out per task; a task is one call")
+        print(f"prices: {compared.snapshot}, newest change in force {compared.snapshot_date}; own prices win")
+        print_table(
+            ("model", f"$ per {tasks} tasks", "published $", "prices", "notes"),
+            [
+                (
+                    line.model,
+                    _dollars(line.cost_usd),
+                    None if line.published_usd is None else f"${line.published_usd:.2f}",
+                    line.price_source,
+                    "; ".join(line.notes),
+                )
+                for line in compared.models
+            ],
+        )
+        print(compared.published_note)
+
+    session.show(compared, human)
+
+
+def _dollars(cost_usd: float | None) -> str:
+    """As many digits as tell a small cost from none."""
+    from agentic_flow.cli.output import money
+
+    if cost_usd is None:
+        return "no price"
+    return money(cost_usd) if cost_usd == 0 or cost_usd >= 0.001 else f"${cost_usd:.3g}"

@@ -39,10 +39,16 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class ModelRates:
-    """All tiers of one model, lowest first. A call pays the whole of the highest tier it reaches."""
+    """All tiers of one model, lowest first. A call pays the whole of the highest tier it reaches.
+
+    `snapshot_id` is the model of the snapshot whose price this is (the snapshot matches some names by their
+    beginning); None for own prices. `deprecated` is the snapshot's word.
+    """
 
     tiers: tuple[Rates, ...]
     context_tokens: int | None = None
+    snapshot_id: str | None = None
+    deprecated: bool = False
 
     def at(self, input_tokens: int) -> Rates:
         """The tier that a call with this much input pays."""
@@ -145,7 +151,7 @@ def _compile(provider: str, model: str, base_url: str | None, now_s: float) -> M
     for price in (prices.input_mtok, prices.output_mtok, prices.cache_read_mtok, prices.cache_write_mtok):
         starts.update(_tier_starts(price))
     tiers = tuple(tier for start in sorted(starts) if (tier := _tier(prices, start)) is not None)
-    return ModelRates(tiers, found.context_window) if tiers else None
+    return ModelRates(tiers, found.context_window, found.id, bool(found.deprecated)) if tiers else None
 
 
 def _find(provider: str, model: str, base_url: str | None) -> ModelInfo | None:
