@@ -33,6 +33,7 @@ client and server. Queries return id, text and metadata, except from the bare li
 turbovec, numpy), which give numbers of rows alone. Rounds of the systems alternate; medians; the first
 round, in which filters and caches are new, is left out and shown apart. Ours take float16 rows, peers
 float32. The machine was shared: CPU milliseconds are inflated alike for all, ratios count.
+
 {machine}"""
 
 

@@ -47,9 +47,7 @@ class Hnswlib(Library):
     """The graph alone; filters are Python functions that it calls for each row it meets."""
 
     name = "hnswlib"
-    about = (
-        "bare: M 16, ef_construction 100, ef 24; no rows, texts or durability; an index of the tenant's own"
-    )
+    about = "bare: M 16, ef_construction 100, ef 24; no rows, texts or durability; an index of the tenant's own (ef 96)"
     ef = 24
 
     def imports(self) -> None:
@@ -66,7 +64,7 @@ class Hnswlib(Library):
             index.init_index(max_elements=len(members), M=16, ef_construction=100)
             index.set_num_threads(1)
             index.add_items(rows.vectors[members] if name == "tenant" else rows.vectors, members)
-            index.set_ef(self.ef)
+            index.set_ef(self.ef if name == "all" else 4 * self.ef)
             self._indexes[name] = index
 
     def save(self) -> None:
@@ -79,7 +77,7 @@ class Hnswlib(Library):
             index: Any = self._lib.Index(space="cosine", dim=DIMENSION)
             index.load_index(str(self.folder / f"{name}.hnsw"))
             index.set_num_threads(1)
-            index.set_ef(self.ef)
+            index.set_ef(self.ef if name == "all" else 4 * self.ef)
             self._indexes[name] = index
 
     def search(self, query: Query) -> Sequence[tuple[str, str, Any]]:
