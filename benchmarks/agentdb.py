@@ -209,8 +209,9 @@ def _search_rounds(run: Run, part: str, children: dict[str, Child], kinds: Seque
 
             _each(run, part, children, one)
         _say(f"{part}: round {number} of {run.search_rounds}")
-    for name in children:
-        run.keep(part, name, {kind: _of_rounds(rounds) for kind, rounds in taken[name].items()})
+    for name, child in children.items():
+        figures: dict[str, Any] = {kind: _of_rounds(rounds) for kind, rounds in taken[name].items()}
+        run.keep(part, name, {**figures, "about": child.started["about"]})
 
 
 def _of_rounds(rounds: list[dict[str, float]]) -> dict[str, float]:

@@ -437,7 +437,7 @@ def _setups(figures: Figures) -> str:
     return "\n".join(
         f"- {name}: {about}"
         for name in figures.systems("build")
-        if (about := figures.get("build", name, "about"))
+        if (about := figures.get("search", name, "about") or figures.get("build", name, "about"))
     )
 
 
