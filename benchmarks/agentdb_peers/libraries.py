@@ -47,7 +47,9 @@ class Hnswlib(Library):
     """The graph alone; filters are Python functions that it calls for each row it meets."""
 
     name = "hnswlib"
-    about = "bare: M 16, ef_construction 100, ef 24; no rows, texts or durability; an index of the tenant's own, ef 96"
+    about = (
+        "bare: M 16, ef_construction 100, ef 24; no rows or durability; an index of the tenant's own, ef 96"
+    )
     ef = 24
 
     def imports(self) -> None:
