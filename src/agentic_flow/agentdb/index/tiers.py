@@ -657,9 +657,16 @@ class Indexes:
     def save(self, index: NamespaceIndex) -> None:
         """Write the index file, if the index has something to write that the file has not."""
         # Before the lock: readers may wait for it, and this needs one of them.
-        of = self._read(lambda connection: self._about(connection, index.layout))
+        of = self._read(
+            lambda connection: (
+                self._about(connection, index.layout)
+                if rows(connection, "SELECT 1 FROM namespaces WHERE id = ?", (index.layout.namespace_id,))
+                else None
+            )
+        )
         with index.lock:
-            if index.codes is None or not index.unsaved:
+            # Of a namespace that another process has removed, nothing may come back to the disk.
+            if of is None or index.codes is None or not index.unsaved:
                 return
             parts = {"codes": index.codes.to_bytes()}
             if index.sketch is not None:
@@ -713,6 +720,8 @@ class Indexes:
             size = path.stat().st_size if path.exists() else 0
             count = _count(connection, layout.namespace_id)
             tier = self._wanted_tier(layout, count)
+            if tier == "exact":
+                return IndexState(tier, 0, size)  # it has no file, and is made of all rows when it is asked
             sequence = _file_sequence(path) if size else 0
             return IndexState(tier, _changes_since(connection, layout.namespace_id, sequence), size)
         with index.lock:
