@@ -50,7 +50,7 @@ from agentic_flow.core.vectors import IndexTier
 
 _log = structlog.get_logger(__name__)
 
-GATHERED_MAX = 256
+GATHERED_MAX = 1024
 """Allowed rows up to which all of them are compared, whatever the tier."""
 FITTED_ROWS_MIN = SKETCH_TRAINING_ROWS
 """Rows from which codes are chosen by measurement; fewer get the finest."""
