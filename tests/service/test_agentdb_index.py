@@ -352,6 +352,30 @@ async def test_codes_are_chosen_again_when_rows_have_doubled(tmp_path: Path) -> 
         assert right / 400 >= 0.995, right / 400
 
 
+async def test_the_beam_is_chosen_again_when_the_graph_has_grown(tmp_path: Path) -> None:
+    """Catches a graph that is searched for ever as far as the few rows needed that it began with."""
+    vectors = clustered(3000, seed=3)
+    async with AgentDB(tmp_path, settings_of("graph")) as store:
+        await store.create_namespace(T, SPACE, dimension=DIMENSION, embedder_id="mine")
+        await store.upsert(T, SPACE, items_of(vectors[:300]))
+        await store.settle()
+        (index,) = store._indexes.held()
+        assert index.beam_rows <= 300
+        for first in range(300, 3000, 900):
+            await store.upsert(T, SPACE, items_of(vectors[first : first + 900], first))
+        await store.settle()
+        assert index.tier == "graph"
+        assert index.beam_rows > 1000
+        assert await store.check_index(T, SPACE) == []
+        queries = clustered(40, seed=4)
+        right = [len(set(await found(store, q, k=10)) & nearest_ids(vectors, q, 10)) for q in queries]
+        assert sum(right) >= 0.98 * 400
+    async with AgentDB(tmp_path, settings_of("graph")) as store:
+        await found(store, queries[0])
+        assert store._indexes.held()[0].beam_rows > 1000
+        assert store.indexes_rebuilt() == {}
+
+
 @functools.cache
 def empty_sketch(layout: Layout) -> dict[str, bytes]:
     """A trained sketch without rows; training takes a while."""

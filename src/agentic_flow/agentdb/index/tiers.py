@@ -63,6 +63,8 @@ GRAPH_BEAMS = (32, 40, 48, 64, 80, 112, 160, 224, 320, 512)
 GRAPH_RECALL_MIN = 0.993
 """Share of the ten nearest that the chosen beam finds of the sample; a little above what is promised."""
 GRAPH_SAMPLE = 128
+GRAPH_OUTGROWN = 4
+"""Growth after which a graph is made anew, if there was no chance to choose its beam again."""
 SPARE = 4
 """Candidates more than answers that are read again once a list is cut short, should some be gone."""
 RECENT_SHARE = 0.25
@@ -113,6 +115,7 @@ class NamespaceIndex:
     changed_while_building: set[int] | None = None
     changes_while_fitting: list[tuple[Keys, Keys, Vectors]] | None = None
     beam: int = 0
+    beam_rows: int = 0
     graphless_rows: int = 0
     unsaved: int = 0
     file_bytes: int = 0
@@ -406,7 +409,7 @@ class Indexes:
         given = {name: about.get(name) for name in expected}
         if given != expected:
             raise DamagedIndex(f"it is of {given!r}, not of {expected!r}")
-        named = ("library", "sequence", "mark", "pending", "beam", "fit")
+        named = ("library", "sequence", "mark", "pending", "beam", "beam_rows", "fit")
         missing = [name for name in named if name not in about]
         if missing or "codes" not in parts:
             raise DamagedIndex(f"it lacks {', '.join(missing) or 'its codes'}")
@@ -423,6 +426,7 @@ class Indexes:
         if "graph" in parts:
             index.graph = Graph.from_parts(layout, parts)
             index.pending, index.beam = set(about["pending"]), about["beam"]
+            index.beam_rows = about["beam_rows"]
         index.file_bytes = sum(map(len, parts.values()))
         self._catch_up(connection, index)
         if len(index) != count and index.sequence == newest_sequence(connection, layout.namespace_id):
@@ -552,9 +556,16 @@ class Indexes:
             return index
         if not len(index):
             return index
-        if index.graph.worn if index.graph is not None else len(index) > 2 * index.graphless_rows:
+        if index.graph is None:
+            due = len(index) > 2 * index.graphless_rows
+        elif index.graph.worn:
+            due = True
+        else:
+            graph = self._link_pending(connection, index)
+            due = graph is not None and graph.live > GRAPH_OUTGROWN * index.beam_rows
+        if due:
             self._build_graph(connection, index)
-        self._link_pending(connection, index)
+            self._link_pending(connection, index)
         return index
 
     def _refit(self, connection: apsw.Connection, index: NamespaceIndex) -> None:
@@ -599,9 +610,10 @@ class Indexes:
                 if index.codes is None:
                     return
                 if beam is None:
+                    _log.warning("graph_given_up", namespace_id=layout.namespace_id, rows=len(index))
                     index.graph, index.pending, index.graphless_rows = None, set(), len(index)
                     return
-                index.beam = beam
+                index.beam, index.beam_rows = beam, graph.live
                 graph.remove(np.array(sorted(changed), np.int64))
                 index.graph = graph
                 index.pending = {key for key in changed if key in index.codes}
@@ -615,10 +627,10 @@ class Indexes:
         connection: apsw.Connection,
         index: NamespaceIndex,
         graph: Graph,
-        held_out: Keys,
+        unlinked: Keys,
         queries: Vectors,
     ) -> int | None:
-        """The least beam that finds what the scan finds for the held-out rows; None when none does.
+        """The least beam that finds what the scan finds for rows that are not linked; None when none does.
 
         How far a graph must be searched depends on the data: clusters and many dimensions need the most.
         """
@@ -626,33 +638,61 @@ class Indexes:
         truth: list[set[int]] = []
         for query in queries:
             found = index.codes.nearest(query, 2 * index.fit.short_list, None)
-            found = found[~np.isin(found, held_out)]
+            found = found[~np.isin(found, unlinked)]
             truth.append(set(best(*self._compared(connection, index.layout, query, found), 10)[0].tolist()))
         wanted, right = sum(map(len, truth)), 0
         for beam in GRAPH_BEAMS:
             right = 0
             for query, near in zip(queries, truth, strict=True):
-                found = graph.nearest(query, 2 * 10 + 4, beam)
+                with index.lock:
+                    found = graph.nearest(query, 2 * 10 + 4, beam)
                 kept, _ = best(*self._compared(connection, index.layout, query, found), 10)
                 right += len(near & set(kept.tolist()))
             if right >= GRAPH_RECALL_MIN * wanted:
                 return beam
         recall = right / max(wanted, 1)
-        _log.warning("graph_given_up", namespace_id=index.layout.namespace_id, recall=recall)
+        _log.info("graph_falls_short", namespace_id=index.layout.namespace_id, recall=recall)
         return None
 
-    def _link_pending(self, connection: apsw.Connection, index: NamespaceIndex) -> None:
+    def _link_pending(self, connection: apsw.Connection, index: NamespaceIndex) -> Graph | None:
+        """Link what the graph lacks; the graph, if it was found to be of use."""
         while index.graph is not None and index.pending and not self._stopped.is_set():
+            grown = index.graph.live >= REFITTED_GROWTH * index.beam_rows > 0
+            if grown and GRAPH_SAMPLE <= len(index.pending) <= GRAPH_BLOCK + GRAPH_SAMPLE:
+                self._choose_beam(connection, index)
+                continue
             with index.lock:
                 self._catch_up(connection, index)
                 block = np.array(sorted(index.pending)[:GRAPH_BLOCK], np.int64)
                 keys, vectors = read_vectors(connection, index.layout, block)
                 if not len(keys):
-                    return
+                    return index.graph
                 index.graph.add(keys, vectors)
                 index.pending.difference_update(keys.tolist())
                 index._pending_keys = None  # pyright: ignore[reportPrivateUsage] - same module
                 index.unsaved += len(keys)
+        return index.graph
+
+    def _choose_beam(self, connection: apsw.Connection, index: NamespaceIndex) -> None:
+        """Measure the beam again: a graph that has grown must be searched further.
+
+        The last rows that are to be linked are queries that the graph has never seen.
+        """
+        graph = index.graph
+        assert graph is not None
+        with index.lock:
+            unlinked = np.array(sorted(index.pending), np.int64)
+        queries = read_vectors(connection, index.layout, _spread(unlinked, GRAPH_SAMPLE))[1]
+        beam = self._measured_beam(connection, index, graph, unlinked, queries)
+        with index.lock:
+            if index.graph is not graph:
+                return
+            if beam is None:
+                # Its codes were fitted to the rows it began with: it is made anew once all is linked.
+                index.beam_rows = 0
+            else:
+                index.beam, index.beam_rows = beam, graph.live + len(unlinked)
+            index.unsaved += 1
 
     def save(self, index: NamespaceIndex) -> None:
         """Write the index file, if the index has something to write that the file has not."""
@@ -680,6 +720,7 @@ class Indexes:
                 "mark": index.mark,
                 "pending": sorted(index.pending),
                 "beam": index.beam,
+                "beam_rows": index.beam_rows,
                 "fit": astuple(index.fit),
             }
             index.unsaved = 0
