@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,9 +25,9 @@ class Library(System):
             self.save()
         self.fresh = False
 
+    @abstractmethod
     def save(self) -> None:
         """Write the files that `open` reads."""
-        raise NotImplementedError
 
 
 def _only_numbers(numbers: Sequence[int]) -> Sequence[tuple[str, str, Any]]:

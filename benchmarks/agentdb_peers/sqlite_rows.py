@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,8 +46,9 @@ class SqliteSystem(System):
         with self._db:
             self._add(rows)
 
+    @abstractmethod
     def _add(self, rows: Sequence[Row]) -> None:
-        raise NotImplementedError
+        """Store rows, inside a transaction."""
 
     def _add_text(self, rows: Sequence[Row]) -> None:
         self._db.executemany(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
-class System:
+class System(ABC):
     """One database, used as its documentation recommends. Subclasses say what they cannot do."""
 
     name: ClassVar[str]
@@ -35,36 +36,36 @@ class System:
             return bool(cls.durability)
         return cls.rebuild is not System.rebuild if what == "rebuild" else what in cls.kinds
 
+    @abstractmethod
     def imports(self) -> None:
         """Load the libraries, so that what is timed later does not include that."""
-        raise NotImplementedError
 
+    @abstractmethod
     def create(self) -> None:
         """Make an empty database and open it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self, rows: Rows) -> None:
         """Take in all rows the fast way, and the tenant's own space if there is one."""
-        raise NotImplementedError
 
     def build(self) -> None:
         """Make the index complete; nothing, if loading did."""
 
     def rebuild(self) -> None:
         """Make the index again from the stored rows, where that is offered."""
-        raise NotImplementedError
+        raise LookupError(f"{self.name} cannot make its index again")
 
+    @abstractmethod
     def open(self) -> None:
         """Open what is there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def search(self, query: Query) -> Sequence[tuple[str, str, Any]]:
         """Id, text and metadata of the nearest, best first."""
-        raise NotImplementedError
 
     def upsert(self, rows: Sequence[Row]) -> None:
-        """Store durably, searchable when it returns."""
-        raise NotImplementedError
+        """Store durably, searchable when it returns, where that is offered."""
+        raise LookupError(f"{self.name} offers no durable writes")
 
     def settle(self) -> None:
         """Finish work that writes left for later."""
