@@ -48,7 +48,7 @@ class System(ABC):
     def load(self, rows: Rows) -> None:
         """Take in all rows the fast way, and the tenant's own space if there is one."""
 
-    def build(self) -> None:
+    def build(self) -> None:  # noqa: B027 - for most, nothing is left to do
         """Make the index complete; nothing, if loading did."""
 
     def rebuild(self) -> None:
@@ -67,10 +67,10 @@ class System(ABC):
         """Store durably, searchable when it returns, where that is offered."""
         raise LookupError(f"{self.name} offers no durable writes")
 
-    def settle(self) -> None:
+    def settle(self) -> None:  # noqa: B027
         """Finish work that writes left for later."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Let go."""
 
     def index_bytes(self) -> int | None:
