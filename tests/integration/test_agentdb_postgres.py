@@ -417,7 +417,7 @@ async def test_replica_serves_reads(folder: Path) -> None:
         standby.start()
         async with opened(primary.url, replica_url=standby.url) as store:
             await store.create_namespace("t", SPACE)
-            for step in range(30):
+            for step in range(300):  # enough to meet a replica that replays during the check
                 await store.upsert("t", SPACE, [Item(id="a", text=f"step {step}")])
                 (item,) = await store.get("t", SPACE, ["a"])
                 assert item.text == f"step {step}", "an own write was not read"

@@ -258,10 +258,10 @@ class Connections:
         replica = pool is self._replica
         try:
             async with _checked_out(pool) as connection:
+                if replica:  # before the snapshot is taken: replaying goes on while a statement looks at it
+                    await _check_replayed(connection, written)
                 await connection.execute(self._opening(tenant, write=write))
                 phase = _Lost
-                if replica:
-                    await _check_replayed(connection, written)
                 result = await job(connection)
                 await connection.execute("COMMIT")
                 if write and self._replica is not None:
@@ -307,7 +307,8 @@ class Connections:
         row = await cursor.fetchone()
         if row is None:
             return
-        self._written[tenant] = row[0]
+        # Of two writes at once, the later one may be told first.
+        self._written[tenant] = max(self._written.get(tenant, row[0]), row[0], key=_log_position)
         self._written.move_to_end(tenant)
         if len(self._written) > TENANTS_REMEMBERED:
             _, position = self._written.popitem(last=False)
