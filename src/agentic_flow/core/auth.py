@@ -38,12 +38,15 @@ class Principal:
     Scopes are `noun:verb` (`runs:write`, `memory:read`); `*` is everything within the tenant and
     `platform:admin` manages tenants and keys. `credential` is the short-lived token of the request that
     made this principal, so that calls to neighbours can be made in its name; it is no part of its identity.
+    `key_id` names the API key behind the request, directly or through a token made from it, for budgets and
+    limits per key; None where there is none.
     """
 
     tenant: str
     subject: str
     scopes: frozenset[str] = field(default_factory=frozenset[str])
     credential: Credential | None = field(default=None, repr=False, compare=False)
+    key_id: str | None = field(default=None, repr=False, compare=False)
 
     def allows(self, scope: str) -> bool:
         """Whether this principal holds `scope` (directly, by `noun:*` or by `*`)."""

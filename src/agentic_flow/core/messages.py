@@ -121,7 +121,8 @@ class CompletionRequest(Frozen):
     gateway to use the provider's streaming wire format even when the caller wants the whole answer, so that
     a stalled or truncated answer is noticed while it happens. `parallel_tool_calls` False asks for one call
     at a time; `reasoning_effort` None leaves thinking to the model; `end_user` is the caller's opaque name of
-    the person behind the request, for the provider's abuse checks.
+    the person behind the request, for the provider's abuse checks. `agent` and `run` say who asks within the
+    caller's house, for budgets and the usage ledger; providers never see them.
     """
 
     model: str
@@ -138,6 +139,8 @@ class CompletionRequest(Frozen):
     parallel_tool_calls: bool | None = None
     reasoning_effort: ReasoningEffort | None = None
     end_user: str | None = None
+    agent: Annotated[str, Field(max_length=128)] | None = None
+    run: Annotated[str, Field(max_length=128)] | None = None
 
 
 class Usage(Frozen):

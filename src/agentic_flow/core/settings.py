@@ -107,6 +107,17 @@ class ProviderSettings(Section):
     api_key_file: Path | None = Field(default=None, description="File that holds the key; re-read on change.")
 
 
+class OnnxSettings(Section):
+    """Models in folders on this machine, run by onnxruntime-genai (the extra `onnx-genai`)."""
+
+    models_dir: Path | None = Field(
+        default=None, description="Folder of model folders, each with a `genai_config.json`."
+    )
+    threads: Count | None = Field(default=None, description="Threads of a model. Unset: the library decides.")
+    concurrent_max: Count = Field(default=2, description="Answers generated at once; more of them wait.")
+    loaded_max: Count = Field(default=1, description="Models kept in memory at once.")
+
+
 class GatewaySettings(Section):
     """Models and how they are called."""
 
@@ -124,6 +135,12 @@ class GatewaySettings(Section):
         default=ProviderSettings(base_url="https://api.openai.com/v1"),
         description="OpenAI, or any endpoint that speaks its Chat Completions (Ollama, vLLM, llama.cpp).",
     )
+    onnx: OnnxSettings = Field(default=OnnxSettings(), description="Local models through onnxruntime-genai.")
+    database_url: SecretStr | None = Field(
+        default=None,
+        description="`postgresql://…` of policies, budgets and usage, for several gateways. Unset: SQLite in "
+        "the data folder.",
+    )
     stream: bool = Field(default=True, description="Use the provider's streaming format for agents' calls.")
     timeout_s: Positive = Field(default=120.0, description="Deadline of one provider call, retries included.")
     idle_timeout_s: Positive = Field(default=60.0, description="Longest silence within an answer.")
@@ -132,6 +149,17 @@ class GatewaySettings(Section):
         default=0.5, description="First pause between tries; doubles."
     )
     response_max_bytes: Count = Field(default=32 * MIB, description="Largest accepted provider answer.")
+    concurrent_max: Count = Field(default=512, description="Calls under way at once; more of them wait.")
+    queue_max: Annotated[int, Field(ge=0)] = Field(
+        default=1024, description="Calls that may wait for their turn; more are refused at once with 503."
+    )
+    queue_timeout_s: Positive = Field(default=10.0, description="Longest wait for a call's turn.")
+    breaker_open_s: Positive = Field(
+        default=5.0, description="First pause of a provider's key and model that fails; doubles up to 60 s."
+    )
+    slow_call_s: Positive = Field(
+        default=60.0, description="A first token that takes longer counts as a failure for the breaker."
+    )
     prices_usd_per_mtok: dict[str, tuple[float, float]] = Field(
         default_factory=dict[str, tuple[float, float]],
         description="Own prices: model → (input, output), USD per million tokens.",

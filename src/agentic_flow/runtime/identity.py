@@ -353,7 +353,11 @@ class Identity:
 
         claims = await self._db.read(job)
         return Principal(
-            claims.tenant, claims.subject, claims.scopes, Credential(credential, claims.expires_at_s)
+            claims.tenant,
+            claims.subject,
+            claims.scopes,
+            Credential(credential, claims.expires_at_s),
+            claims.key_id,
         )
 
     async def jwks(self) -> dict[str, Any]:
@@ -518,7 +522,7 @@ class Identity:
             raise Unauthenticated(f"the key {info.id!r} was revoked", hint="make a new one")
         if info.expires_at_s is not None and info.expires_at_s <= self._clock.time_s():
             raise Unauthenticated(f"the key {info.id!r} has expired", hint="make a new one")
-        return Principal(info.tenant, info.subject, frozenset(info.scopes)), info
+        return Principal(info.tenant, info.subject, frozenset(info.scopes), key_id=info.id), info
 
     async def _issue(
         self, principal: Principal, *, key: KeyInfo | None, actor: Principal | None, ttl_s: float | None

@@ -17,22 +17,18 @@ from __future__ import annotations
 
 import fcntl
 import os
-import sqlite3
 import time
 from collections.abc import Collection, Generator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import orjson
 import sqlalchemy as sa
-from sqlalchemy import event
-from sqlalchemy.exc import SQLAlchemyError
 
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
 from agentic_flow.core.errors import (
-    AgenticFlowError,
     Conflict,
     DataCorrupted,
     LimitExceeded,
@@ -41,6 +37,8 @@ from agentic_flow.core.errors import (
 )
 from agentic_flow.core.messages import JsonObject
 from agentic_flow.core.ports import RunState, StepRecord, WorkflowRecord
+from agentic_flow.core.sql import SqlDatabase
+from agentic_flow.core.sql import execute as execute
 
 # ruff: noqa: S608 - what is interpolated into SQL here is the schema's prefix and constants; values are bound.
 
@@ -69,10 +67,6 @@ _STATUSES: dict[RunState, tuple[str, ...]] = {
 }
 _NOBODY = ""
 _LIBRARY_STEPS = "DBOS."
-_POOL_SIZE = 10
-_BUSY_TIMEOUT_S = 30.0
-_WAL_RETRY_S = 0.02
-_SCHEMA_LOCK = 0x61665F72  # any constant; Postgres serialises the making of our tables by it
 _CREATE = (
     """CREATE TABLE IF NOT EXISTS af_executors (
         executor_id TEXT PRIMARY KEY, heartbeat_at_s DOUBLE PRECISION NOT NULL)""",
@@ -85,7 +79,7 @@ _CREATE = (
 )
 
 
-class RunDatabase:
+class RunDatabase(SqlDatabase):
     """Connections to one run database, shared by DBOS, the leases and the reader.
 
     Args:
@@ -96,47 +90,14 @@ class RunDatabase:
 
     def __init__(self, database_url: str | None, data_dir: Path, *, pooled: bool = True) -> None:
         self.folder = data_dir / "runs"
-        self.file: Path | None = None if database_url else self.folder / "runs.db"
-        self._database_url = database_url
-        self._pool: dict[str, Any] = {"pool_size": _POOL_SIZE} if pooled else {"poolclass": sa.NullPool}
-        self._engine: sa.Engine | None = None
-
-    @property
-    def url(self) -> str:
-        """SQLAlchemy URL of the database."""
-        if self._database_url is None:
-            return f"sqlite:///{self.file}"
-        scheme, _, rest = self._database_url.partition("://")
-        return self._database_url if "+" in scheme else f"postgresql+psycopg://{rest}"
-
-    @property
-    def is_sqlite(self) -> bool:
-        return self.file is not None
-
-    @property
-    def engine(self) -> sa.Engine:
-        """The connection pool. On SQLite each connection is durable and waits for locks.
-
-        Raises:
-            Unavailable: the file cannot be opened.
-            DataCorrupted: it is not a healthy SQLite file.
-        """
-        if self._engine is None:
-            if self.file is None:
-                self._engine = sa.create_engine(self.url, pool_pre_ping=True, **self._pool)
-            else:
-                _prepare_file(self.file)
-                self._engine = sa.create_engine(self.url, **self._pool)
-                event.listen(self._engine, "connect", _prepare_connection)
-        return self._engine
-
-    def create(self) -> None:
-        """Make our tables. Idempotent, also when several processes do it together."""
-        with self.transaction() as connection:
-            if not self.is_sqlite:
-                connection.execute(sa.text(f"SELECT pg_advisory_xact_lock({_SCHEMA_LOCK})"))
-            for statement in _CREATE:
-                connection.execute(sa.text(statement))
+        super().__init__(
+            database_url,
+            self.folder / "runs.db",
+            name="run database",
+            setting="swarm.database_url",
+            create=_CREATE,
+            pooled=pooled,
+        )
 
     def has_runs(self) -> bool:
         """False as long as nobody has made the tables: there are no runs then."""
@@ -146,53 +107,6 @@ class RunDatabase:
             tables = sa.inspect(connection)
             schema = None if self.is_sqlite else "dbos"
             return tables.has_table("af_leases") and tables.has_table("workflow_output", schema=schema)
-
-    def close(self) -> None:
-        if self._engine is not None:
-            self._engine.dispose()
-            self._engine = None
-
-    @contextmanager
-    def transaction(self) -> Generator[sa.Connection]:
-        """A transaction that holds SQLite's write lock from its first statement.
-
-        Raises:
-            Unavailable: the database cannot be used now.
-            DataCorrupted: the file is damaged.
-        """
-        try:
-            with self.engine.begin() as connection:
-                if self.is_sqlite:
-                    connection.execute(sa.text("BEGIN IMMEDIATE"))
-                yield connection
-        except SQLAlchemyError as error:
-            raise self.translate(error) from error
-
-    @contextmanager
-    def reading(self) -> Generator[sa.Connection]:
-        """A connection that takes no lock. Raises as `transaction` does."""
-        try:
-            with self.engine.connect() as connection:
-                yield connection
-        except SQLAlchemyError as error:
-            raise self.translate(error) from error
-
-    def rows(self, statement: str, **bindings: Any) -> list[Sequence[Any]]:
-        """Read; a collection among the bindings fills an `IN`."""
-        with self.reading() as connection:
-            return [tuple(row) for row in execute(connection, statement, **bindings)]
-
-    def translate(self, error: SQLAlchemyError) -> AgenticFlowError:
-        """What a database error means to a caller."""
-        place = repr(str(self.file)) if self.file else "at swarm.database_url"
-        cause = " ".join(str(getattr(error, "orig", None) or error).split())
-        if "not a database" in cause or "malformed" in cause:
-            return DataCorrupted(
-                f"the run database {place} is damaged: {cause}", hint="restore it from a backup"
-            )
-        return Unavailable(
-            f"the run database {place} cannot be used: {cause}", hint="start it, or check its address"
-        )
 
     def table(self, name: str) -> str:
         """A table of DBOS."""
@@ -650,15 +564,6 @@ class RunReader:
         return [_record(row, alive) for row in rows]
 
 
-def execute(connection: sa.Connection, statement: str, **bindings: Any) -> sa.CursorResult[Any]:
-    """Run one statement; a tuple, list or set among the bindings fills an `IN`."""
-    many = [key for key, value in bindings.items() if isinstance(value, list | tuple | set | frozenset)]
-    for key in many:
-        bindings[key] = list(bindings[key])
-    expanding: list[sa.BindParameter[Any]] = [sa.bindparam(key, expanding=True) for key in many]
-    return connection.execute(sa.text(statement).bindparams(*expanding), bindings)
-
-
 def _first(result: sa.CursorResult[Any]) -> Sequence[Any] | None:
     row = result.first()
     return None if row is None else tuple(row)
@@ -779,56 +684,3 @@ def _is_locked(path: Path) -> bool:
         return False
     finally:
         os.close(descriptor)
-
-
-def _prepare_connection(connection: sqlite3.Connection, _: object) -> None:
-    connection.isolation_level = "IMMEDIATE"  # as DBOS sets it on engines of its own
-    for pragma in (f"busy_timeout={int(_BUSY_TIMEOUT_S * 1000)}", "synchronous=FULL", "foreign_keys=ON"):
-        connection.execute(f"PRAGMA {pragma}").fetchall()
-    if sqlite3.sqlite_version_info < (3, 42):
-        # DBOS asks for unixepoch('subsec') on Python 3.12 and newer, which older SQLite answers with NULL.
-        connection.create_function("unixepoch", 1, _unixepoch)
-
-
-def _unixepoch(modifier: str) -> float:
-    if modifier != "subsec":
-        raise ValueError(f"unixepoch({modifier!r}) is not provided here")
-    return time.time()
-
-
-def _prepare_file(path: Path) -> None:
-    """Switch the file to WAL, which it remembers, before DBOS sees it.
-
-    SQLite does not wait for a lock here whatever the busy timeout says, so processes that open a new file
-    together would fail each other without the loop.
-    """
-    give_up_at_s = time.monotonic() + _BUSY_TIMEOUT_S
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S)) as connection:
-            while True:
-                try:
-                    mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
-                    break
-                except sqlite3.OperationalError as error:
-                    if "locked" not in str(error) or time.monotonic() >= give_up_at_s:
-                        raise
-                    time.sleep(_WAL_RETRY_S)
-    except sqlite3.OperationalError as error:
-        raise Unavailable(
-            f"cannot open {str(path)!r} for writing: {error}", hint="check the folder's permissions"
-        ) from error
-    except sqlite3.DatabaseError as error:
-        raise DataCorrupted(
-            f"{str(path)!r} is not a healthy database: {error}", hint="restore it from a backup"
-        ) from error
-    except OSError as error:
-        raise Unavailable(
-            f"the folder {str(path.parent)!r} cannot be made: {error.strerror}",
-            hint="choose another data folder, or correct its permissions",
-        ) from error
-    if mode != "wal":
-        raise Unavailable(
-            f"{str(path)!r} cannot be opened in WAL mode (it stays in {mode!r})",
-            hint="put the data folder on a local file system",
-        )
