@@ -1,7 +1,7 @@
 """Writes RESULTS.md beside this file, a section for each benchmark; those that are not renewed keep theirs.
 
 Usage: python benchmarks/report.py [--only SECTION]… [--kept]
-       sections: answers ingest steps startup agentdb http
+       sections: answers ingest steps startup agentdb million http
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ SECTIONS: dict[str, tuple[str, Callable[[bool], str]]] = {
     "steps": (steps.TITLE, lambda _: steps.section()),
     "startup": (cli_startup.TITLE, lambda _: cli_startup.section()),
     "agentdb": (agentdb_report.TITLE, agentdb_report.section),
+    "million": (agentdb_report.MILLION_TITLE, agentdb_report.million_section),
     "http": (http_search.TITLE, lambda _: http_search.section()),
 }
 """Name → title and what measures and writes it, in the order of the document."""
@@ -78,7 +79,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Writes RESULTS.md.")
     parser.add_argument("--only", choices=list(SECTIONS), action="append", help="several may be given")
     parser.add_argument(
-        "--kept", action="store_true", help="agentdb: take the figures of its last runs instead of measuring"
+        "--kept",
+        action="store_true",
+        help="agentdb, million: take the figures of its last runs instead of measuring",
     )
     options = parser.parse_args()
     renew(options.only or list(SECTIONS), kept=options.kept)
