@@ -154,7 +154,7 @@ def decoded(name: str, chunks: list[bytes], request: CompletionRequest) -> Compl
 def test_what_a_front_writes_the_wire_reads_back(name: str, completion: Completion, size: int) -> None:
     """Catches a part, a count or a stop reason that is lost between our two sides of one format."""
     request = request_of()
-    whole = WIRES[name].decode(request, FRONTS[name].encode(completion, "id"))
+    whole = WIRES[name].decode(request, FRONTS[name].encode(completion, "id", Call(request)))
     expected = completion.model_copy(update={"provider": whole.completion.provider})
     assert whole.completion == expected
     assert not whole.usage_estimated

@@ -385,6 +385,10 @@ class MessageStream:
             case StreamEnd():
                 return begin + self._end(event.completion)
 
+    def fail(self, error: AgenticFlowError) -> bytes:
+        """The end of the stream where it broke."""
+        return error_event(error)
+
     def _start(self) -> bytes:
         # Other formats say what was read at the end only; the last event replaces these counts.
         message: JsonObject = {

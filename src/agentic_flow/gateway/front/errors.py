@@ -111,6 +111,8 @@ def models_error(error: AgenticFlowError) -> dict[str, Any]:
 
 ERROR_SHAPES: dict[str, Callable[[AgenticFlowError], dict[str, Any]]] = {
     "/v1/chat/completions": openai_error,
+    "/v1/responses": openai_error,
+    "/v1/embeddings": openai_error,
     "/v1/messages": anthropic_error,
     "/v1/messages/count_tokens": anthropic_error,
     "/v1/models": models_error,

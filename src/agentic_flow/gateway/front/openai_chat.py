@@ -7,11 +7,8 @@ which clients send back.
 
 from __future__ import annotations
 
-import base64
-import binascii
-import re
 from collections.abc import Mapping
-from typing import Any, cast, get_args
+from typing import Any
 
 import orjson
 
@@ -23,7 +20,6 @@ from agentic_flow.core.messages import (
     JsonObject,
     Message,
     Part,
-    ReasoningEffort,
     StopReason,
     StreamEnd,
     StreamEvent,
@@ -38,12 +34,17 @@ from agentic_flow.core.messages import (
     Usage,
 )
 from agentic_flow.gateway.front.errors import openai_error
-from agentic_flow.gateway.front.fields import Fields, entries, json_object, untranslatable, wrong
-from agentic_flow.gateway.front.format import Call, tool_spec
+from agentic_flow.gateway.front.fields import Fields, entries, untranslatable, wrong
+from agentic_flow.gateway.front.format import (
+    OUTPUT_TOKENS_DEFAULT,
+    Call,
+    arguments_of,
+    effort_of,
+    image_of,
+    tool_spec,
+)
 
-OUTPUT_TOKENS_DEFAULT = 4096
 _REDACTED = "redacted:"
-_DATA_URL = re.compile(r"data:(image/[a-zA-Z0-9.+-]+);base64,(.*)", re.DOTALL)
 _FINISH: dict[StopReason, str] = {
     "end": "stop",
     "tool_calls": "tool_calls",
@@ -79,7 +80,7 @@ def decode_chat(body: JsonObject) -> Call:
         seed=fields.integer("seed", least=-(2**63)),
         stream=stream,
         parallel_tool_calls=fields.flag("parallel_tool_calls") if tools else None,
-        reasoning_effort=_effort(fields),
+        reasoning_effort=effort_of(fields, "reasoning_effort"),
         end_user=fields.text("safety_identifier") or fields.text("user"),
     )
     include_usage = _stream_options(fields)
@@ -115,13 +116,6 @@ def _output_tokens_max(fields: Fields) -> int:
 def _stop(fields: Fields) -> tuple[str, ...]:
     value = fields.take("stop")
     return (value,) if isinstance(value, str) else Fields({"stop": value}).texts("stop")
-
-
-def _effort(fields: Fields) -> ReasoningEffort | None:
-    effort = fields.text("reasoning_effort")
-    if effort is not None and effort not in get_args(ReasoningEffort):
-        raise wrong("reasoning_effort", f"must be one of {', '.join(get_args(ReasoningEffort))}", effort)
-    return cast(ReasoningEffort | None, effort)
 
 
 def _stream_options(fields: Fields) -> bool:
@@ -246,16 +240,7 @@ def _image(part: Fields) -> ImagePart:
     url = image.demand("url")
     image.only("detail", "auto")
     image.finish()
-    if url.startswith(("http://", "https://")):
-        return ImagePart(media_type="image/*", url=url)
-    inline = _DATA_URL.fullmatch(url)
-    if inline is None:
-        raise wrong(image.name("url"), "must be an http(s) URL or a base64 data URL of an image", url)
-    try:
-        base64.b64decode(inline[2], validate=True)
-    except (binascii.Error, ValueError):
-        raise wrong(image.name("url"), "is not valid base64", url) from None
-    return ImagePart(media_type=inline[1], data=inline[2])
+    return image_of(url, image.name("url"))
 
 
 def _assistant(fields: Fields, called: dict[str, str]) -> Message:
@@ -308,15 +293,11 @@ def _tool_call(fields: Fields) -> ToolCallPart:
     function = fields.inner("function") or Fields({}, fields.name("function"))
     call_id, name = fields.demand("id"), function.demand("name")
     text = function.text("arguments") or ""
-    at = function.name("arguments")
-    try:
-        arguments: object = orjson.loads(text.strip() or "{}")
-    except orjson.JSONDecodeError:
-        raise wrong(at, "must be a JSON object in a string", text) from None
+    arguments = arguments_of(text, function.name("arguments"))
     fields.only("index", *range(128))
     function.finish()
     fields.finish()
-    return ToolCallPart(id=call_id, name=name, arguments=json_object(arguments, at))
+    return ToolCallPart(id=call_id, name=name, arguments=arguments)
 
 
 def _tool_result(fields: Fields, called: Mapping[str, str]) -> Message:
@@ -431,6 +412,10 @@ class ChatStream:
                 return begin + self._delta({"tool_calls": [self._call(event)]})
             case StreamEnd():
                 return begin + self._end(event.completion)
+
+    def fail(self, error: AgenticFlowError) -> bytes:
+        """The end of the stream where it broke."""
+        return error_event(error)
 
     def _call(self, event: ToolCallDelta) -> JsonObject:
         function: JsonObject = {"arguments": event.arguments_json}

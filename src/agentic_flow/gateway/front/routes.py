@@ -1,6 +1,7 @@
 """The gateway as the vendors' SDKs know it, on their paths.
 
 POST /v1/chat/completions      OpenAI Chat Completions, JSON and SSE
+POST /v1/responses             OpenAI Responses, JSON and SSE
 POST /v1/messages              Anthropic Messages, JSON and SSE
 POST /v1/messages/count_tokens exact where the model's provider counts, else an estimate; a header says which
 
@@ -25,7 +26,12 @@ from agentic_flow.core.clock import Deadline
 from agentic_flow.core.errors import AgenticFlowError, ProviderProtocol
 from agentic_flow.core.messages import Completion, JsonObject, StreamEvent
 from agentic_flow.core.web import deadline_of, json_response, require
-from agentic_flow.gateway.front import anthropic_messages, openai_chat
+from agentic_flow.gateway.front import (
+    anthropic_messages,
+    openai_chat,
+    openai_responses,
+    openai_responses_answers,
+)
 from agentic_flow.gateway.front.errors import FrontError
 from agentic_flow.gateway.front.fields import Fields, read_body
 from agentic_flow.gateway.front.format import Call
@@ -48,6 +54,10 @@ class Encoder(Protocol):
 
     def take(self, event: StreamEvent) -> bytes: ...
 
+    def fail(self, error: AgenticFlowError) -> bytes:
+        """How an error ends what was encoded so far."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Front:
@@ -57,15 +67,15 @@ class Front:
         wire: Its name, which is also that of the providers' format.
         path: Where providers of the format take such a request, below their base URL.
         decode: The request of a body.
-        encode: A completion, the request's id → an answer.
+        encode: A completion, the request's id, the call → an answer.
         encoder: Model, request id, call → what encodes a stream.
-        last_words: How an error ends a stream.
+        last_words: How an error ends a stream that passed through.
     """
 
     wire: str
     path: str
     decode: Callable[[JsonObject], Call]
-    encode: Callable[[Completion, str], bytes]
+    encode: Callable[[Completion, str, Call], bytes]
     encoder: Callable[[str, str, Call], Encoder]
     last_words: Callable[[AgenticFlowError], bytes]
 
@@ -74,7 +84,7 @@ CHAT = Front(
     wire="openai",
     path="/chat/completions",
     decode=openai_chat.decode_chat,
-    encode=lambda completion, request_id: openai_chat.encode_chat(
+    encode=lambda completion, request_id, call: openai_chat.encode_chat(
         completion, answer_id=f"chatcmpl-{request_id}", created_s=int(time.time())
     ),
     encoder=lambda model, request_id, call: openai_chat.ChatStream(
@@ -85,11 +95,23 @@ CHAT = Front(
     ),
     last_words=openai_chat.error_event,
 )
+RESPONSES = Front(
+    wire="responses",
+    path="/responses",
+    decode=openai_responses.decode_responses,
+    encode=lambda completion, request_id, call: openai_responses_answers.encode_response(
+        completion, answer_id=f"resp_{request_id}", created_s=int(time.time()), echo=call.echo
+    ),
+    encoder=lambda model, request_id, call: openai_responses_answers.ResponseStream(
+        model, answer_id=f"resp_{request_id}", created_s=int(time.time()), echo=call.echo
+    ),
+    last_words=openai_responses_answers.error_event,
+)
 MESSAGES = Front(
     wire="anthropic",
     path="/v1/messages",
     decode=anthropic_messages.decode_messages,
-    encode=lambda completion, request_id: anthropic_messages.encode_message(
+    encode=lambda completion, request_id, call: anthropic_messages.encode_message(
         completion, answer_id=f"msg_{request_id}"
     ),
     encoder=lambda model, request_id, call: anthropic_messages.MessageStream(
@@ -105,6 +127,9 @@ def build_front_routes(gateway: Gateway) -> list[Route]:
     async def chat(request: Request) -> Response:
         return await _answered(CHAT, _Exchange(gateway, CHAT, request).answer())
 
+    async def responses(request: Request) -> Response:
+        return await _answered(RESPONSES, _Exchange(gateway, RESPONSES, request).answer())
+
     async def messages(request: Request) -> Response:
         return await _answered(MESSAGES, _Exchange(gateway, MESSAGES, request).answer())
 
@@ -113,6 +138,7 @@ def build_front_routes(gateway: Gateway) -> list[Route]:
 
     return [
         Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/responses", responses, methods=["POST"]),
         Route("/v1/messages", messages, methods=["POST"]),
         Route("/v1/messages/count_tokens", count_tokens, methods=["POST"]),
     ]
@@ -145,16 +171,17 @@ class _Exchange:
         if destination.wire == self._front.wire:
             passing = self._passing(destination, body, sent, stream, self._front.path)
             if stream:
-                return await self._streamed(self._pass_stream(destination, passing))
+                return await self._streamed(self._pass_stream(destination, passing), self._front.last_words)
             work = self._gateway.pass_whole(destination, passing, **self._about)
             return self._json(await unless_gone(self._request, work))
         call = self._front.decode(sent)
         asked = call.request.model_copy(update={"model": f"{destination.provider}:{destination.model}"})
         call = call._replace(request=asked)
         if stream:
-            return await self._streamed(self._translate_stream(destination, call))
+            encoder = self._front.encoder(destination.model, self._id, call)
+            return await self._streamed(self._translate_stream(encoder, call), encoder.fail)
         completion = await unless_gone(self._request, self._gateway.complete(asked, **self._about))
-        return self._json(self._front.encode(completion, self._id))
+        return self._json(self._front.encode(completion, self._id, call))
 
     async def count(self) -> Response:
         """The tokens of a request: counted by the provider, or estimated where it cannot be asked."""
@@ -200,20 +227,21 @@ class _Exchange:
             stream=stream,
         )
 
-    async def _streamed(self, source: AsyncGenerator[bytes]) -> Response:
+    async def _streamed(
+        self, source: AsyncGenerator[bytes], last_words: Callable[[AgenticFlowError], bytes]
+    ) -> Response:
         """The answer, once its first event is there: until then a failure has a status of its own."""
         try:
             first = await unless_gone(self._request, _first(source))
         except BaseException:
             await source.aclose()
             raise
-        return ModelStream(first, source, last_words=self._front.last_words, headers=self._headers())
+        return ModelStream(first, source, last_words=last_words, headers=self._headers())
 
     def _pass_stream(self, destination: Destination, passing: PassingRequest) -> AsyncGenerator[bytes]:
         return self._gateway.pass_stream(destination, passing, **self._about)
 
-    async def _translate_stream(self, destination: Destination, call: Call) -> AsyncGenerator[bytes]:
-        encoder = self._front.encoder(destination.model, self._id, call)
+    async def _translate_stream(self, encoder: Encoder, call: Call) -> AsyncGenerator[bytes]:
         events = self._gateway.stream(call.request, **self._about)
         async with aclosing(cast(AsyncGenerator[StreamEvent], events)) as reading:
             async for event in reading:
