@@ -49,7 +49,8 @@ WHY = """What is known of the figures that are not reached (run of 2026-11-29):
 - Filters that are asked for the first time read every row's metadata: there is no index on it yet.
 - Filters that keep many rows are scanned under an allow-list, which takes its time."""
 
-MILLION_WHY = """The graph's beam is measured again as the graph grows; a run before that was so reached .916. A filter that
+MILLION_WHY = """\
+The graph's beam is measured again as the graph grows; a run before that was so reached .916. A filter that
 keeps many rows is scanned under an allow-list, which at this size takes long: numpy, with the rows in memory,
 is about as fast at 10 % and far faster at 1 %."""
 
