@@ -33,13 +33,14 @@ from agentic_flow.gateway.wire.anthropic import API_VERSION, AnthropicFormat
 from agentic_flow.gateway.wire.format import WireFormat, items, load_object, text_of
 from agentic_flow.gateway.wire.openai import COMPATIBLE, OPENAI, OPENROUTER, OpenAIFormat
 from agentic_flow.gateway.wire.passing import PassingReader, PassingRequest
+from agentic_flow.gateway.wire.responses_passing import reader_of
 
 _log = structlog.get_logger(__name__)
 
 PLUGIN_GROUP = "agentic_flow.providers"
 MODELS_LISTED_MAX = 2000
 _ERROR_BODY_MAX_BYTES = 64 * 1024
-_OPENAI_NAMES = re.compile(r"(gpt-|chatgpt-|o\d)")
+_OPENAI_NAMES = re.compile(r"(gpt-|chatgpt-|o\d|text-embedding-)")
 
 
 class Provider(Protocol):
@@ -99,6 +100,7 @@ class HttpProfile:
         key_required: False for endpoints that may have no key.
         owns: See Provider.
         version_prefix: Path in front of `/models`, where the wire format's own path already carries it.
+        responses: Whether it also speaks OpenAI Responses, which then pass through to it.
     """
 
     name: str
@@ -108,6 +110,7 @@ class HttpProfile:
     key_required: bool
     owns: Callable[[str], bool]
     version_prefix: str = ""
+    responses: bool = False
 
 
 class HttpProvider:
@@ -251,9 +254,16 @@ class HttpProvider:
         """The format that this provider speaks."""
         return self._wire.name
 
+    @property
+    def passes(self) -> frozenset[str]:
+        """The formats in which callers' requests pass through to it: its own, and those beside it."""
+        beside = {"embeddings"} if self._wire.name == "openai" else set[str]()
+        return frozenset({self._wire.name, *beside, *(["responses"] if self._profile.responses else [])})
+
     def reader(self, sent: PassingRequest) -> PassingReader:
         """What reads the answer to `sent` while it passes."""
-        return self._wire.passing(sent.sent)
+        own = reader_of(sent.path, self.name, sent.sent)
+        return self._wire.passing(sent.sent) if own is None else own
 
     async def pass_whole(
         self, sent: PassingRequest, *, deadline: Deadline, idempotency_key: str | None = None
@@ -438,6 +448,7 @@ def openai_provider(settings: GatewaySettings, transport: HttpTransport) -> Prov
         default_model=OPENAI_DEFAULT if official else None,
         key_required=official,
         owns=lambda model: bool(_OPENAI_NAMES.match(model)) if official else not model.startswith("claude"),
+        responses=official,
     )
     return HttpProvider(profile, base_url=section.base_url, key=_key(section), transport=transport)
 

@@ -47,11 +47,13 @@ _RESERVE_CHARS_PER_TOKEN = 3
 
 
 class Destination(NamedTuple):
-    """Where a call goes: the provider, its own id of the model, and the format that it speaks over HTTP."""
+    """Where a call goes: the provider, its own id of the model, the format that it speaks over HTTP, and all
+    formats in which requests pass through to it."""
 
     provider: str
     model: str
     wire: str | None
+    passes: frozenset[str] = frozenset()
 
 
 class Gateway:
@@ -294,8 +296,9 @@ class Gateway:
         provider, native = await self._place(
             model or self.default_model(), Deadline.after(MODELS_TIMEOUT_S, self._clock)
         )
-        wire = provider.wire_name if isinstance(provider, HttpProvider) else None
-        return Destination(provider.name, native, wire)
+        if not isinstance(provider, HttpProvider):
+            return Destination(provider.name, native, None)
+        return Destination(provider.name, native, provider.wire_name, provider.passes)
 
     async def pass_whole(
         self,
@@ -467,7 +470,7 @@ async def _last(provider: str, events: AsyncIterator[StreamEvent]) -> Completion
 
 def _output_max(sent: PassingRequest) -> int | None:
     """The output limit that a request in a vendor's format names, if any."""
-    for name in ("max_completion_tokens", "max_tokens"):
+    for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"):
         value = sent.sent.get(name)
         # An attribute of a span holds 64 bits.
         if isinstance(value, int) and 0 < value < 2**63:

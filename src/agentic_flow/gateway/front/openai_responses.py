@@ -106,13 +106,26 @@ def _no_memory(fields: Fields) -> None:
         value = fields.take(name)
         if value is not None:
             raise _not_stored(name, value)
+    _in_the_foreground(fields)
+    fields.flag("store")
+
+
+def _in_the_foreground(fields: Fields) -> None:
     if fields.flag("background"):
         raise InvalidInput(
-            "the field 'background' cannot be true: this gateway stores no answers to be fetched later",
+            "the field 'background' cannot be true: this gateway keeps no answers to be fetched later",
             hint="leave it out, and stream the answer if it takes long",
             details={"field": "background"},
         )
-    fields.flag("store")
+
+
+def check_passing(body: JsonObject) -> None:
+    """Refuse what cannot be had through this gateway although the provider would take it.
+
+    Raises:
+        InvalidInput: the answer would have to be fetched later, unseen by the books.
+    """
+    _in_the_foreground(Fields(body))
 
 
 def _not_stored(field: str, value: object) -> InvalidInput:

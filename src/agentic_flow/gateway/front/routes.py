@@ -70,6 +70,7 @@ class Front:
         encode: A completion, the request's id, the call → an answer.
         encoder: Model, request id, call → what encodes a stream.
         last_words: How an error ends a stream that passed through.
+        check: Refuses what the gateway cannot do even where a request passes through.
     """
 
     wire: str
@@ -78,6 +79,7 @@ class Front:
     encode: Callable[[Completion, str, Call], bytes]
     encoder: Callable[[str, str, Call], Encoder]
     last_words: Callable[[AgenticFlowError], bytes]
+    check: Callable[[JsonObject], None] = lambda sent: None
 
 
 CHAT = Front(
@@ -106,6 +108,7 @@ RESPONSES = Front(
         model, answer_id=f"resp_{request_id}", created_s=int(time.time()), echo=call.echo
     ),
     last_words=openai_responses_answers.error_event,
+    check=openai_responses.check_passing,
 )
 MESSAGES = Front(
     wire="anthropic",
@@ -168,7 +171,8 @@ class _Exchange:
         fields = Fields(sent)
         model, stream = fields.demand("model"), fields.flag("stream") or False
         destination = await self._gateway.destination(model)
-        if destination.wire == self._front.wire:
+        if self._front.wire in destination.passes:
+            self._front.check(sent)
             passing = self._passing(destination, body, sent, stream, self._front.path)
             if stream:
                 return await self._streamed(self._pass_stream(destination, passing), self._front.last_words)

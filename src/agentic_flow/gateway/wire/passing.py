@@ -10,7 +10,7 @@ import itertools
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import orjson
 
@@ -57,6 +57,9 @@ class PassingReader(ABC):
         provider: Named in errors.
         sent: The body of the request, to estimate usage where none is reported.
     """
+
+    read_keys: ClassVar[tuple[str, ...]] = ("system", "messages", "tools")
+    """Fields of the request that hold what the model reads."""
 
     def __init__(self, provider: str, sent: JsonObject) -> None:
         self.provider = provider
@@ -129,7 +132,7 @@ class PassingReader(ABC):
         """The usage, and whether it is an estimate by four characters a token."""
         if self.usage is not None:
             return self.usage, False
-        chars, images = _text_chars([self._sent.get(key) for key in ("system", "messages", "tools")])
+        chars, images = _text_chars([self._sent.get(key) for key in self.read_keys])
         estimate = Usage(
             input_tokens=-(-chars // CHARS_PER_TOKEN) + images * IMAGE_TOKENS,
             output_tokens=-(-self._written_chars // CHARS_PER_TOKEN),
