@@ -176,6 +176,35 @@ def test_spans_reach_the_collector_before_the_end() -> None:
     assert b"agentic-flow-test" in body
 
 
+def test_metrics_reach_the_collector_before_the_end() -> None:
+    """Catches metrics that are recorded and never sent, or sent to the address of the traces."""
+    handler = type("Handler", (_Collector,), {"seen": []})
+    server = HTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    program = (
+        "import sys\nfrom agentic_flow.core.settings import TelemetrySettings\n"
+        "from agentic_flow.core.telemetry import configure\nfrom opentelemetry import metrics\n"
+        "counter = metrics.get_meter('x').create_counter('a-counter-of-ours')\n"
+        "shutdown = configure(TelemetrySettings(otlp_endpoint=sys.argv[1]), 'test')\n"
+        "counter.add(3)\nshutdown()\n"
+    )
+    try:
+        subprocess.run(
+            [sys.executable, "-c", program, f"http://127.0.0.1:{server.server_port}/v1/traces"],
+            env=dict(os.environ),
+            check=True,
+        )
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    ((path, body),) = handler.seen  # type: ignore[attr-defined]
+    assert path == "/v1/metrics"
+    assert b"a-counter-of-ours" in body
+    assert b"agentic-flow-test" in body
+
+
 def test_configuring_does_not_need_an_event_loop() -> None:
     """Catches a configuration that only works inside asyncio, or only outside."""
 

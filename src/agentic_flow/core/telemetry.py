@@ -1,4 +1,4 @@
-"""Logs and traces: configured once by the process that owns them; the library only uses the APIs.
+"""Logs, traces and metrics: configured once by the process that owns them; the library only uses the APIs.
 
 Logs go to standard error, because standard output carries data. No value under a name that means a secret,
 and nothing that looks like a key or token, reaches them.
@@ -76,16 +76,16 @@ def _redact_event(logger: object, method: str, event: MutableMapping[str, Any]) 
 def configure(
     settings: TelemetrySettings, service: str, *, stream: TextIO | None = None
 ) -> Callable[[], None]:
-    """Set up logs, and traces when an endpoint is set. Call it once, in the process that owns the streams.
+    """Set up logs, and with an endpoint traces and metrics; once, in the process that owns the streams.
 
     The logs of libraries (uvicorn, aiohttp, …) take the same way out.
 
     Args:
-        service: Name of the process in traces.
+        service: Name of the process in traces and metrics.
         stream: Where logs go; standard error by default.
 
     Returns:
-        What to call at the end: sends the traces that wait.
+        What to call at the end: sends what waits.
     """
     stream = stream if stream is not None else cast(TextIO, sys.stderr)
     on_terminal = stream.isatty()
@@ -114,7 +114,7 @@ def configure(
         cache_logger_on_first_use=False,
     )
     _route_library_logs(shared, renderer, level, stream)
-    return _configure_traces(settings, service)
+    return _configure_export(settings, service)
 
 
 class _LibraryHandler(logging.StreamHandler[TextIO]):
@@ -138,26 +138,32 @@ def _route_library_logs(shared: list[Any], renderer: Any, level: int, stream: Te
     root.addHandler(handler)
 
 
-def _configure_traces(settings: TelemetrySettings, service: str) -> Callable[[], None]:
+def _configure_export(settings: TelemetrySettings, service: str) -> Callable[[], None]:
     if settings.otlp_endpoint is None:
         return lambda: None
-    # The SDK costs start-up time; only who sends traces pays for it.
-    from opentelemetry import trace
+    # The SDK costs start-up time; only who sends traces and metrics pays for it.
+    from opentelemetry import metrics, trace
+    from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    endpoint = settings.otlp_endpoint.rstrip("/")
-    provider = TracerProvider(
-        resource=Resource.create(
-            {"service.name": f"agentic-flow-{service}", "service.version": product_version()}
-        )
+    endpoint = settings.otlp_endpoint.rstrip("/").removesuffix("/v1/traces")
+    resource = Resource.create(
+        {"service.name": f"agentic-flow-{service}", "service.version": product_version()}
     )
-    provider.add_span_processor(
-        BatchSpanProcessor(
-            OTLPSpanExporter(endpoint if endpoint.endswith("/v1/traces") else f"{endpoint}/v1/traces")
-        )
-    )
-    trace.set_tracer_provider(provider)
-    return provider.shutdown
+    tracers = TracerProvider(resource=resource)
+    tracers.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(f"{endpoint}/v1/traces")))
+    trace.set_tracer_provider(tracers)
+    reader = PeriodicExportingMetricReader(OTLPMetricExporter(f"{endpoint}/v1/metrics"))
+    meters = MeterProvider([reader], resource=resource)
+    metrics.set_meter_provider(meters)
+
+    def shutdown() -> None:
+        tracers.shutdown()
+        meters.shutdown()
+
+    return shutdown

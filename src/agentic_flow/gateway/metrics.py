@@ -1,0 +1,368 @@
+"""What the gateway measures: Prometheus metrics, and OpenTelemetry's for generative AI.
+
+Labels are of bounded cardinality: a model gets a series of its own after a call that went well, as long as
+there is room; other names, which callers can make up, share `other`. Tenants and keys are no labels: the
+usage ledger answers for them. OpenTelemetry's API costs next to nothing until export is set up; then its SDK
+takes about ten microseconds for each value, three or four of them a call.
+
+Source of the OpenTelemetry names and buckets: semantic conventions for generative AI, "metrics".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Protocol
+
+import structlog
+from opentelemetry import metrics as otel
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from agentic_flow.core.errors import ROWS
+from agentic_flow.gateway.usage import UsageRecord
+
+_log = structlog.get_logger(__name__)
+
+OTHER, NONE = "other", "none"
+MODELS_MAX = 64
+"""Models, over all providers, with series of their own."""
+_BOUND_MAX = 4096
+BREAKERS_MAX, BUDGETS_MAX = 256, 256
+"""Most series of each; circuits that are not closed and budgets with the least left come first."""
+NANO = 1_000_000_000
+
+_LATENCY_BUCKETS_S = (
+    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0,
+)  # fmt: skip
+_FIRST_TOKEN_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 25.0, 50.0, 100.0)
+_OTEL_DURATION_S = tuple(0.01 * 2**power for power in range(14))
+_OTEL_TOKENS = tuple(4**power for power in range(14))
+_OTEL_FIRST_TOKEN_S = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+)  # fmt: skip
+
+_STATE_NUMBERS = {"closed": 0, "half_open": 1, "open": 2}
+_LIMITED = frozenset({"rate_limited", "budget_exceeded", "limit_exceeded"})
+_UNAVAILABLE = frozenset({"unavailable", "circuit_open", "deadline_exceeded"})
+
+
+class BreakerView(Protocol):
+    """One circuit breaker: closed, half_open or open."""
+
+    @property
+    def provider(self) -> str: ...
+    @property
+    def key_id(self) -> str: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+
+
+class BudgetView(Protocol):
+    """One allowance of a budget rule in its current period."""
+
+    @property
+    def scope(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def period(self) -> str: ...
+    @property
+    def left_nano_usd(self) -> int: ...
+
+
+class LedgerView(Protocol):
+    """What the usage ledger says of itself."""
+
+    @property
+    def lost(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+
+
+class _Bound:
+    """The series of one combination of labels, looked up once."""
+
+    __slots__ = (
+        "cache_hit", "call", "cost", "duration", "first_token", "otel", "otel_input", "otel_output",
+        "retries", "tokens", "unpriced",
+    )  # fmt: skip
+
+    call: Callable[[], None]
+    duration: Callable[[float], None]
+    first_token: Callable[[float], None]
+    tokens: Sequence[Callable[[float], None]]
+    cost: Callable[[float], None]
+    unpriced: Callable[[], None]
+    cache_hit: Callable[[], None]
+    retries: Callable[[float], None]
+    otel: dict[str, str]
+    otel_input: dict[str, str]
+    otel_output: dict[str, str]
+
+
+_TOKEN_KINDS = ("input", "output", "cache_read", "cache_write", "reasoning")
+
+
+class GatewayMetrics:
+    """Metrics of the calls, in a registry for `/metrics` and through OpenTelemetry's API.
+
+    Args:
+        registry: Where they are registered; None makes one of its own.
+    """
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = CollectorRegistry() if registry is None else registry
+        self._models: set[tuple[str, str]] = set()
+        self._bound: dict[tuple[str, str, str, str], _Bound] = {}
+        self._make_series()
+        self._make_otel()
+        self._live = _LiveCollector()
+        self.registry.register(self._live)
+
+    def _make_series(self) -> None:
+        model = ("provider", "model")
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"agentic_flow_gateway_{name}", text, (*model, *labels), registry=self.registry)
+
+        self._calls = counter("calls", "Model calls that ended, by how.", "wire", "status")
+        self._tokens = counter(
+            "tokens", "Tokens; input includes the cache's, output includes reasoning.", "kind"
+        )
+        self._cost = counter("cost_usd", "Known cost of calls in US dollars.")
+        self._unpriced = counter("unpriced_calls", "Calls whose cost is not known.")
+        self._cache_hits = counter("cache_hits", "Calls that the response cache answered.")
+        self._retries = counter("retries", "Calls to providers beyond the first of each request.")
+        self._duration = Histogram(
+            "agentic_flow_gateway_call_duration_seconds",
+            "Time from a request to the end of its answer.",
+            (*model, "status"),
+            registry=self.registry,
+            buckets=_LATENCY_BUCKETS_S,
+        )
+        self._first_token = Histogram(
+            "agentic_flow_gateway_first_token_seconds",
+            "Time from a request to the first piece of its streamed answer.",
+            model,
+            registry=self.registry,
+            buckets=_FIRST_TOKEN_BUCKETS_S,
+        )
+
+    def _make_otel(self) -> None:
+        meter = otel.get_meter("agentic_flow.gateway")
+        self._otel_duration = meter.create_histogram(
+            "gen_ai.client.operation.duration",
+            unit="s",
+            description="GenAI operation duration.",
+            explicit_bucket_boundaries_advisory=_OTEL_DURATION_S,
+        )
+        self._otel_tokens = meter.create_histogram(
+            "gen_ai.client.token.usage",
+            unit="{token}",
+            description="Number of input and output tokens used.",
+            explicit_bucket_boundaries_advisory=_OTEL_TOKENS,
+        )
+        self._otel_first_token = meter.create_histogram(
+            "gen_ai.server.time_to_first_token",
+            unit="s",
+            description="Time to generate first token for successful responses.",
+            explicit_bucket_boundaries_advisory=_OTEL_FIRST_TOKEN_S,
+        )
+
+    def observe(self, record: UsageRecord) -> None:
+        """Count a call that has ended. Some microseconds; no lock is held for long."""
+        bound = self._bound.get((record.provider, record.model, record.wire, record.status))
+        if bound is None:
+            bound = self._bind(record)
+        bound.call()
+        bound.duration(record.latency_s)
+        first_token_s = record.first_token_s
+        answered = record.status == "ok"
+        if answered and first_token_s is not None:
+            bound.first_token(first_token_s)
+        for count, tokens in zip(bound.tokens, record[10:15], strict=True):
+            if tokens:
+                count(tokens)
+        if record.cost_nano_usd is None:
+            bound.unpriced()
+        elif record.cost_nano_usd:
+            bound.cost(record.cost_nano_usd / NANO)
+        if record.tries > 1:
+            bound.retries(record.tries - 1)
+        if record.cached:
+            # No provider was asked, so nothing of the client metrics below happened.
+            bound.cache_hit()
+            return
+        self._otel_duration.record(record.latency_s, bound.otel)
+        if answered:
+            self._otel_tokens.record(record.input_tokens, bound.otel_input)
+            self._otel_tokens.record(record.output_tokens, bound.otel_output)
+            if first_token_s is not None:
+                self._otel_first_token.record(first_token_s, bound.otel)
+
+    def _bind(self, record: UsageRecord) -> _Bound:
+        """The series of a record's labels, remembered when they are its own."""
+        provider, model, wire, status = (
+            record.provider or NONE,
+            record.model or NONE,
+            record.wire,
+            record.status,
+        )
+        own = self._has_series(record)
+        if not own:
+            if (provider, OTHER) not in self._models and len(self._models) >= 2 * MODELS_MAX:
+                provider = OTHER
+            self._models.add((provider, OTHER))
+            model = OTHER
+            known = self._bound.get((provider, model, wire, status))
+            if known is not None:
+                return known
+        bound = self._series(provider, model, wire, status)
+        if len(self._bound) >= _BOUND_MAX:
+            self._bound.clear()  # they are looked up again; the series themselves stay
+        if own:
+            self._bound[record.provider, record.model, record.wire, record.status] = bound
+        else:
+            self._bound[provider, model, wire, status] = bound
+        return bound
+
+    def _has_series(self, record: UsageRecord) -> bool:
+        name = (record.provider, record.model)
+        if name in self._models or record.model == "":
+            return True
+        if record.status != "ok" or sum(model != OTHER for _, model in self._models) >= MODELS_MAX:
+            return False
+        self._models.add(name)
+        return True
+
+    def _series(self, provider: str, model: str, wire: str, status: str) -> _Bound:
+        bound = _Bound()
+        kind = status_class(status)
+        bound.call = self._calls.labels(provider, model, wire, kind).inc
+        bound.duration = self._duration.labels(provider, model, kind).observe
+        bound.first_token = self._first_token.labels(provider, model).observe
+        bound.tokens = tuple(self._tokens.labels(provider, model, token).inc for token in _TOKEN_KINDS)
+        bound.cost = self._cost.labels(provider, model).inc
+        bound.unpriced = self._unpriced.labels(provider, model).inc
+        bound.cache_hit = self._cache_hits.labels(provider, model).inc
+        bound.retries = self._retries.labels(provider, model).inc
+        bound.otel = {
+            "gen_ai.operation.name": "embeddings" if "embeddings" in wire else "chat",
+            "gen_ai.provider.name": provider,
+            "gen_ai.request.model": model,
+        }
+        bound.otel_input = {**bound.otel, "gen_ai.token.type": "input"}
+        bound.otel_output = {**bound.otel, "gen_ai.token.type": "output"}
+        if status != "ok":
+            bound.otel = {**bound.otel, "error.type": status}
+        return bound
+
+    # Gauges, asked when somebody looks
+
+    def set_breakers(self, callback: Callable[[], Iterable[BreakerView]]) -> None:
+        """Show the circuit breakers that this gives."""
+        self._live.sources["breakers"] = lambda: _breakers(callback())
+
+    def set_budgets(self, callback: Callable[[], Iterable[BudgetView]]) -> None:
+        """Show what is left of the budgets that this gives."""
+        self._live.sources["budgets"] = lambda: _budgets(callback())
+
+    def set_calls(self, callback: Callable[[], tuple[int, int]]) -> None:
+        """Show how many calls are under way, and how many wait for their turn."""
+        self._live.sources["calls"] = lambda: _calls(*callback())
+
+    def set_ledger(self, ledger: LedgerView) -> None:
+        """Show what the usage ledger lost, and what it has not written yet."""
+        self._live.sources["ledger"] = lambda: _ledger(ledger)
+
+
+class _LiveCollector(Collector):
+    """Metrics whose values are asked for at each scrape."""
+
+    def __init__(self) -> None:
+        self.sources: dict[str, Callable[[], Iterable[Metric]]] = {}
+
+    def collect(self) -> Iterator[Metric]:
+        for name, source in list(self.sources.items()):
+            try:
+                found = list(source())
+            except Exception:  # noqa: BLE001 - one broken source must not hide the other metrics
+                _log.exception("metrics_source_failed", source=name)
+                continue
+            yield from found
+
+
+def _breakers(views: Iterable[BreakerView]) -> Iterator[Metric]:
+    family = GaugeMetricFamily(
+        "agentic_flow_gateway_breaker_state",
+        "Circuit breaker of a provider's key and model: 0 closed, 1 half open, 2 open.",
+        labels=("provider", "key", "model"),
+    )
+    counts = GaugeMetricFamily(
+        "agentic_flow_gateway_breakers", "Circuit breakers in each state.", labels=("provider", "state")
+    )
+    by_state: dict[tuple[str, str], int] = {}
+    listed = sorted(views, key=lambda view: view.state == "closed")
+    for view in listed:
+        place = (view.provider, view.state)
+        by_state[place] = by_state.get(place, 0) + 1
+    for view in islice(listed, BREAKERS_MAX):
+        family.add_metric((view.provider, view.key_id, view.model), _STATE_NUMBERS[view.state])
+    for place, count in by_state.items():
+        counts.add_metric(place, count)
+    yield family
+    yield counts
+
+
+def _budgets(views: Iterable[BudgetView]) -> Iterator[Metric]:
+    family = GaugeMetricFamily(
+        "agentic_flow_gateway_budget_left_usd",
+        "What is left of a budget in its period, in US dollars.",
+        labels=("scope", "name", "period"),
+    )
+    least: dict[tuple[str, str, str], int] = {}
+    for view in views:
+        # Rules of several tenants may share a name: the one that ends first counts.
+        labels = (view.scope, view.name, view.period)
+        least[labels] = min(least.get(labels, view.left_nano_usd), view.left_nano_usd)
+    for labels, left in islice(sorted(least.items(), key=lambda item: item[1]), BUDGETS_MAX):
+        family.add_metric(labels, left / NANO)
+    yield family
+
+
+def _calls(inside: int, waiting: int) -> Iterator[Metric]:
+    for name, text, value in (
+        ("inside", "Calls under way.", inside),
+        ("waiting", "Calls that wait for their turn.", waiting),
+    ):
+        yield GaugeMetricFamily(f"agentic_flow_gateway_calls_{name}", text, value=value)
+
+
+def _ledger(ledger: LedgerView) -> Iterator[Metric]:
+    yield CounterMetricFamily(
+        "agentic_flow_gateway_usage_records_lost", "Usage records that could not be kept.", value=ledger.lost
+    )
+    yield GaugeMetricFamily(
+        "agentic_flow_gateway_usage_records_waiting", "Usage records not written yet.", value=ledger.waiting
+    )
+
+
+def status_class(status: str) -> str:
+    """How a call ended, in few words: ok, cancelled, limited, refused, unavailable, provider_error or failed.
+
+    Args:
+        status: `ok`, `cancelled`, or an error's code.
+    """
+    if status in ("ok", "cancelled"):
+        return status
+    if status in _LIMITED:
+        return "limited"
+    if status in _UNAVAILABLE:
+        return "unavailable"
+    if status.startswith("provider_"):
+        return "provider_error"
+    return "refused" if status in ROWS and ROWS[status].status < 500 else "failed"
