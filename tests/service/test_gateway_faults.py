@@ -7,7 +7,7 @@ import gc
 import random
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,8 +18,10 @@ from agentic_flow.core.auth import LOCAL_OWNER
 from agentic_flow.core.clock import SYSTEM_CLOCK, Deadline
 from agentic_flow.core.errors import (
     AgenticFlowError,
+    CircuitOpen,
     DeadlineExceeded,
     InvalidSettings,
+    ProviderError,
     ProviderFailed,
     ProviderOverloaded,
     ProviderProtocol,
@@ -29,9 +31,14 @@ from agentic_flow.core.errors import (
 )
 from agentic_flow.core.messages import CompletionRequest, Message, StreamEvent, TextDelta, TextPart, ToolSpec
 from agentic_flow.core.settings import GatewaySettings
+from agentic_flow.gateway.health import FAILURES_MAX, Health
+from agentic_flow.gateway.keyring import RECHECK_S
+from agentic_flow.gateway.providers import build_providers
 from agentic_flow.gateway.retries import RetryPolicy
 from agentic_flow.gateway.service import Gateway
+from agentic_flow.gateway.transport import HttpTransport
 from agentic_flow.testing.fake_provider import FakeProvider, Fault, Reply, Script
+from agentic_flow.testing.fake_wires import SeenRequest
 
 pytestmark = pytest.mark.anyio
 WIRES = ["anthropic", "openai"]
@@ -238,16 +245,195 @@ class RecordedPauses:
         self.pauses.append(duration_s)
 
 
+class SteppingClock(RecordedPauses):
+    """The same, and time has passed after each pause."""
+
+    def time_s(self) -> float:
+        return SYSTEM_CLOCK.time_s() + sum(self.pauses)
+
+    def monotonic_s(self) -> float:
+        return SYSTEM_CLOCK.monotonic_s() + sum(self.pauses)
+
+
+@asynccontextmanager
+async def stepping(
+    clock: SteppingClock, fake: FakeProvider, keys: str = "k", **more: Any
+) -> AsyncGenerator[Gateway]:
+    """A gateway whose keys, circuits and pauses all go by `clock`."""
+    settings = GatewaySettings.model_validate(
+        {"openai": {"base_url": fake.openai_url, "api_key": keys}, "backoff_s": 0.5, **more}
+    )
+    transport = HttpTransport(idle_timeout_s=5.0, response_max_bytes=1_000_000)
+    health = Health.of(settings, clock=clock, rng=random.Random(1))
+    providers = build_providers(settings, transport, health=health)
+    try:
+        async with Gateway(settings, providers=providers.values(), clock=clock) as gateway:
+            yield gateway
+    finally:
+        await transport.close()
+
+
 async def test_retry_after_is_honoured() -> None:
     """Catches a client that hammers a provider which asked for a pause."""
-    clock = RecordedPauses()
+    clock = SteppingClock()
     with FakeProvider([Reply.error(429, retry_after="7"), GOOD]) as fake:
-        settings = GatewaySettings.model_validate(
-            {"openai": {"base_url": fake.openai_url, "api_key": "k"}, "backoff_s": 0.5}
-        )
-        async with Gateway(settings, clock=clock) as gateway:
-            assert await ask(gateway, request_for("openai", stream=False)) == "the whole answer"
+        async with stepping(clock, fake) as gateway:
+            assert await ask(gateway, request_for("openai", stream=False), 60) == "the whole answer"
     assert clock.pauses == [7.0]
+
+
+@pytest.mark.parametrize("status", [401, 402, 403, 429])
+@pytest.mark.parametrize("stream", [False, True], ids=["json", "sse"])
+async def test_another_key_takes_over_without_a_pause(status: int, stream: bool) -> None:
+    """Catches a call that fails or waits although a second key is free, and a bad key that is used again."""
+    clock = SteppingClock()
+    bad = Reply.error(status, retry_after="30" if status == 429 else None)
+
+    def answer(seen: SeenRequest) -> Reply:
+        return bad if seen.key == "one" else GOOD
+
+    with FakeProvider(answer) as fake:
+        async with stepping(clock, fake, "one, two") as gateway:
+            for _ in range(4):
+                assert await ask(gateway, request_for("openai", stream=stream)) == "the whole answer"
+        assert [seen.key for seen in fake.requests] == ["one", "two", "two", "two", "two"]
+    assert clock.pauses == []
+
+
+async def test_a_refused_key_is_probed_by_one_call_and_taken_back() -> None:
+    """Catches a key that a passing 401 has taken out of use for good."""
+    clock = SteppingClock()
+    wrong = {"one"}
+
+    def answer(seen: SeenRequest) -> Reply:
+        return Reply.error(401) if seen.key in wrong else GOOD
+
+    with FakeProvider(answer) as fake:
+        async with stepping(clock, fake, "one two") as gateway:
+            for _ in range(3):
+                await ask(gateway, request_for("openai", stream=False))
+            wrong.clear()
+            await clock.sleep(30)
+            for _ in range(4):
+                await ask(gateway, request_for("openai", stream=False))
+        keys = [seen.key for seen in fake.requests]
+    assert keys[:4] == ["one", "two", "two", "two"]
+    assert sorted(str(key) for key in keys[4:]) == ["one", "one", "two", "two"]
+
+
+async def test_a_request_that_every_key_is_forbidden_costs_no_key() -> None:
+    """Catches one caller's forbidden request that takes the keys from everybody."""
+    clock = SteppingClock()
+
+    def answer(seen: SeenRequest) -> Reply:
+        return Reply.error(403) if seen.last_text == "forbidden" else GOOD
+
+    with FakeProvider(answer) as fake:
+        async with stepping(clock, fake, "one two") as gateway:
+            message = Message(role="user", parts=(TextPart(text="forbidden"),))
+            refused = CompletionRequest(model="openai:fake-model", messages=(message,), stream=False)
+            with pytest.raises(ProviderRejected):
+                await ask(gateway, refused)
+            for _ in range(4):
+                await ask(gateway, request_for("openai", stream=False))
+        assert sorted(str(seen.key) for seen in fake.requests) == ["one"] * 3 + ["two"] * 3
+
+
+async def test_keys_that_all_rest_say_when_the_first_is_back() -> None:
+    """Catches a pause longer than needed, and a provider that is asked although every key rests."""
+    clock = SteppingClock()
+    pauses = {"one": "40", "two": "9"}
+
+    def answer(seen: SeenRequest) -> Reply:
+        return Reply.error(429, retry_after=pauses[str(seen.key)])
+
+    with FakeProvider(answer) as fake:
+        async with stepping(clock, fake, "one two", attempts=1) as gateway:
+            for _ in range(2):
+                with pytest.raises(ProviderOverloaded) as caught:
+                    await ask(gateway, request_for("openai", stream=False))
+                assert caught.value.retry_after_s == pytest.approx(9, abs=0.5)
+        assert len(fake.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("bad", "stream"),
+    [
+        (Reply.error(500), False),
+        (Reply.error(529), True),
+        (Reply.broken("reset"), True),
+        (Reply.broken("truncated"), True),
+        (Reply.broken("broken_json"), False),
+        (Reply.broken("no_terminal"), True),
+        (Reply.text("half", stream_error="overloaded_error"), True),
+    ],
+    ids=lambda value: str(value.status) + (value.fault or "") if isinstance(value, Reply) else str(value),
+)
+async def test_a_provider_that_fails_is_left_alone_and_taken_back(bad: Reply, stream: bool) -> None:
+    """Catches a breaker that does not see streams break, that never opens, or that never closes."""
+    clock = SteppingClock()
+    replies = [bad] * FAILURES_MAX + [GOOD] * 3
+    with FakeProvider(replies) as fake:
+        async with stepping(clock, fake, attempts=1) as gateway:
+            for _ in range(FAILURES_MAX):
+                with pytest.raises(ProviderError):
+                    await ask(gateway, request_for("openai", stream=stream))
+            with pytest.raises(CircuitOpen) as caught:
+                await ask(gateway, request_for("openai", stream=stream))
+            assert len(fake.requests) == FAILURES_MAX
+            assert 0 < (caught.value.retry_after_s or 0) <= 5
+            await clock.sleep(5)
+            for _ in range(3):
+                assert await ask(gateway, request_for("openai", stream=stream)) == "the whole answer"
+
+
+async def test_what_callers_do_wrong_does_not_open_the_circuit() -> None:
+    """Catches one caller's bad requests that close a model to everybody."""
+    clock = SteppingClock()
+    replies = [Reply.error(400), Reply.error(404), Reply.error(422)] * 4 + [GOOD]
+    with FakeProvider(replies) as fake:
+        async with stepping(clock, fake, attempts=1) as gateway:
+            for _ in range(12):
+                with pytest.raises((ProviderRejected, UnknownModel)):
+                    await ask(gateway, request_for("openai", stream=False))
+            assert await ask(gateway, request_for("openai", stream=False)) == "the whole answer"
+
+
+async def test_callers_who_leave_do_not_open_the_circuit() -> None:
+    """Catches cancelled calls and short deadlines that count as the provider's failures."""
+    clock = SteppingClock()
+    with FakeProvider([Reply.broken("hang")] * 12 + [GOOD]) as fake:
+        async with stepping(clock, fake, attempts=1) as gateway:
+            for turn in range(6):
+                call = asyncio.ensure_future(ask(gateway, request_for("openai", stream=True)))
+                while len(fake.requests) <= 2 * turn:
+                    await asyncio.sleep(0.005)
+                call.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await call
+                with pytest.raises(DeadlineExceeded):
+                    await ask(gateway, request_for("openai", stream=False), 0.05)
+            assert await ask(gateway, request_for("openai", stream=False)) == "the whole answer"
+
+
+async def test_a_slow_first_token_counts_as_a_failure() -> None:
+    """Catches a provider that crawls and is asked on and on."""
+    settings = {"slow_call_s": 0.02, "attempts": 1}
+    with FakeProvider([Reply.text("late", delay_s=0.05)] * FAILURES_MAX) as fake:
+        async with gateway_for(fake, **settings) as gateway:
+            for _ in range(FAILURES_MAX):
+                assert await ask(gateway, request_for("openai", stream=True)) == "late"
+            with pytest.raises(CircuitOpen):
+                await ask(gateway, request_for("openai", stream=True))
+
+
+async def test_a_circuit_that_opens_under_a_call_is_waited_for() -> None:
+    """Catches a call that gives up within its retries because its own failures opened the circuit."""
+    clock = SteppingClock()
+    with FakeProvider([Reply.error(503)] * FAILURES_MAX + [GOOD]) as fake:
+        async with stepping(clock, fake, attempts=FAILURES_MAX + 2) as gateway:
+            assert await ask(gateway, request_for("openai", stream=False), 90) == "the whole answer"
+        assert len(fake.requests) == FAILURES_MAX + 1
 
 
 async def test_a_pause_past_the_deadline_is_not_waited_for() -> None:
@@ -333,19 +519,28 @@ async def test_missing_usage_is_estimated_and_said() -> None:
 
 
 async def test_keys_are_read_again_when_their_file_changes(tmp_path: Path) -> None:
-    """Catches a rotated key that takes a restart, and a key file whose absence is not explained."""
+    """Catches a rotated key that takes a restart, and a file broken by a rotation that stops all calls."""
     key_file = tmp_path / "key"
-    key_file.write_text("first\n")
-    with FakeProvider([GOOD] * 2) as fake:
+    with FakeProvider(lambda _: GOOD) as fake:
         section = {"base_url": fake.anthropic_url, "api_key_file": key_file}
         async with gateway_for(fake, anthropic=section) as gateway:
-            await ask(gateway, request_for("anthropic", stream=False))
-            key_file.write_text("second one\n")
-            await ask(gateway, request_for("anthropic", stream=False))
-            assert [seen.key for seen in fake.requests] == ["first", "second one"]
-            key_file.unlink()
+            request = request_for("anthropic", stream=False)
             with pytest.raises(InvalidSettings, match="key"):
-                await ask(gateway, request_for("anthropic", stream=False))
+                await ask(gateway, request)
+            key_file.write_text("# of the main account\nfirst\n")
+            await ask(gateway, request)
+            key_file.write_text("second\n")
+            while fake.requests[-1].key != "second":
+                await ask(gateway, request)
+            for broken in ("", "# none\n", "k\u00e9y\n"):
+                key_file.write_text(broken)
+                await asyncio.sleep(RECHECK_S)
+                await ask(gateway, request)
+            key_file.unlink()
+            await asyncio.sleep(RECHECK_S)
+            await ask(gateway, request)
+    assert {seen.key for seen in fake.requests} == {"first", "second"}
+    assert {seen.key for seen in fake.requests[-4:]} == {"second"}
 
 
 async def test_cost_comes_from_billed_usage_and_one_line_says_what_happened() -> None:

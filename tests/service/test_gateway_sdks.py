@@ -455,17 +455,14 @@ async def test_wrong_keys_and_missing_scopes(front: str) -> None:
 async def test_errors_of_the_provider(front: str, back: str, stream: bool) -> None:
     """Catches a refusal that reaches the client with another class, without its reason or its pause."""
     replies = [
-        Reply.error(429, "slow down", retry_after="9"),
         Reply.error(500, "it broke"),
         Reply.error(529, "overloaded"),
         Reply.error(400, "temperature is too warm"),
         Reply.error(401, "your upstream-key is revoked"),
+        Reply.error(429, "slow down", retry_after="9"),
     ]
     async with asking(front, replies, models=["fake-model"]) as (sdk, _):
         model = f"{back}:fake-model"
-        with pytest.raises(sdk.errors.RateLimitError, match="slow down") as limited:
-            await sdk.ask(model, stream=stream)
-        assert limited.value.response.headers["retry-after"] == "9"
         with pytest.raises(sdk.errors.InternalServerError, match="it broke"):
             await sdk.ask(model, stream=stream)
         with pytest.raises(sdk.errors.InternalServerError) as overloaded:
@@ -477,6 +474,10 @@ async def test_errors_of_the_provider(front: str, back: str, stream: bool) -> No
         with pytest.raises(sdk.errors.InternalServerError) as keyless:
             await sdk.ask(model, stream=stream)
         assert "upstream-key" not in str(keyless.value)
+        # Last, for the key rests afterwards.
+        with pytest.raises(sdk.errors.RateLimitError, match="slow down") as limited:
+            await sdk.ask(model, stream=stream)
+        assert limited.value.response.headers["retry-after"] == "9"
         with pytest.raises(sdk.errors.NotFoundError):
             await sdk.ask(f"{back}:other", stream=stream)
         with pytest.raises(sdk.errors.NotFoundError, match="not configured"):

@@ -7,12 +7,17 @@ an answer to a call made before the circuit changed says nothing about the peer 
 
 from __future__ import annotations
 
+import random
 from typing import Literal
 
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
 from agentic_flow.core.errors import CircuitOpen
 
 BreakerState = Literal["closed", "open", "half_open"]
+
+_BUCKETS = 10
+# Two openings this close together, in pauses, are one trouble: the pause goes on growing.
+_FLAPPING_PAUSES = 4.0
 
 
 class Permit:
@@ -38,6 +43,14 @@ class Permit:
         """The call was cancelled; nothing was learned."""
         self._report(None)
 
+    def answering(self) -> None:
+        """The peer has begun to answer: another probe need not wait for the end of a long stream.
+
+        The outcome is still to be reported, and a stream that breaks counts as any failure.
+        """
+        if self.is_probe and not self._done:
+            self._breaker.release(self)
+
     def _report(self, outcome: bool | None) -> None:
         if not self._done:
             self._done = True
@@ -51,26 +64,71 @@ class Breaker:
         peer: Its name, for the error.
         failures_max: Failures in a row that open the circuit.
         open_s: Seconds until one probe is let through.
+        open_max_s: Upper bound of that pause, which doubles while the peer goes on failing; by default it
+            does not grow.
+        error_rate_max: Share of calls within `window_s` whose failure opens the circuit as well. None: only
+            failures in a row do.
+        window_s: Length of the sliding window, in seconds.
+        calls_min: Calls within the window below which a rate means nothing.
+        probe_s: A probe that has been silent for so long is followed by another. None: it is waited for.
+        rng: Shortens each pause by up to a quarter, so that breakers of many processes do not probe at
+            once. None: no jitter.
     """
 
     def __init__(
-        self, peer: str, *, failures_max: int = 5, open_s: float = 5.0, clock: Clock = SYSTEM_CLOCK
+        self,
+        peer: str,
+        *,
+        failures_max: int = 5,
+        open_s: float = 5.0,
+        open_max_s: float | None = None,
+        error_rate_max: float | None = None,
+        window_s: float = 30.0,
+        calls_min: int = 20,
+        probe_s: float | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+        rng: random.Random | None = None,
     ) -> None:
         self._peer = peer
         self._failures_max = failures_max
         self._open_s = open_s
+        self._open_max_s = open_s if open_max_s is None else max(open_s, open_max_s)
+        self._error_rate_max = error_rate_max
+        self._calls_min = calls_min
+        self._step_s = window_s / _BUCKETS
+        self._probe_s = probe_s
         self._clock = clock
+        self._rng = rng
         self._failures = 0
         self._opened_at_s: float | None = None
+        self._down_since_s: float | None = None
+        self._closed_at_s: float | None = None
+        self._pause_s = 0.0  # as it grew, without jitter
+        self._wait_s = open_s  # with jitter: what is waited
         self._probe: Permit | None = None
+        self._probe_at_s = 0.0
         # Counts state changes: a permit of an older generation has no say.
         self._generation = 0
+        # The sliding window: calls and failures by time step.
+        self._stamps = [-1] * _BUCKETS
+        self._calls = [0] * _BUCKETS
+        self._failed = [0] * _BUCKETS
 
     @property
     def state(self) -> BreakerState:
         if self._opened_at_s is None:
             return "closed"
-        return "open" if self._clock.monotonic_s() - self._opened_at_s < self._open_s else "half_open"
+        return "open" if self._clock.monotonic_s() - self._opened_at_s < self._wait_s else "half_open"
+
+    @property
+    def failures(self) -> int:
+        """Failures in a row, as last seen."""
+        return self._failures
+
+    @property
+    def down_for_s(self) -> float:
+        """Seconds since the peer was last known to be well; 0 while the circuit is closed."""
+        return 0.0 if self._down_since_s is None else self._clock.monotonic_s() - self._down_since_s
 
     def acquire(self) -> Permit:
         """Leave to call now.
@@ -80,39 +138,82 @@ class Breaker:
         """
         if self._opened_at_s is None:
             return Permit(self, self._generation, is_probe=False)
-        wait_s = self._open_s - (self._clock.monotonic_s() - self._opened_at_s)
+        now_s = self._clock.monotonic_s()
+        waited_s = now_s - self._opened_at_s
         # The same comparison as `state`, so that both always agree.
-        if self.state == "open" or self._probe is not None:
+        if waited_s < self._wait_s or self._probing(now_s):
             raise CircuitOpen(
-                f"calls to {self._peer!r} are held back after {self._failures_max!r} failures in a row",
+                f"calls to {self._peer!r} are held back: too many failed, {self._failures!r} in a row",
                 hint="it is probed by itself; see the peer's log for why it fails",
-                retry_after_s=max(wait_s, 0.05),
+                retry_after_s=max(self._wait_s - waited_s, 0.05),
             )
         self._probe = Permit(self, self._generation, is_probe=True)
+        self._probe_at_s = now_s
         return self._probe
+
+    def _probing(self, now_s: float) -> bool:
+        if self._probe is None:
+            return False
+        return self._probe_s is None or now_s - self._probe_at_s < self._probe_s
+
+    def release(self, permit: Permit) -> None:
+        """Let another probe through beside this one; called by the permit."""
+        if self._probe is permit:
+            self._probe = None
 
     def settle(self, permit: Permit, outcome: bool | None) -> None:
         """Take a permit's outcome; called by the permit."""
         if permit.generation != self._generation:
             return
         if permit.is_probe:
-            self._probe = None
+            self.release(permit)
             if outcome is True:
                 self._close()
             elif outcome is False:
+                self._failures += 1
                 self._open()
-        elif outcome is True:
-            self._failures = 0
-        elif outcome is False:
-            self._failures += 1
-            if self._failures >= self._failures_max:
+        elif outcome is not None:
+            rate_is_high = self._count(not outcome)
+            self._failures = 0 if outcome else self._failures + 1
+            if not outcome and (self._failures >= self._failures_max or rate_is_high):
                 self._open()
 
+    def _count(self, failed: bool) -> bool:
+        """Enter a call into the window; whether too many of those in it have failed."""
+        if self._error_rate_max is None:
+            return False
+        step = int(self._clock.monotonic_s() / self._step_s)
+        slot = step % _BUCKETS
+        if self._stamps[slot] != step:
+            self._stamps[slot] = step
+            self._calls[slot] = self._failed[slot] = 0
+        self._calls[slot] += 1
+        if not failed:
+            return False
+        self._failed[slot] += 1
+        oldest = step - _BUCKETS
+        current = [slot for slot, stamp in enumerate(self._stamps) if stamp > oldest]
+        calls = sum(self._calls[slot] for slot in current)
+        if calls < self._calls_min:
+            return False
+        return sum(self._failed[slot] for slot in current) >= self._error_rate_max * calls
+
     def _open(self) -> None:
-        self._opened_at_s = self._clock.monotonic_s()
+        now_s = self._clock.monotonic_s()
+        goes_on = self._opened_at_s is not None or (
+            self._closed_at_s is not None and now_s - self._closed_at_s < _FLAPPING_PAUSES * self._pause_s
+        )
+        self._pause_s = min(self._pause_s * 2, self._open_max_s) if goes_on else self._open_s
+        self._wait_s = self._pause_s * (1.0 if self._rng is None else self._rng.uniform(0.75, 1.0))
+        self._opened_at_s = now_s
+        self._probe = None
+        if self._down_since_s is None:
+            self._down_since_s = now_s
         self._generation += 1
 
     def _close(self) -> None:
-        self._opened_at_s = None
+        self._closed_at_s = self._clock.monotonic_s()
+        self._opened_at_s = self._down_since_s = self._probe = None
         self._failures = 0
+        self._stamps = [-1] * _BUCKETS
         self._generation += 1

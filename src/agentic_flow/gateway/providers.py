@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
 
-from agentic_flow.core.clock import SYSTEM_CLOCK, Clock, Deadline
+from agentic_flow.core.clock import Deadline
 from agentic_flow.core.errors import (
     AgenticFlowError,
     InvalidSettings,
@@ -25,12 +25,16 @@ from agentic_flow.core.errors import (
 from agentic_flow.core.messages import Completion, CompletionRequest, ModelInfo, StreamEvent
 from agentic_flow.core.secrets import SecretSource, resolve
 from agentic_flow.core.settings import GatewaySettings, ProviderSettings
+from agentic_flow.gateway.exchange import Exchange, Exchanges
 from agentic_flow.gateway.extractive import ExtractiveProvider
 from agentic_flow.gateway.faults import error_from_answer
+from agentic_flow.gateway.health import Health
+from agentic_flow.gateway.keyring import KeyReport, KeyRing
 from agentic_flow.gateway.models import ANTHROPIC_DEFAULT, OPENAI_DEFAULT, OPENROUTER_DEFAULT
+from agentic_flow.gateway.onnx import onnx_provider
 from agentic_flow.gateway.transport import HttpAnswer, HttpTransport
 from agentic_flow.gateway.wire.anthropic import API_VERSION, AnthropicFormat
-from agentic_flow.gateway.wire.format import WireFormat, items, load_object, text_of
+from agentic_flow.gateway.wire.format import WireFormat, WireRequest, items, load_object, text_of
 from agentic_flow.gateway.wire.openai import COMPATIBLE, OPENAI, OPENROUTER, OpenAIFormat
 from agentic_flow.gateway.wire.passing import PassingReader, PassingRequest
 from agentic_flow.gateway.wire.responses_passing import reader_of
@@ -39,7 +43,11 @@ _log = structlog.get_logger(__name__)
 
 PLUGIN_GROUP = "agentic_flow.providers"
 MODELS_LISTED_MAX = 2000
+MODEL_LIST = "(list)"
+"""What health calls the list of models, which is no model."""
 _ERROR_BODY_MAX_BYTES = 64 * 1024
+_EVENT_STREAM = "text/event-stream"
+_JSON = "application/json"
 _OPENAI_NAMES = re.compile(r"(gpt-|chatgpt-|o\d|text-embedding-)")
 
 
@@ -86,6 +94,41 @@ class Provider(Protocol):
 
 
 ProviderFactory = Callable[[GatewaySettings, HttpTransport], Provider]
+StoredSecrets = Callable[[str], SecretSource]
+"""The source of a secret of the encrypted store, by the name of its setting."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the built-in providers of a gateway have in common, beside the transport.
+
+    Args:
+        health: Circuit breakers.
+        stored: Where keys come from when no setting gives any.
+    """
+
+    health: Health
+    stored: StoredSecrets | None = None
+
+    def keys(self, provider: str, section: ProviderSettings) -> KeyRing:
+        """The keys of a provider."""
+        setting = f"gateway.{provider}.api_key"
+        fallback = self.stored(setting) if self.stored is not None else None
+        return KeyRing(
+            resolve(section.api_key, section.api_key_file, fallback),
+            provider=provider,
+            setting=setting,
+            clock=self.health.clock,
+            on_removed=lambda key_id: self.health.forget(provider, key_id),
+        )
+
+
+class BuiltInFactory(Protocol):
+    """A ProviderFactory that can be given what its neighbours use too."""
+
+    def __call__(
+        self, settings: GatewaySettings, transport: HttpTransport, shared: Shared | None = None
+    ) -> Provider: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,23 +157,27 @@ class HttpProfile:
 
 
 class HttpProvider:
-    """A provider behind an HTTP API."""
+    """A provider behind an HTTP API.
+
+    Args:
+        profile: What sets it apart.
+        base_url: Root of its API.
+        keys: Its keys.
+        health: The circuit breakers of the gateway.
+        transport: Carries the requests.
+    """
 
     def __init__(
-        self,
-        profile: HttpProfile,
-        *,
-        base_url: str,
-        key: SecretSource,
-        transport: HttpTransport,
-        clock: Clock = SYSTEM_CLOCK,
+        self, profile: HttpProfile, *, base_url: str, keys: KeyRing, health: Health, transport: HttpTransport
     ) -> None:
         self._profile = profile
         self._wire = profile.wire
         self._base_url = base_url.rstrip("/")
-        self._key = key
-        self._transport = transport
-        self._clock = clock
+        self._keys = keys
+        self._clock = health.clock
+        self._exchanges = Exchanges(
+            profile.name, self._base_url, keys=keys, health=health, transport=transport
+        )
 
     @property
     def name(self) -> str:
@@ -149,7 +196,7 @@ class HttpProvider:
         if not self._profile.key_required:
             return True
         try:
-            return bool(self._key.get())
+            return self._keys.present
         except InvalidSettings:
             return True  # it was set up; asking it says what is wrong with its key file
 
@@ -163,23 +210,26 @@ class HttpProvider:
     def owns(self, model: str) -> bool:
         return self._profile.owns(model)
 
+    def keys_health(self) -> list[KeyReport]:
+        """The state of each key, for metrics."""
+        return self._keys.reports()
+
     async def models(self, *, deadline: Deadline) -> list[ModelInfo]:
-        url = f"{self._base_url}{self._profile.version_prefix}/models"
+        path = f"{self._profile.version_prefix}/models"
         if self._profile.version_prefix:
-            url += "?limit=1000"  # Anthropic's largest page; it serves far fewer models
-        key = self._key.get()
-        async with self._transport.open(
+            path += "?limit=1000"  # Anthropic's largest page; it serves far fewer models
+        async with self._exchanges.open(
             "GET",
-            url,
-            provider=self.name,
-            headers=self._headers(key, None),
+            path,
+            model=MODEL_LIST,
+            headers=lambda key: self._headers(key, None, {}),
+            refusal=lambda answer, key: self._refusal(answer, "", key),
             body=None,
             deadline=deadline,
-            patience_s=self._transport.idle_timeout_s,
-        ) as answer:
-            if answer.status != 200:
-                raise await self._refusal(answer, "", key)
-            listed = items(load_object(await answer.read(), f"the model list of {self.name}").get("data"))
+            streamed=True,
+        ) as exchange:
+            body = await exchange.answer.read()
+            listed = items(load_object(body, f"the model list of {self.name}").get("data"))
         found: list[ModelInfo] = []
         for entry in listed[:MODELS_LISTED_MAX]:
             model_id = text_of(entry.get("id"))
@@ -200,23 +250,10 @@ class HttpProvider:
         self, request: CompletionRequest, *, deadline: Deadline, idempotency_key: str | None = None
     ) -> Completion:
         sent = self._wire.encode(request, stream=False)
-        key = self._key.get()
-        async with self._transport.open(
-            "POST",
-            self._base_url + sent.path,
-            provider=self.name,
-            headers={**sent.headers, **self._headers(key, idempotency_key)},
-            body=sent.body,
-            deadline=deadline,
-            patience_s=None,  # an answer that is not streamed is silent while the model writes
-        ) as answer:
-            if answer.status != 200:
-                raise await self._refusal(answer, request.model, key)
-            body = await answer.read()
-        if not body:
-            raise ProviderProtocol(f"{self.name} sent an empty answer", hint="the call can be repeated")
-        self._check_type(answer, "application/json", body)
-        decoded = self._wire.decode(request, body)
+        async with self._asked(request, sent, deadline, idempotency_key, streamed=False) as exchange:
+            body = await exchange.answer.read()
+            self._check_body(exchange.answer, body)
+            decoded = self._wire.decode(request, body)
         return self._settled(decoded.completion, decoded.usage_estimated)
 
     async def stream(
@@ -224,28 +261,38 @@ class HttpProvider:
     ) -> AsyncIterator[StreamEvent]:
         sent = self._wire.encode(request, stream=True)
         decoder = self._wire.decoder(request)
-        key = self._key.get()
-        async with self._transport.open(
+        async with self._asked(request, sent, deadline, idempotency_key, streamed=True) as exchange:
+            answer = exchange.answer
+            if answer.content_type != _EVENT_STREAM:
+                self._check_type(answer, _EVENT_STREAM, await answer.read())
+            while not decoder.done and (chunk := await answer.chunk()):
+                for event in decoder.feed(chunk):
+                    exchange.begin()
+                    yield event
+            end = decoder.end()
+            await answer.settle()
+        yield end.model_copy(update={"completion": self._settled(end.completion, decoder.usage_estimated)})
+
+    def _asked(
+        self,
+        request: CompletionRequest,
+        sent: WireRequest,
+        deadline: Deadline,
+        idempotency_key: str | None,
+        *,
+        streamed: bool,
+    ) -> AbstractAsyncContextManager[Exchange]:
+        headers = {**sent.headers, "accept": _EVENT_STREAM} if streamed else sent.headers
+        return self._exchanges.open(
             "POST",
-            self._base_url + sent.path,
-            provider=self.name,
-            headers={**sent.headers, "accept": "text/event-stream", **self._headers(key, idempotency_key)},
+            sent.path,
+            model=request.model,
+            headers=lambda key: self._headers(key, idempotency_key, headers),
+            refusal=lambda answer, key: self._refusal(answer, request.model, key),
             body=sent.body,
             deadline=deadline,
-            patience_s=self._transport.idle_timeout_s,
-        ) as answer:
-            if answer.status != 200:
-                raise await self._refusal(answer, request.model, key)
-            if answer.content_type != "text/event-stream":
-                self._check_type(answer, "text/event-stream", await answer.read())
-            async for chunk in answer.chunks():
-                for event in decoder.feed(chunk):
-                    yield event
-                if decoder.done:
-                    await answer.settle()
-                    break
-        end = decoder.end()
-        yield end.model_copy(update={"completion": self._settled(end.completion, decoder.usage_estimated)})
+            streamed=streamed,
+        )
 
     # Passing through: the caller speaks this provider's own format
 
@@ -266,19 +313,32 @@ class HttpProvider:
         return self._wire.passing(sent.sent) if own is None else own
 
     async def pass_whole(
-        self, sent: PassingRequest, *, deadline: Deadline, idempotency_key: str | None = None
+        self,
+        sent: PassingRequest,
+        *,
+        deadline: Deadline,
+        idempotency_key: str | None = None,
+        reader: PassingReader | None = None,
+        model: str | None = None,
     ) -> bytes:
         """One try, as the caller wrote it: the body of the answer, untouched.
+
+        Args:
+            sent: The request.
+            deadline: Of the try.
+            idempotency_key: Passed on.
+            reader: Reads the answer as well, so that one which is none counts as the provider's failure.
+            model: The provider's own id of the model, by which health is kept. None: what `sent` names.
 
         Raises:
             ProviderError: as `complete`; what the provider says of a request that it refuses is in
                 `details["answer_body"]`.
         """
-        async with self._open(sent, deadline, idempotency_key, patience_s=None) as answer:
-            body = await answer.read()
-        if not body:
-            raise ProviderProtocol(f"{self.name} sent an empty answer", hint="the call can be repeated")
-        self._check_type(answer, "application/json", body)
+        async with self._passing(sent, model, deadline, idempotency_key, streamed=False) as exchange:
+            body = await exchange.answer.read()
+            self._check_body(exchange.answer, body)
+            if reader is not None:
+                reader.take_answer(load_object(body, f"the answer of {self.name}"))
         return body
 
     async def pass_stream(
@@ -288,74 +348,92 @@ class HttpProvider:
         *,
         deadline: Deadline,
         idempotency_key: str | None = None,
+        model: str | None = None,
     ) -> AsyncGenerator[bytes]:
         """One try, streamed: whole events as they come, untouched.
 
-        The provider's own error event is passed on like any other; `reader.error` then holds it.
+        The provider's own error event is passed on like any other; `reader.error` then holds it. `model` as
+        in `pass_whole`.
 
         Raises:
             ProviderError: as `stream`; also after events were given, when the stream breaks.
         """
-        patience_s = self._transport.idle_timeout_s
-        async with self._open(sent, deadline, idempotency_key, patience_s=patience_s) as answer:
-            if answer.content_type != "text/event-stream":
-                self._check_type(answer, "text/event-stream", await answer.read())
-            async for chunk in answer.chunks():
+        rest = b""
+        async with self._passing(sent, model, deadline, idempotency_key, streamed=True) as exchange:
+            answer = exchange.answer
+            if answer.content_type != _EVENT_STREAM:
+                self._check_type(answer, _EVENT_STREAM, await answer.read())
+            while not reader.done and (chunk := await answer.chunk()):
                 events = reader.feed(chunk)
-                if events:
-                    yield events
                 if reader.error is not None:
+                    exchange.broke(reader.error)
+                    yield events
                     return
-                if reader.done:
-                    await answer.settle()
-                    return
-        rest = reader.finish()
+                if events:
+                    if reader.model:  # a comment that keeps the connection alive is no answer
+                        exchange.begin()
+                    yield events
+            if reader.done:
+                await answer.settle()
+            else:
+                rest = reader.finish()
         if rest:
             yield rest
 
-    @asynccontextmanager
-    async def _open(
+    def _passing(
         self,
         sent: PassingRequest,
+        model: str | None,
         deadline: Deadline,
         idempotency_key: str | None,
         *,
-        patience_s: float | None,
-    ) -> AsyncGenerator[HttpAnswer]:
-        key = self._key.get()
-        accept = "text/event-stream" if sent.stream else "application/json"
-        headers = {"content-type": "application/json", "accept": accept}
-        headers |= {**self._headers(key, idempotency_key), **sent.headers}
-        async with self._transport.open(
+        streamed: bool,
+    ) -> AbstractAsyncContextManager[Exchange]:
+        asked = model or text_of(sent.sent.get("model"))
+        first = {"content-type": _JSON, "accept": _EVENT_STREAM if sent.stream else _JSON}
+        return self._exchanges.open(
             "POST",
-            self._base_url + sent.path,
-            provider=self.name,
-            headers=headers,
+            sent.path,
+            # Counting tokens is another service of the provider's: that it works says nothing of the model.
+            model=f"{asked} (count)" if sent.path.endswith("/count_tokens") else asked,
+            headers=lambda key: self._headers(key, idempotency_key, first, sent.headers),
+            refusal=lambda answer, key: self._refusal(answer, asked, key, quoted=True),
             body=sent.body,
             deadline=deadline,
-            patience_s=patience_s,
-        ) as answer:
-            if answer.status != 200:
-                raise await self._refusal(answer, text_of(sent.sent.get("model")), key, quoted=True)
-            yield answer
+            streamed=streamed,
+        )
 
     def _settled(self, completion: Completion, usage_estimated: bool) -> Completion:
         if usage_estimated:
             log_estimate(self.name, completion)
         return completion.model_copy(update={"provider": self.name})
 
-    def _headers(self, key: str | None, idempotency_key: str | None) -> dict[str, str]:
-        headers = self._wire.auth_headers(key) if key else {}
+    def _headers(
+        self,
+        key: str | None,
+        idempotency_key: str | None,
+        first: Mapping[str, str],
+        last: Mapping[str, str] | None = None,
+    ) -> dict[str, str]:
+        """All headers of a request; `last` wins over ours, ours win over `first`."""
+        headers = dict(first)
+        if key:
+            headers.update(self._wire.auth_headers(key))
         if self._profile.version_prefix:
             headers["anthropic-version"] = API_VERSION
         if idempotency_key:
             headers["idempotency-key"] = idempotency_key
+        if last:
+            headers.update(last)
         return headers
 
+    def _check_body(self, answer: HttpAnswer, body: bytes) -> None:
+        if not body:
+            raise ProviderProtocol(f"{self.name} sent an empty answer", hint="the call can be repeated")
+        self._check_type(answer, _JSON, body)
+
     def _check_type(self, answer: HttpAnswer, wanted: str, body: bytes) -> None:
-        if answer.content_type == wanted or (
-            wanted == "application/json" and answer.content_type.endswith("+json")
-        ):
+        if answer.content_type == wanted or (wanted == _JSON and answer.content_type.endswith("+json")):
             return
         fault = self._wire.fault(body)
         shown = fault.message if fault else body[:120].decode("utf-8", "replace")
@@ -369,10 +447,8 @@ class HttpProvider:
         self, answer: HttpAnswer, model: str, key: str | None, *, quoted: bool = False
     ) -> AgenticFlowError:
         body = b""
-        async for chunk in answer.chunks():
+        while len(body) <= _ERROR_BODY_MAX_BYTES and (chunk := await answer.chunk()):
             body += chunk
-            if len(body) > _ERROR_BODY_MAX_BYTES:
-                break
         variable, setting = self._profile.variable, f"gateway.{self.name}"
         error = error_from_answer(
             self.name,
@@ -402,7 +478,9 @@ def log_estimate(provider: str, completion: Completion) -> None:
     )
 
 
-def anthropic_provider(settings: GatewaySettings, transport: HttpTransport) -> Provider:
+def anthropic_provider(
+    settings: GatewaySettings, transport: HttpTransport, shared: Shared | None = None
+) -> Provider:
     """Anthropic by its Messages API."""
     section = settings.anthropic
     profile = HttpProfile(
@@ -416,10 +494,12 @@ def anthropic_provider(settings: GatewaySettings, transport: HttpTransport) -> P
     )
     # The vendor's variable has no version in it; people write one anyway.
     base_url = section.base_url.rstrip("/").removesuffix("/v1")
-    return HttpProvider(profile, base_url=base_url, key=_key(section), transport=transport)
+    return _made(profile, section, base_url, settings, transport, shared)
 
 
-def openrouter_provider(settings: GatewaySettings, transport: HttpTransport) -> Provider:
+def openrouter_provider(
+    settings: GatewaySettings, transport: HttpTransport, shared: Shared | None = None
+) -> Provider:
     """OpenRouter by Chat Completions; its model names contain a slash."""
     section = settings.openrouter
     profile = HttpProfile(
@@ -430,10 +510,12 @@ def openrouter_provider(settings: GatewaySettings, transport: HttpTransport) -> 
         key_required=True,
         owns=lambda model: "/" in model,
     )
-    return HttpProvider(profile, base_url=section.base_url, key=_key(section), transport=transport)
+    return _made(profile, section, section.base_url, settings, transport, shared)
 
 
-def openai_provider(settings: GatewaySettings, transport: HttpTransport) -> Provider:
+def openai_provider(
+    settings: GatewaySettings, transport: HttpTransport, shared: Shared | None = None
+) -> Provider:
     """OpenAI, or any endpoint that speaks its Chat Completions.
 
     An endpoint other than OpenAI's may need no key, and owns every name that no other provider claims,
@@ -450,16 +532,19 @@ def openai_provider(settings: GatewaySettings, transport: HttpTransport) -> Prov
         owns=lambda model: bool(_OPENAI_NAMES.match(model)) if official else not model.startswith("claude"),
         responses=official,
     )
-    return HttpProvider(profile, base_url=section.base_url, key=_key(section), transport=transport)
+    return _made(profile, section, section.base_url, settings, transport, shared)
 
 
-def extractive_provider(settings: GatewaySettings, transport: HttpTransport) -> Provider:
+def extractive_provider(
+    settings: GatewaySettings, transport: HttpTransport, shared: Shared | None = None
+) -> Provider:
     """The built-in model that selects and cites; it needs no key and no network."""
     return ExtractiveProvider()
 
 
 # Order is the order of preference where a bare name could mean several.
-BUILT_IN: dict[str, ProviderFactory] = {
+BUILT_IN: dict[str, BuiltInFactory] = {
+    "onnx": onnx_provider,  # first: it owns the exact names of folders, the others whole patterns
     "anthropic": anthropic_provider,
     "openrouter": openrouter_provider,
     "openai": openai_provider,
@@ -471,11 +556,34 @@ def build_providers(
     settings: GatewaySettings,
     transport: HttpTransport,
     extra: Mapping[str, ProviderFactory] | None = None,
+    *,
+    health: Health | None = None,
+    stored: StoredSecrets | None = None,
 ) -> dict[str, Provider]:
-    """Every provider by name; one of `extra` may replace a built-in of the same name."""
-    factories = {**BUILT_IN, **(extra or {})}
-    return {name: factory(settings, transport) for name, factory in factories.items()}
+    """Every provider by name; one of `extra` may replace a built-in of the same name.
+
+    Args:
+        settings: The section `gateway`.
+        transport: Carries the requests.
+        extra: Factories of plug-ins.
+        health: Circuit breakers, shared by all of them. None makes them from the settings.
+        stored: The encrypted store, asked again while it runs for keys that no setting gives.
+    """
+    shared = Shared(health or Health.of(settings), stored)
+    extra = extra or {}
+    made = {name: make(settings, transport, shared) for name, make in BUILT_IN.items() if name not in extra}
+    made |= {name: make(settings, transport) for name, make in extra.items()}
+    return {name: made[name] for name in (*BUILT_IN, *(name for name in made if name not in BUILT_IN))}
 
 
-def _key(section: ProviderSettings) -> SecretSource:
-    return resolve(section.api_key, section.api_key_file)
+def _made(
+    profile: HttpProfile,
+    section: ProviderSettings,
+    base_url: str,
+    settings: GatewaySettings,
+    transport: HttpTransport,
+    shared: Shared | None,
+) -> HttpProvider:
+    shared = shared or Shared(Health.of(settings))
+    keys = shared.keys(profile.name, section)
+    return HttpProvider(profile, base_url=base_url, keys=keys, health=shared.health, transport=transport)

@@ -1,5 +1,9 @@
 """Bounded retries of one provider call: full jitter, Retry-After honoured, never past the deadline.
 
+Within one try the provider goes over its keys without a pause (`gateway/exchange.py`): what arrives here is
+about the provider as a whole. A circuit that is open refuses a new call at once. A call that was under way
+when it opened waits for it like for any other pause, because it may not go elsewhere any more.
+
 Source: M. Brooker, "Exponential Backoff and Jitter" (AWS Architecture Blog, 2015).
 """
 
@@ -13,7 +17,7 @@ from typing import TypeVar
 import structlog
 
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock, Deadline
-from agentic_flow.core.errors import AgenticFlowError, DeadlineExceeded, ProviderError
+from agentic_flow.core.errors import AgenticFlowError, CircuitOpen, DeadlineExceeded, ProviderError
 
 _log = structlog.get_logger(__name__)
 PAUSE_MAX_S = 30.0
@@ -38,35 +42,62 @@ class RetryPolicy:
     rng: random.Random = field(default_factory=random.Random)
 
     async def run(
-        self, call: Callable[[], Awaitable[Result]], *, provider: str, deadline: Deadline
+        self,
+        call: Callable[[], Awaitable[Result]],
+        *,
+        provider: str,
+        deadline: Deadline,
+        attempts: int | None = None,
     ) -> Result:
         """Call until it succeeds.
 
+        Args:
+            call: One try.
+            provider: Named in errors and logs.
+            deadline: Of all tries together.
+            attempts: Tries, instead of the policy's own number: 1 where another provider can take over.
+
         Raises:
             ProviderError: the last one, which says how many tries were made.
+            CircuitOpen: the first try was refused, because the provider is known to fail.
             DeadlineExceeded: the time ended first; names the last failure.
         """
+        attempts = self.attempts if attempts is None else attempts
         last: ProviderError | None = None
-        for attempt in range(1, self.attempts + 1):
+        for attempt in range(1, attempts + 1):
             if deadline.remaining_s <= 0:
                 raise out_of_time(provider, attempt - 1, last)
+            pause_s: float | None = None
             try:
                 return await call()
             except ProviderError as error:
                 last = error
                 if not error.retryable:
                     raise tried(error, provider, attempt) from error
+            except CircuitOpen as error:
+                if last is None:
+                    raise
+                pause_s = error.retry_after_s
             except DeadlineExceeded as error:
                 raise out_of_time(provider, attempt, last) from error
-            if attempt < self.attempts:
-                await self._pause(last, provider, attempt, deadline)
+            if attempt < attempts:
+                await self._pause(last, provider, attempt, deadline, pause_s)
         assert last is not None
-        raise tried(last, provider, self.attempts) from last
+        raise tried(last, provider, attempts) from last
 
-    async def _pause(self, error: ProviderError, provider: str, attempt: int, deadline: Deadline) -> None:
+    async def _pause(
+        self,
+        error: ProviderError,
+        provider: str,
+        attempt: int,
+        deadline: Deadline,
+        circuit_s: float | None,
+    ) -> None:
         pause_s = self.rng.uniform(0, min(PAUSE_MAX_S, self.backoff_s * 2 ** (attempt - 1)))
-        if error.retry_after_s is not None:
-            pause_s = max(error.retry_after_s, pause_s)
+        # With jitter on top of it: many calls wait for the same moment, and one probe is let through then.
+        asked_s = error.retry_after_s if circuit_s is None else circuit_s + pause_s
+        if asked_s is not None:
+            pause_s = max(asked_s, pause_s)
         if pause_s >= deadline.remaining_s:
             # Waiting would only turn a clear error into a late one.
             raise tried(error, provider, attempt, waiting_s=pause_s) from error

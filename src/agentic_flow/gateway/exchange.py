@@ -1,0 +1,228 @@
+"""One try with a provider: a key that may be used, the request, and what its outcome says of key and circuit.
+
+A key that the provider refuses, or whose rate is used up, is followed at once by another within the same
+try. Every other failure ends the try; the gateway decides whether to repeat it or to go elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+
+import structlog
+
+from agentic_flow.core.breaker import Permit
+from agentic_flow.core.clock import Deadline
+from agentic_flow.core.errors import (
+    AgenticFlowError,
+    CircuitOpen,
+    DeadlineExceeded,
+    ProviderError,
+    ProviderOverloaded,
+    ProviderRejected,
+)
+from agentic_flow.gateway.health import Health
+from agentic_flow.gateway.keyring import KeyRing, Lease
+from agentic_flow.gateway.transport import HttpAnswer, HttpTransport
+
+_log = structlog.get_logger(__name__)
+
+Headers = Callable[[str | None], Mapping[str, str]]
+"""The headers of a request by the key that it is made with."""
+Refusal = Callable[[HttpAnswer, str | None], Awaitable[AgenticFlowError]]
+"""The error that an answer other than 200 stands for, by the key that it was had with."""
+
+# The provider does not take the key, its account or its rate: another key may do better.
+_ABOUT_THE_KEY = frozenset({401, 402, 403, 429})
+
+
+class Exchange:
+    """An answer under way and the key that it was had with."""
+
+    __slots__ = ("_answer", "_health", "_lease", "_slow", "_started_s", "_streamed", "begun")
+
+    def __init__(self, lease: Lease, health: Health, streamed: bool) -> None:
+        self._lease = lease
+        self._health = health
+        self._streamed = streamed
+        self._started_s = health.clock.monotonic_s()
+        self._slow = False
+        self._answer: HttpAnswer | None = None
+        self.begun = False
+        """Whether something of the answer itself has come."""
+
+    @property
+    def answer(self) -> HttpAnswer:
+        """The answer, whose status is 200."""
+        assert self._answer is not None, "an exchange is given once it has its answer"
+        return self._answer
+
+    def answered(self, answer: HttpAnswer) -> None:
+        """The headers of an answer are there."""
+        self._answer = answer
+
+    def begin(self) -> None:
+        """Something of the answer itself has come."""
+        if not self.begun:
+            self.begun = True
+            self._slow = self._streamed and self._overdue()
+            self._lease.answering()
+
+    def finished(self) -> None:
+        """The answer is whole."""
+        if self._slow or (self._streamed and not self.begun and self._overdue()):
+            self._lease.failed()
+        else:
+            self._lease.succeeded()
+
+    def broke(self, error: BaseException) -> None:
+        """The answer will not become whole, or there is none."""
+        lease = self._lease
+        if isinstance(error, DeadlineExceeded):
+            # A short deadline is the caller's choice and says little of the provider.
+            fails = not self.begun and self._overdue()
+            (lease.failed if fails else lease.abandoned)()
+        elif isinstance(error, ProviderRejected) and self._answer is not None:
+            lease.succeeded()
+        elif isinstance(error, ProviderError):
+            lease.failed()
+        elif isinstance(error, AgenticFlowError):
+            lease.succeeded()
+        elif self._streamed and not self.begun and self._overdue():
+            lease.failed()  # the caller left, and had reason to
+        else:
+            lease.abandoned()
+
+    def _overdue(self) -> bool:
+        return self._health.clock.monotonic_s() - self._started_s >= self._health.slow_call_s
+
+
+class Exchanges:
+    """How one provider is asked.
+
+    Args:
+        provider: Its name.
+        base_url: In front of every path.
+        keys: Its keys.
+        health: Which of them may be used.
+        transport: Carries the requests.
+    """
+
+    def __init__(
+        self, provider: str, base_url: str, *, keys: KeyRing, health: Health, transport: HttpTransport
+    ) -> None:
+        self._provider = provider
+        self._base_url = base_url
+        self._keys = keys
+        self._health = health
+        self._transport = transport
+
+    @asynccontextmanager
+    async def open(
+        self,
+        method: str,
+        path: str,
+        *,
+        model: str,
+        headers: Headers,
+        refusal: Refusal,
+        body: bytes | None,
+        deadline: Deadline,
+        streamed: bool,
+    ) -> AsyncGenerator[Exchange]:
+        """Ask, and give the answer when its status is 200. What happens to it in the block counts.
+
+        Args:
+            method, path: The request.
+            model: The model that it is for, by which health is kept.
+            headers: Its headers.
+            refusal: Explains an answer other than 200.
+            body: Its body.
+            deadline: Of the whole exchange.
+            streamed: Whether the answer is a stream, which must begin soon.
+
+        Raises:
+            ProviderError, UnknownModel, DeadlineExceeded: as `Provider.complete`.
+            CircuitOpen: no key may be used now.
+        """
+        passing: list[str] = []
+        forbidden: list[Lease] = []
+        # An answer that is not streamed is silent while the model writes.
+        patience_s = self._transport.idle_timeout_s if streamed else None
+        lease = self._keys.pick(model, lambda key_id: self._permit(key_id, model))
+        while True:
+            exchange = Exchange(lease, self._health, streamed)
+            try:
+                async with self._transport.open(
+                    method,
+                    self._base_url + path,
+                    provider=self._provider,
+                    headers=headers(lease.value),
+                    body=body,
+                    deadline=deadline,
+                    patience_s=patience_s,
+                ) as answer:
+                    if answer.status == 200:
+                        exchange.answered(answer)
+                        for earlier in forbidden:
+                            earlier.confirm_forbidden()
+                        yield exchange
+                        exchange.finished()
+                        return
+                    error = await refusal(answer, lease.value)
+            except BaseException as broken:
+                exchange.broke(broken)
+                raise
+            _report(lease, answer.status, error)
+            if answer.status not in _ABOUT_THE_KEY:
+                raise error
+            if answer.status in (402, 403):
+                forbidden.append(lease)
+            passing.append(lease.key_id)
+            lease = self._other(model, lease, passing, answer.status, error)
+
+    def _permit(self, key_id: str, model: str) -> Permit:
+        return self._health.permit(self._provider, key_id, model)
+
+    def _other(
+        self, model: str, lease: Lease, passing: list[str], status: int, error: AgenticFlowError
+    ) -> Lease:
+        """Another key to take over.
+
+        Raises:
+            AgenticFlowError: there is none: `error`, or when one can be used if that one says so.
+        """
+        try:
+            other = self._keys.pick(model, lambda key_id: self._permit(key_id, model), passing=passing)
+        except (CircuitOpen, ProviderOverloaded) as none:
+            soonest_s = none.retry_after_s
+            if status == 429:
+                if error.retry_after_s is not None and soonest_s is not None:
+                    error.retry_after_s = min(error.retry_after_s, soonest_s)
+                raise error from None
+            if soonest_s is None or none.details.get("keys_refused"):
+                raise error from None
+            raise none from error
+        _log.info(
+            "key_taken_over",
+            provider=self._provider,
+            model=model,
+            key_id=lease.key_id,
+            other_key_id=other.key_id,
+            status=status,
+        )
+        return other
+
+
+def _report(lease: Lease, status: int, error: AgenticFlowError) -> None:
+    """What a refused request says of its key and of the provider."""
+    if status == 401:
+        lease.refused()
+    elif status in (402, 403):
+        lease.forbidden()
+    elif status == 429:
+        lease.rested(error.retry_after_s)
+    elif isinstance(error, ProviderError) and not isinstance(error, ProviderRejected):
+        lease.failed()
+    else:
+        lease.succeeded()
