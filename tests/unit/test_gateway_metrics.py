@@ -18,6 +18,7 @@ from structlog.testing import capture_logs
 from agentic_flow.core.errors import ROWS
 from agentic_flow.gateway import metrics as module
 from agentic_flow.gateway.metrics import BREAKERS_MAX, MODELS_MAX, GatewayMetrics, status_class
+from agentic_flow.gateway.policies import BudgetRule
 from agentic_flow.gateway.usage import UsageRecord
 from usage_records import record, records
 
@@ -135,10 +136,8 @@ class Breaker(NamedTuple):
 
 
 class Budget(NamedTuple):
-    scope: str
-    name: str
-    period: str
-    left_nano_usd: int
+    rule: BudgetRule
+    left_nano: int
 
 
 class Ledger(NamedTuple):
@@ -152,16 +151,17 @@ def test_gauges_are_asked_at_each_scrape() -> None:
     breakers = [Breaker("openai", "key-1", "a", "closed"), Breaker("openai", "key-2", "a", "open")]
     inside = [3, 1]
     metrics.set_breakers(lambda: breakers)
-    metrics.set_budgets(
-        lambda: [Budget("tenant", "team-a", "month", 5_000_000_000), Budget("tenant", "team-a", "month", 2)]
-    )
+    each = BudgetRule(scope="tenant", limit_usd=10)
+    one = BudgetRule(scope="key", name="key-1", tenant="team-a", limit_usd=10, period="day")
+    metrics.set_budgets(lambda: [Budget(each, 5_000_000_000), Budget(each, 2), Budget(one, 10**9)])
     metrics.set_calls(lambda: (inside[0], inside[1]))
     metrics.set_ledger(Ledger(7, 9))
     series = scrape(metrics)
     assert value(series, "breaker_state", key="key-1") == 0
     assert value(series, "breaker_state", key="key-2") == 2
     assert value(series, "breakers", provider="openai", state="open") == 1
-    assert value(series, "budget_left_usd", name="team-a", period="month") == pytest.approx(2e-9)
+    assert value(series, "budget_left_usd", scope="tenant", name="*") == pytest.approx(2e-9)
+    assert value(series, "budget_left_usd", scope="key", tenant="team-a", period="day") == 1.0
     assert (value(series, "calls_inside"), value(series, "calls_waiting")) == (3, 1)
     assert value(series, "usage_records_lost_total") == 7
     assert value(series, "usage_records_waiting") == 9

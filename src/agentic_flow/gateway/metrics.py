@@ -1,9 +1,11 @@
 """What the gateway measures: Prometheus metrics, and OpenTelemetry's for generative AI.
 
 Labels are of bounded cardinality: a model gets a series of its own after a call that went well, as long as
-there is room; other names, which callers can make up, share `other`. Tenants and keys are no labels: the
-usage ledger answers for them. OpenTelemetry's API costs next to nothing until export is set up; then its SDK
-takes about ten microseconds for each value, three or four of them a call.
+there is room; other names, which callers can make up, share `other`. Callers are no labels (tenants are named
+only by the rules of budgets): the usage ledger answers for them.
+
+OpenTelemetry's API costs next to nothing until export is set up; then its SDK takes about ten microseconds
+for each value, of which a call has three or four.
 
 Source of the OpenTelemetry names and buckets: semantic conventions for generative AI, "metrics".
 """
@@ -21,6 +23,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from agentic_flow.core.errors import ROWS
+from agentic_flow.gateway.policies import BudgetRule
 from agentic_flow.gateway.usage import UsageRecord
 
 _log = structlog.get_logger(__name__)
@@ -62,16 +65,12 @@ class BreakerView(Protocol):
 
 
 class BudgetView(Protocol):
-    """One allowance of a budget rule in its current period."""
+    """One account of a budget rule in its current period; `budgets.BudgetState` is one."""
 
     @property
-    def scope(self) -> str: ...
+    def rule(self) -> BudgetRule: ...
     @property
-    def name(self) -> str: ...
-    @property
-    def period(self) -> str: ...
-    @property
-    def left_nano_usd(self) -> int: ...
+    def left_nano(self) -> int: ...
 
 
 class LedgerView(Protocol):
@@ -321,14 +320,14 @@ def _breakers(views: Iterable[BreakerView]) -> Iterator[Metric]:
 def _budgets(views: Iterable[BudgetView]) -> Iterator[Metric]:
     family = GaugeMetricFamily(
         "agentic_flow_gateway_budget_left_usd",
-        "What is left of a budget in its period, in US dollars.",
-        labels=("scope", "name", "period"),
+        "What is left of a budget in its period, in US dollars; of a rule for each (`*`), the least.",
+        labels=("scope", "name", "tenant", "period"),
     )
-    least: dict[tuple[str, str, str], int] = {}
+    least: dict[tuple[str, str, str, str], int] = {}
     for view in views:
-        # Rules of several tenants may share a name: the one that ends first counts.
-        labels = (view.scope, view.name, view.period)
-        least[labels] = min(least.get(labels, view.left_nano_usd), view.left_nano_usd)
+        rule = view.rule
+        labels = (rule.scope, rule.name, rule.tenant or "", rule.period)
+        least[labels] = min(least.get(labels, view.left_nano), view.left_nano)
     for labels, left in islice(sorted(least.items(), key=lambda item: item[1]), BUDGETS_MAX):
         family.add_metric(labels, left / NANO)
     yield family
