@@ -95,7 +95,7 @@ class PriceList:
         """Rates of a model, None when no price is known.
 
         Args:
-            provider: Provider name; `extractive` is free by definition.
+            provider: Provider name; `extractive` and `onnx` run on this machine and are free by definition.
             model: The provider's own id.
             base_url: For endpoints that only speak OpenAI's format, whose address tells whose they are.
         """
@@ -103,7 +103,7 @@ class PriceList:
         if own is not None:
             per_input, per_output = own[0] / _MTOK, own[1] / _MTOK
             return ModelRates((Rates(per_input, per_output, per_input, per_input),))
-        if provider == "extractive":
+        if provider in ("extractive", "onnx"):
             return ModelRates((Rates(0.0, 0.0, 0.0, 0.0),))
         key = (base_url or provider, model)
         now_s = self._clock.time_s()
