@@ -56,8 +56,8 @@ class _Bucket:
 
 
 _Charge = tuple[_Bucket, int, int, int]
-"""Bucket, amount, the limit at that time (under another one the last means nothing), and `full_at` right after
-the charge. A bare tuple: naming the fields would double the time of a charge."""
+"""Bucket, amount, the limit at that time (under another one the last means nothing), and `full_at` right
+after the charge. A bare tuple: naming the fields would double the time of a charge."""
 
 
 class OverLimit(RateLimited):
