@@ -1,4 +1,4 @@
-"""`agentic-flow models list|compare`."""
+"""`agentic-flow models list|compare|route`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from typing import Annotated
 
 import typer
 
+from agentic_flow.cli import usage
 from agentic_flow.cli.session import Session, command, new_app
 
 app = new_app("Show the models that can be asked, and what they cost.")
+usage.register(app)
 
 
 @command(app, "list", examples=("agentic-flow models list", "agentic-flow models list --json"))
@@ -104,6 +106,85 @@ def compare_models(
         print(compared.published_note)
 
     session.show(compared, human)
+
+
+@command(
+    app,
+    "route",
+    examples=(
+        'agentic-flow models route "Summarise this contract"',
+        'agentic-flow models route "Summarise this contract" --route auto:privacy',
+        'agentic-flow models route "Why is the sky blue?" --route cheap --tokens-out 200 --json',
+    ),
+)
+def route(
+    session: Session,
+    prompt: Annotated[str, typer.Argument(help="What would be asked.", metavar="PROMPT")],
+    route: Annotated[
+        str, typer.Option("--route", help="A route, an alias or a model.", metavar="NAME")
+    ] = "auto",
+    tokens_out: Annotated[
+        int,
+        typer.Option("--tokens-out", help="Expected output tokens.", metavar="N", min=0, max=100_000_000),
+    ] = 1000,
+    tokens_in: Annotated[
+        int | None,
+        typer.Option(
+            "--tokens-in",
+            help="Expected input tokens. [default: the prompt's, by its length]",
+            metavar="N",
+            min=0,
+            max=100_000_000,
+        ),
+    ] = None,
+    tenant: Annotated[
+        str | None, typer.Option("--tenant", help="Whose call it is. [default: the owner's]", metavar="NAME")
+    ] = None,
+) -> None:
+    """Explain which model a prompt would go to, and why not to the others.
+
+    Uses this machine's settings and the policies in force. No provider is asked, so a running gateway, which
+    has seen how soon each answers, can order the strategy `latency` differently.
+    """
+    from agentic_flow.cli.output import print_table, talk
+    from agentic_flow.core import plugins
+    from agentic_flow.core.auth import DEFAULT_TENANT
+    from agentic_flow.gateway.routing.choice import explain_choice, stored_policies
+    from agentic_flow.runtime.build import with_stored_secrets
+
+    settings = with_stored_secrets(session.start())
+    explained, refused = explain_choice(
+        prompt,
+        asked=route,
+        settings=settings.gateway,
+        stored=stored_policies(settings.gateway, settings.data_dir),
+        extra_providers=plugins.load_all("agentic_flow.providers"),
+        tokens_in=tokens_in,
+        tokens_out=tokens_out,
+        tenant=tenant or DEFAULT_TENANT,
+    )
+    rows = [
+        (
+            target.position,
+            f"{target.provider}:{target.model}" if target.provider else target.model,
+            _dollars(target.cost_usd),
+            target.quality,
+            "local" if target.local else "remote" if target.provider else None,
+            target.reason,
+        )
+        for target in explained.targets
+    ]
+
+    def human() -> None:
+        size = f"{explained.tokens_in} tokens in, {explained.tokens_out} out"
+        talk(f"{explained.reason} ({size}; policies version {explained.policies_version})")
+        print_table(("", "model", "cost", "quality", "where", "why"), rows)
+
+    if refused is not None:
+        if not session.as_json:
+            human()
+        raise refused
+    session.show(explained, human)
 
 
 def _dollars(cost_usd: float | None) -> str:

@@ -53,29 +53,41 @@ class Choice(NamedTuple):
     model: str
 
 
+def meaning(name: str, providers: Mapping[str, Named]) -> Choice | None:
+    """What a name means whether or not its provider is configured; None when no provider claims it.
+
+    A bare name that several claim goes to the first that is configured, else to the first.
+    """
+    wanted = FAMILY_NAMES.get(name, name)
+    prefix, colon, rest = wanted.partition(":")
+    if colon:
+        prefix = PROVIDER_NAMES.get(prefix, prefix)
+        if prefix in providers:
+            return Choice(prefix, rest)
+    if wanted == EXTRACTIVE and EXTRACTIVE in providers:
+        return Choice(EXTRACTIVE, EXTRACTIVE)
+    first: Choice | None = None
+    for provider in providers.values():
+        if provider.owns(wanted):
+            if provider.configured:
+                return Choice(provider.name, wanted)
+            first = first or Choice(provider.name, wanted)
+    return first
+
+
 def choose(name: str, providers: Mapping[str, Named]) -> Choice:
     """The provider and model that a name means.
 
     Raises:
         UnknownModel: it names nothing that is configured; lists what is, and what would add it.
     """
-    wanted = FAMILY_NAMES.get(name, name)
-    prefix, colon, rest = wanted.partition(":")
-    prefix = PROVIDER_NAMES.get(prefix, prefix)
-    if colon and prefix in providers:
-        _demand_configured(name, providers[prefix], providers)
-        return Choice(prefix, rest)
-    if wanted == EXTRACTIVE and EXTRACTIVE in providers:
-        return Choice(EXTRACTIVE, EXTRACTIVE)
-    owners = [provider for provider in providers.values() if provider.owns(wanted)]
-    for owner in owners:
-        if owner.configured:
-            return Choice(owner.name, wanted)
-    if owners:
-        _demand_configured(name, owners[0], providers)
-    raise UnknownModel(
-        f"no provider serves model {name!r}", hint=_hint(name, providers, _missing(providers.values()))
-    )
+    chosen = meaning(name, providers)
+    if chosen is None:
+        raise UnknownModel(
+            f"no provider serves model {name!r}", hint=_hint(name, providers, _missing(providers.values()))
+        )
+    _demand_configured(name, providers[chosen.provider], providers)
+    return chosen
 
 
 def default_name(configured_model: str | None, providers: Mapping[str, Named]) -> str:
