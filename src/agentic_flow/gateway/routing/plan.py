@@ -119,15 +119,10 @@ class _Option:
     def key(self) -> tuple[str, str]:
         return self.provider, self.native
 
-    @property
-    def priced(self) -> bool:
-        # Nobody sends a bill for a model that runs in this process.
-        return self.rates is not None or self.provider in ALWAYS_LOCAL
-
     def cost_usd(self, call: _Call) -> float | None:
         """Expected cost of one call; None when no price is known."""
         if self.rates is None:
-            return 0.0 if self.priced else None
+            return None
         tier = self.rates.at(call.tokens_in)
         return call.tokens_in * tier.input + call.tokens_out * tier.output
 
@@ -287,7 +282,7 @@ class Router:
                 why = reason if position == 1 else "tried when those before it fail"
                 if route.strategy == "weighted":
                     why = f"drawn for {100 * option.weight / total:.3g} % of calls"
-                elif not option.priced and route.strategy in ("cost", "quality", "latency"):
+                elif option.rates is None and route.strategy in ("cost", "quality", "latency"):
                     why += "; no price is known"
                 rows.append(self._considered(call, option, position, why))
         rows += [self._considered(call, option, None, option.out) for option in found.all if option.out]
@@ -536,9 +531,9 @@ def _leave_weaker_tiers(options: Sequence[_Option], any_price: bool) -> None:
         for option in ready:
             if option.provider == EXTRACTIVE:
                 option.out = "it selects and cites; used only where no other model can be asked"
-    if any(option.named or option.priced for option in writing) and not any_price:
+    if any(option.named or option.rates is not None for option in writing) and not any_price:
         for option in writing:
-            if not option.named and not option.priced:
+            if not option.named and option.rates is None:
                 option.out = "no price is known; name it in a route, or set gateway.prices_usd_per_mtok"
 
 
