@@ -10,7 +10,6 @@ from agentic_flow.cli import usage
 from agentic_flow.cli.session import Session, command, new_app
 
 app = new_app("Show the models that can be asked, and what they cost.")
-usage.register(app)
 
 
 @command(app, "list", examples=("agentic-flow models list", "agentic-flow models list --json"))
@@ -194,3 +193,6 @@ def _dollars(cost_usd: float | None) -> str:
     if cost_usd is None:
         return "no price"
     return money(cost_usd) if cost_usd == 0 or cost_usd >= 0.001 else f"${cost_usd:.3g}"
+
+
+usage.register(app)

@@ -21,7 +21,7 @@ import structlog
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
 from agentic_flow.core.errors import AgenticFlowError, Unavailable
 from agentic_flow.core.sql import SqlDatabase, execute
-from agentic_flow.gateway.usage_table import UsageKey, UsageRow, usage_table
+from agentic_flow.gateway.usage_table import UsageKey, UsageReport, UsageRow, usage_report, usage_table
 
 _log = structlog.get_logger(__name__)
 
@@ -383,6 +383,12 @@ class UsageLedger:
         """
         return usage_table(self._database, tenant, by, since_s, until_s, limit)
 
+    def report(
+        self, tenant: str | None, by: Sequence[UsageKey], since_s: float, until_s: float, limit: int
+    ) -> UsageReport:
+        """The table with its totals; see `usage_report`."""
+        return usage_report(self._database, tenant, by, since_s, until_s, limit)
+
     # Forgetting
 
     def prune(self, older_than_s: float = RETENTION_S) -> int:
@@ -432,20 +438,26 @@ class UsageLedger:
 
 def _row(writer: int, sequence: int, record: UsageRecord) -> tuple[object, ...]:
     """A record as the table holds it, made fit for it: names come from callers, numbers from providers."""
-    at_s = _seconds(record.at_s)
-    cost = record.cost_nano_usd
-    first = record.first_token_s
+    names, tokens = record[1:10], record[10:15]
+    status = record.status
+    # One look at all of them together; nearly always nothing has to be done.
+    joined = "".join(names) + status
+    if len(joined) > TEXT_CHARS_MAX or not joined.isascii() or "\0" in joined:
+        names, status = tuple(map(_text, names)), _text(status)
+    if min(tokens) < 0 or max(tokens) > TOKENS_MAX:
+        tokens = tuple(min(max(count, 0), TOKENS_MAX) for count in tokens)
+    at_s, cost, first = _seconds(record.at_s), record.cost_nano_usd, record.first_token_s
     return (
         writer,
         sequence,
         at_s,
         int(at_s // 3600),
-        *map(_text, record[1:10]),
-        *(min(max(tokens, 0), TOKENS_MAX) for tokens in record[10:15]),
+        *names,
+        *tokens,
         None if cost is None else min(max(cost, 0), COST_MAX_NANO_USD),
         _seconds(record.latency_s),
         None if first is None else _seconds(first),
-        _text(record.status),
+        status,
         min(max(record.tries, 0), TOKENS_MAX),
         int(record.cached),
         int(record.estimated),

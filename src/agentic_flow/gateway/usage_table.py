@@ -19,6 +19,8 @@ from agentic_flow.core.sql import SqlDatabase
 UsageKey = Literal["model", "provider", "agent", "run", "key", "tenant", "day", "hour", "status"]
 USAGE_KEYS: tuple[UsageKey, ...] = get_args(UsageKey)
 LIMIT_MAX = 10_000
+EVERYBODY = "*"
+"""Where people write the name of a tenant."""
 NANO = 1_000_000_000
 
 # `hour` counts the hours since 1970; both databases divide whole numbers without a rest.
@@ -34,6 +36,12 @@ _EXPRESSIONS: dict[UsageKey, str] = {
     "status": "status",
 }
 _TIMES: tuple[UsageKey, ...] = ("day", "hour")
+NUMBERS = (
+    "calls", "errors", "cancelled", "cached", "input_tokens", "output_tokens", "cache_read_tokens",
+    "cache_write_tokens", "reasoning_tokens", "estimated_calls", "cost_usd", "cost_nano_usd",
+    "unpriced_calls", "latency_p50_s", "latency_p95_s", "first_token_p50_s", "first_token_p95_s",
+)  # fmt: skip
+"""What a row shows beside its keys, in this order."""
 _UNITS_S = {"m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 7 * 86_400.0}
 _AGO = re.compile(r"(\d{1,6})([mhdw])")
 
@@ -78,26 +86,81 @@ class UsageRow:
 
     def as_json(self) -> dict[str, Any]:
         """The row as the route and the command line show it: the keys first, then the numbers."""
+        numbers = (
+            self.calls, self.errors, self.cancelled, self.cached, self.input_tokens, self.output_tokens,
+            self.cache_read_tokens, self.cache_write_tokens, self.reasoning_tokens, self.estimated,
+            self.cost_usd, self.cost_nano_usd, self.unpriced, self.latency_p50_s, self.latency_p95_s,
+            self.first_token_p50_s, self.first_token_p95_s,
+        )  # fmt: skip
+        return {**self.keys, **dict(zip(NUMBERS, numbers, strict=True))}
+
+
+@dataclass(frozen=True, slots=True)
+class UsageReport:
+    """A table with what people ask next.
+
+    Args:
+        totals: Of all groups, those left out included; None when there was no call.
+        truncated: Whether groups were left out.
+    """
+
+    tenant: str | None
+    since_s: float
+    until_s: float
+    by: tuple[UsageKey, ...]
+    rows: list[UsageRow]
+    totals: UsageRow | None
+    truncated: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """As the route and `--json` give it; the tenant `*` is everybody."""
         return {
-            **self.keys,
-            "calls": self.calls,
-            "errors": self.errors,
-            "cancelled": self.cancelled,
-            "cached": self.cached,
-            "input_tokens": self.input_tokens,
-            "output_tokens": self.output_tokens,
-            "cache_read_tokens": self.cache_read_tokens,
-            "cache_write_tokens": self.cache_write_tokens,
-            "reasoning_tokens": self.reasoning_tokens,
-            "estimated_calls": self.estimated,
-            "cost_usd": self.cost_usd,
-            "cost_nano_usd": self.cost_nano_usd,
-            "unpriced_calls": self.unpriced,
-            "latency_p50_s": self.latency_p50_s,
-            "latency_p95_s": self.latency_p95_s,
-            "first_token_p50_s": self.first_token_p50_s,
-            "first_token_p95_s": self.first_token_p95_s,
+            "tenant": EVERYBODY if self.tenant is None else self.tenant,
+            "since_s": self.since_s,
+            "until_s": self.until_s,
+            "by": list(self.by),
+            "rows": [row.as_json() for row in self.rows],
+            "totals": None if self.totals is None else self.totals.as_json(),
+            "truncated": self.truncated,
         }
+
+
+def usage_report(
+    database: SqlDatabase,
+    tenant: str | None,
+    by: Sequence[UsageKey],
+    since_s: float,
+    until_s: float,
+    limit: int,
+) -> UsageReport:
+    """At most `limit` rows and the totals, which are read one after the other. Blocks.
+
+    Raises:
+        InvalidInput: the span is empty; or as `UsageLedger.table`.
+        Unavailable: the database cannot be read.
+    """
+    if since_s >= until_s:
+        raise InvalidInput(
+            f"the span from {_utc(since_s)!r} to {_utc(until_s)!r} is empty", hint="it begins before it ends"
+        )
+    rows = usage_table(database, tenant, by, since_s, until_s, min(limit + 1, LIMIT_MAX))
+    totals = usage_table(database, tenant, (), since_s, until_s, 1)
+    return UsageReport(
+        tenant=tenant,
+        since_s=since_s,
+        until_s=until_s,
+        by=tuple(by),
+        rows=rows[:limit],
+        totals=totals[0] if totals else None,
+        truncated=len(rows) > limit,
+    )
+
+
+def _utc(at_s: float) -> str:
+    try:
+        return datetime.fromtimestamp(at_s, UTC).isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError):
+        return repr(at_s)
 
 
 def usage_table(
