@@ -3,11 +3,17 @@
     [project.entry-points."agentic_flow.providers"]
     my-models = "my_package.models:build"        # (GatewaySettings, HttpTransport) -> Provider
 
+    [project.entry-points."agentic_flow.checkers"]
+    my-checker = "my_package.checks:make"        # (options of the route) -> Checker
+
     [project.entry-points."agentic_flow.toolsets"]
     my-tools = "my_package.tools:build"          # () -> list[Tool]
 
     [project.entry-points."agentic_flow.embedders"]
     my-embedder = "my_package.embedders:make"    # (AgentDBSettings) -> Embedder
+
+    [project.entry-points."agentic_flow.guardrails"]
+    my-guardrail = "my_package.guardrails:make"  # (options of the rule) -> Guardrail
 
 A provider is built by the same kind of function as the built-in ones, and may replace one of the same name.
 """
@@ -20,7 +26,13 @@ from typing import Any, Literal
 
 from agentic_flow.core.errors import Conflict, InvalidSettings, NotFound
 
-Group = Literal["agentic_flow.embedders", "agentic_flow.providers", "agentic_flow.toolsets"]
+Group = Literal[
+    "agentic_flow.checkers",
+    "agentic_flow.embedders",
+    "agentic_flow.guardrails",
+    "agentic_flow.providers",
+    "agentic_flow.toolsets",
+]
 
 
 def names(group: Group) -> list[str]:

@@ -51,13 +51,15 @@ FIELDS_WITHOUT_INFLUENCE = frozenset(
 _OWN_FIELDS_WITHOUT_INFLUENCE = {"stream", "end_user", "agent", "run"}
 
 # Fields by which an answer comes to depend on more than the request.
-_STATEFUL = (
-    "previous_response_id",
-    "conversation",
-    "background",
-    "mcp_servers",
-    "web_search_options",
-    "container",
+_STATEFUL = frozenset(
+    {
+        "previous_response_id",
+        "conversation",
+        "background",
+        "mcp_servers",
+        "web_search_options",
+        "container",
+    }
 )
 _TOOL_ROLES = frozenset({"tool", "function"})
 _ENTRY_OVERHEAD_BYTES = 512
@@ -127,7 +129,7 @@ def cacheable(sent: JsonObject | CompletionRequest, rule: CacheRule) -> bool:
         return not varied and (rule.tool_turns or not _request_has_tools(sent))
     if sent.get("temperature") and sent.get("seed") is None:
         return False
-    if any(sent.get(name) for name in _STATEFUL):
+    if not _STATEFUL.isdisjoint(sent) and any(sent.get(name) for name in _STATEFUL):
         return False
     # Chat Completions are stored where asked for; Responses unless declined, and a copy does no harm there.
     if sent.get("store") is True and "messages" in sent:
