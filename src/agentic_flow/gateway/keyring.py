@@ -112,7 +112,7 @@ class _Key:
 
     def disliked(self, model: str, now_s: float) -> bool:
         """Whether another key is to be preferred."""
-        return bool(self.rests) and self.rests.get(model, (0.0, False))[0] > now_s
+        return self.rests.get(model, (0.0, False))[0] > now_s
 
     def rest(self, model: str, until_s: float, said: bool, now_s: float) -> None:
         if len(self.rests) >= _RESTS_MAX:
@@ -269,7 +269,10 @@ class KeyRing:
         now_s = self._clock.monotonic_s()
         keys = self._keys
         if len(keys) > 1:
-            keys = sorted(keys, key=lambda key: (key.disliked(model, now_s), key.outstanding, key.turn))
+            keys = sorted(
+                keys,
+                key=lambda key: (bool(key.rests) and key.disliked(model, now_s), key.outstanding, key.turn),
+            )
         resting: list[float] = []
         refused: list[float] = []
         held: list[CircuitOpen] = []
