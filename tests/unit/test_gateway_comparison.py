@@ -51,7 +51,7 @@ def test_cached_input_costs_what_the_list_says() -> None:
 
 
 def test_the_published_models_stand_beside_what_they_compute_to() -> None:
-    """Catches a published figure that slips into a sum, and a missing price that is shown as free."""
+    """Catches a published figure that slips into a sum, and a local model shown as if it cost nothing at all."""
     shown = {line.model: line for line in compare(Mix(), SNAPSHOT).models}
     assert list(shown) == list(DEFAULT_MODELS)
     assert {name: shown[name].published_usd for name in PUBLISHED_USD} == {
@@ -62,10 +62,10 @@ def test_the_published_models_stand_beside_what_they_compute_to() -> None:
         "onnx:phi-4": 0.0,
     }
     assert shown["anthropic:claude-3-5-sonnet"].cost_usd == pytest.approx(10 * 3 + 3.333 * 15)
-    assert shown["onnx:phi-4"].cost_usd is None
-    assert shown["onnx:phi-4"].price_source is None
+    assert shown["onnx:phi-4"].cost_usd == 0.0
+    assert shown["onnx:phi-4"].notes == ("runs on your machine, which is not counted",)
     assert shown[f"anthropic:{ANTHROPIC_DEFAULT}"].published_usd is None
-    assert costs(PriceList({"onnx:phi-4": (0.0, 0.0)}))["onnx:phi-4"] == 0.0
+    assert costs(PriceList({"onnx:phi-4": (0.1, 0.0)}))["onnx:phi-4"] == pytest.approx(1.0)
 
 
 def test_no_mix_gives_the_published_figures() -> None:
@@ -115,9 +115,7 @@ def test_counts_out_of_bounds_are_refused(wrong: dict[str, Any], told: str) -> N
     assert told in refused.value.message
 
 
-@pytest.mark.parametrize(
-    "name", ["openai:qwen3", "onnx:phi-4", "nobody:nothing", "anthropic:claude-3-5-sonnnet"]
-)
+@pytest.mark.parametrize("name", ["openai:qwen3", "nobody:nothing", "anthropic:claude-3-5-sonnnet"])
 def test_a_model_without_a_price_is_refused_by_name(name: str) -> None:
     """Catches an unknown price that is passed over when the model was asked for."""
     with pytest.raises(UnknownModel) as refused:

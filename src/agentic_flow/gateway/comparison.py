@@ -79,8 +79,8 @@ class ComparedModel(Frozen):
         model: `provider:model`.
         cost_usd: US dollars for all tasks of the mix; None when no price is known, which is not free.
         published_usd: The published figure per 1000 tasks, whatever the mix; None when there is none.
-        price_source: `snapshot` for list prices, `own` for prices of the settings and for `extractive`,
-            which is free; None without a price.
+        price_source: `snapshot` for list prices, `own` for prices of the settings, and for `extractive` and
+            `onnx`, which are free; None without a price.
         notes: What to know before trusting the sum.
     """
 
@@ -185,6 +185,8 @@ def _line(mix: Mix, prices: PriceList, chosen: Choice, base_url: str | None) -> 
     notes: list[str] = []
     if rates.snapshot_id not in (None, chosen.model):
         notes.append(f"priced as {rates.snapshot_id}")
+    if chosen.provider == "onnx" and rates.snapshot_id is None and rates.cost_usd(usage) == 0:
+        notes.append("runs on your machine, which is not counted")
     if rates.deprecated:
         notes.append("deprecated in the snapshot")
     if rates.context_tokens and mix.input_tokens + mix.output_tokens > rates.context_tokens:

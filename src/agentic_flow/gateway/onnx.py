@@ -365,12 +365,17 @@ def _error(event: Json, folder: ModelFolder) -> AgenticFlowError:
                 hint="use fewer features of JSON Schema; docs/guides/onnx.md names the limits",
                 details={"field": "output_schema"},
             )
+        case "memory":
+            return Unavailable(
+                f"model {folder.name!r} ran out of memory: {message}",
+                hint="lower output_tokens_max or gateway.onnx.concurrent_max, or shorten the prompt",
+            )
+        case "broken":
+            return DataCorrupted(
+                f"the model in {str(folder.path)!r} cannot be run: {message}",
+                hint="download the folder again, whole; its genai_config.json must fit its weights",
+            )
         case _:
-            if "alloc" in message:
-                return Unavailable(
-                    f"model {folder.name!r} ran out of memory: {message}",
-                    hint="lower output_tokens_max or gateway.onnx.concurrent_max, or shorten the prompt",
-                )
             return ProviderFailed(f"model {folder.name!r} failed: {message}")
 
 

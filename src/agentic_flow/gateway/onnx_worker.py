@@ -130,7 +130,7 @@ class Worker:
         except Refused as refused:
             self._say(id=key, event="error", kind=refused.kind, message=str(refused), **refused.facts)
         except (RuntimeError, MemoryError) as error:
-            self._say(id=key, event="error", kind="failed", message=_line(error))
+            self._say(id=key, event="error", kind=_kind(error, "broken"), message=_line(error))
         else:
             self._generations[key] = generation
             self._say(id=key, event="started", input_tokens=generation.input_tokens)
@@ -141,7 +141,8 @@ class Worker:
             text, reason = generation.step()
         except (RuntimeError, MemoryError) as error:
             del self._generations[key]
-            self._say(id=key, event="error", kind="failed", message=_line(error))
+            kind = _kind(error, "failed" if generation.tokens else "broken")
+            self._say(id=key, event="error", kind=kind, message=_line(error))
             return
         if text:
             generation.credit -= 1
@@ -180,12 +181,8 @@ def main(words: list[str]) -> int:
         return 1
     try:
         worker = Worker(og, words[0], int(words[1]) if len(words) > 1 else None, output)
-    except MemoryError as error:
-        say(output, {"event": "failed", "kind": "memory", "message": _line(error)})
-        return 1
     except Exception as error:  # noqa: BLE001 - whatever it is, the reader is to hear it
-        kind = "memory" if _is_memory(str(error)) else "broken"
-        say(output, {"event": "failed", "kind": kind, "message": _line(error)})
+        say(output, {"event": "failed", "kind": _kind(error, "broken"), "message": _line(error)})
         return 1
     say(output, {"event": "loaded"})
     worker.run(commands)
@@ -198,11 +195,11 @@ def _read(commands: queue.SimpleQueue[Json | None]) -> None:
     commands.put(None)
 
 
-def _is_memory(message: str) -> bool:
-    lowered = message.lower()
-    return any(
-        sign in lowered for sign in ("bad_alloc", "out of memory", "failed to allocate", "bad allocation")
-    )
+def _kind(error: BaseException, otherwise: str) -> str:
+    # All errors of the library are RuntimeErrors; only their words tell them apart.
+    said = str(error).lower()
+    signs = ("bad_alloc", "bad allocation", "out of memory", "failed to allocate")
+    return "memory" if isinstance(error, MemoryError) or any(sign in said for sign in signs) else otherwise
 
 
 def _line(error: BaseException) -> str:

@@ -132,7 +132,8 @@ def _graph(rng: np.random.Generator, pushes: NDArray[np.float32], context_tokens
     node("Shape", ["attention_mask"], ["mask_shape"])
     node("Gather", ["mask_shape", keep("first", np.array(1, np.int64))], ["total"], axis=0)
     node("Cast", ["total"], ["total_32"], to=types.INT32)
-    table = keep("embedding", rng.standard_normal((size, HIDDEN)).astype(np.float32))
+    # Small beside what the layers add, so that the context counts and not the last token alone.
+    table = keep("embedding", (rng.standard_normal((size, HIDDEN)) * 0.3).astype(np.float32))
     value = node("Gather", [table, "input_ids"], ["embedded"])
     inputs = [h.make_tensor_value_info(name, types.INT64, ["batch", to]) for name, to in _INPUTS]
     outputs = [h.make_tensor_value_info("logits", types.FLOAT, ["batch", "new", size])]
