@@ -160,6 +160,16 @@ def bare(item: dict[str, Any]) -> dict[str, Any]:
 
 
 @given(completion=completions(), size=st.integers(1, 9))
+@example(
+    completion=Completion(
+        model="m",
+        provider="x",
+        parts=(ThinkingPart(text="", signature="redacted:0"), TextPart(text="cut")),
+        stop_reason="length",
+        usage=Usage(cost_usd=None),
+    ),
+    size=1,
+)
 def test_answers_and_events_are_the_sdks_and_agree(completion: Completion, size: int) -> None:
     """Catches objects the SDK's types refuse, events out of order, and a stream that says another answer."""
     whole = whole_of(completion)

@@ -109,8 +109,10 @@ def _head(answer_id: str, created_s: int, echo: Mapping[str, object] | None) -> 
 
 def _ended(head: JsonObject, completion: Completion, items: Sequence[_Item]) -> JsonObject:
     cut = _CUT.get(completion.stop_reason)
-    if cut is not None and items and items[-1].kind == "message":
-        items[-1].status = "incomplete"
+    # Thinking that nobody was shown stands at the end of a stream, wherever it was.
+    shown = [item for item in items if item.pieces or item.kind != "reasoning"]
+    if cut is not None and shown and shown[-1].kind == "message":
+        shown[-1].status = "incomplete"
     return {
         **head,
         "model": completion.model,
@@ -141,9 +143,10 @@ class _Item:
     closed: bool = False
     """Whether its end was sent."""
 
-    @property
-    def id(self) -> str:
-        return f"{_PREFIXES[self.kind]}_{self.answer_id.removeprefix('resp_')}_{self.index}"
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        self.id = f"{_PREFIXES[self.kind]}_{self.answer_id.removeprefix('resp_')}_{self.index}"
 
     @property
     def text(self) -> str:
@@ -330,10 +333,24 @@ class ResponseStream:
                 opening += self._event("response.reasoning_summary_part.added", at)
         item.pieces.append(text)
         if kind == "message":
-            at = self._at(item, content_index=0, delta=text, logprobs=[])
-            return opening + self._event("response.output_text.delta", at)
+            return opening + self._text_delta(item.id, item.index, text)
         at = self._at(item, summary_index=0, delta=text)
         return opening + self._event("response.reasoning_summary_text.delta", at)
+
+    def _text_delta(self, item_id: str, output_index: int, text: str) -> bytes:
+        # Nearly all events of a stream are of this kind, so it is written in one go.
+        number, self._number = self._number, self._number + 1
+        return b"event: response.output_text.delta\ndata: %b\n\n" % orjson.dumps(
+            {
+                "type": "response.output_text.delta",
+                "sequence_number": number,
+                "item_id": item_id,
+                "output_index": output_index,
+                "content_index": 0,
+                "delta": text,
+                "logprobs": [],
+            }
+        )
 
     def _close_open(self) -> bytes:
         """End the message or the thinking that is being written."""
