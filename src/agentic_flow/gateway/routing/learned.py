@@ -25,7 +25,6 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -55,6 +54,7 @@ _NEWTON_STEPS_MAX = 8
 _PROBABILITY_MIN = 0.01
 # A refused answer makes the prompt look harder: so much in log-odds of the next model for each one before.
 _HARDER_PER_TRY = 0.3
+_HARDER_FACTORS = tuple(math.exp(-_HARDER_PER_TRY * before) for before in range(64))
 # Outcomes that were unlikely to be seen stand for those that were not, within bounds.
 _WEIGHT_MIN, _WEIGHT_MAX = 0.3, 3.0
 
@@ -66,27 +66,30 @@ def embedding(prompt: str) -> Floats:
         half = PROMPT_BYTES_READ // 2
         data = data[:half] + b" " + data[-half:]
     codes = np.frombuffer(b" " + data + b" ", np.uint8).astype(np.uint32)
-    hashes = [_hashes(codes, size) for size in _NGRAM_SIZES if len(codes) >= size]
-    if not data or not hashes:
+    if not data:
         return np.zeros(DIMENSION, np.float32)
-    mixed = np.concatenate(hashes) * np.uint32(2_654_435_761)
+    mixed = _hashes(codes)
+    mixed *= np.uint32(2_654_435_761)
     mixed ^= mixed >> np.uint32(15)
     mixed *= np.uint32(2_246_822_519)
     mixed ^= mixed >> np.uint32(13)
-    # The lowest bit is the sign, which keeps inner products unbiased where n-grams share a slot.
-    counts = np.bincount((mixed >> np.uint32(1)) % DIMENSION, 1.0 - 2.0 * (mixed & 1), DIMENSION)
-    values = np.sign(counts) * np.log1p(np.abs(counts))
-    norm = float(np.linalg.norm(values))
+    # One bit is the sign, which keeps inner products unbiased where n-grams share a slot.
+    counts = np.bincount(mixed & np.uint32(2 * DIMENSION - 1), minlength=2 * DIMENSION)
+    signed = counts[:DIMENSION] - counts[DIMENSION:]
+    values = np.copysign(np.log1p(np.abs(signed)), signed)
+    norm = math.sqrt(float(values @ values))
     return (values / norm if norm else values).astype(np.float32)
 
 
-def _hashes(codes: NDArray[np.uint32], size: int) -> NDArray[np.uint32]:
-    """FNV-like hashes of all n-grams of one size."""
-    length = len(codes) - size + 1
-    hashes = np.full(length, size, np.uint32)
-    for start in range(size):
-        hashes = hashes * np.uint32(0x01000193) ^ codes[start : start + length]
-    return hashes
+def _hashes(codes: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """FNV-like hashes of all n-grams of the three sizes, each from the one a character shorter."""
+    found: list[NDArray[np.uint32]] = []
+    hashes = codes + np.uint32(1)
+    for size in range(2, min(_NGRAM_SIZES[-1], len(codes)) + 1):
+        hashes = hashes[:-1] * np.uint32(0x01000193) ^ codes[size - 1 :]
+        if size in _NGRAM_SIZES:
+            found.append(hashes)
+    return np.concatenate(found)
 
 
 def packed(vector: Floats) -> bytes:
@@ -406,27 +409,26 @@ def best_sequence(
     """
     wrong = false_verdicts
     qualities = [_clipped((chance - wrong) / (1 - 2 * wrong)) for chance in chances]
-    log_odds = [math.log(quality / (1 - quality)) for quality in qualities]
-    order = sorted(
-        range(len(chances)), key=lambda index: (prices[index] / qualities[index], -qualities[index])
-    )
-
-    @cache
-    def best(position: int, before: int) -> tuple[float, tuple[int, ...]]:
-        """Value and models of the best sequence from here on, after `before` refusals."""
-        if position == len(order) or before == tries_max:
-            return -math.inf, ()
-        index = order[position]
-        quality = 1 / (1 + math.exp(_HARDER_PER_TRY * before - log_odds[index]))
-        found = quality - prices[index], (index,)
-        later = best(position + 1, before + 1)
-        if later[1]:
-            accepted = quality * (1 - wrong) + (1 - quality) * wrong
-            value = quality * (1 - wrong) - prices[index] + (1 - accepted) * later[0]
-            found = max(found, (value, (index, *later[1])))
-        return max(found, best(position + 1, before), key=lambda one: one[0])
-
-    return list(best(0, 0)[1])
+    order = sorted(range(len(chances)), key=lambda one: (prices[one] / qualities[one], -qualities[one]))
+    # later[n]: value and models of the best sequence from the next position on, after n refusals.
+    nothing = -math.inf, ()
+    later: list[tuple[float, tuple[int, ...]]] = [nothing] * (tries_max + 1)
+    for index in reversed(order):
+        odds = qualities[index] / (1 - qualities[index])
+        best: list[tuple[float, tuple[int, ...]]] = []
+        for before in range(tries_max):
+            harder = odds * _HARDER_FACTORS[min(before, len(_HARDER_FACTORS) - 1)]
+            quality = harder / (1 + harder)
+            found = quality - prices[index], (index,)
+            value, models = later[before + 1]
+            if models:
+                accepted = quality * (1 - wrong) + (1 - quality) * wrong
+                value = quality * (1 - wrong) - prices[index] + (1 - accepted) * value
+                if value > found[0]:
+                    found = value, (index, *models)
+            best.append(found if found[0] > later[before][0] else later[before])
+        later = [*best, nothing]
+    return list(later[0][1])
 
 
 def outcomes_of(decision: Decision, escalated: Escalated, *, at_s: float, tenant: str) -> list[Outcome]:
