@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given
@@ -316,18 +316,24 @@ def test_the_judge_of_a_private_route_is_local_too(checker: str, kept: bool) -> 
 def test_the_learned_strategy_asks_and_is_held_to_the_rules() -> None:
     """Catches a learned order that brings back what was left out, or that loses or repeats a candidate."""
 
+    class Decided(NamedTuple):
+        order: tuple[Candidate, ...]
+        reason: str
+        propensity: float
+
     class Learned:
-        def order(
+        def decide(
             self,
             candidates: Sequence[Candidate],
             prompt: str,
             *,
             costs_usd: Sequence[float | None],
             tenant: str = "",
-        ) -> tuple[tuple[Candidate, ...], str]:
+            tries_max: int = 1,
+        ) -> Decided:
             seen.append((prompt, tenant, list(costs_usd)))
             last = candidates[-1]
-            return (last, Candidate("other", ""), last), f"learned from {tenant}"
+            return Decided((last, Candidate("other", ""), last), f"learned from {tenant}", 0.9)
 
     seen: list[tuple[str, str, list[float | None]]] = []
     given_policies = policies(routes={"r": route("big:", "other:", "big:mini", strategy="learned")})
@@ -335,6 +341,7 @@ def test_the_learned_strategy_asks_and_is_held_to_the_rules() -> None:
     plan = plans.plan("r", given_policies, prompt="why?", tenant="t", tokens_in=1000, tokens_out=1000)
     assert shown(plan.candidates) == ["big:mini", "big:"]
     assert "learned from t" in plan.reason
+    assert plan.propensity == 0.9
     assert seen == [("why?", "t", [pytest.approx(0.06), pytest.approx(0.006)])]
     with pytest.raises(InvalidInput, match="learned"):
         router().plan("r", given_policies)

@@ -3,57 +3,74 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
-from contextlib import AbstractContextManager, aclosing
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import aclosing
 from types import TracebackType
-from typing import NamedTuple, Self, cast
+from typing import Protocol, Self, runtime_checkable
 
 import structlog
-from opentelemetry import trace
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
 from agentic_flow.core.auth import Principal
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock, Deadline
-from agentic_flow.core.errors import AgenticFlowError, ProviderProtocol, UnknownModel
-from agentic_flow.core.messages import (
-    Completion,
-    CompletionRequest,
-    ModelInfo,
-    StreamEnd,
-    StreamEvent,
-)
+from agentic_flow.core.errors import AgenticFlowError, UnknownModel
+from agentic_flow.core.messages import Completion, CompletionRequest, ModelInfo, StreamEvent
+from agentic_flow.core.ports import Embedder
 from agentic_flow.core.settings import GatewaySettings
+from agentic_flow.gateway.cache import ResponseCache, SemanticIndex
+from agentic_flow.gateway.checkers import Checker, CheckerFactory, make_checker
+from agentic_flow.gateway.guardrails import CompiledGuardrails, GuardrailFactory, Guardrails
+from agentic_flow.gateway.health import Health
+from agentic_flow.gateway.limits import Door, RateLimits
+from agentic_flow.gateway.metrics import GatewayMetrics
 from agentic_flow.gateway.models import EXTRACTIVE, choose, default_name
-from agentic_flow.gateway.prices import PriceList
+from agentic_flow.gateway.policies import Escalation, GatewayPolicies
+from agentic_flow.gateway.prices import ModelRates, PriceList
 from agentic_flow.gateway.providers import (
     HttpProvider,
     Provider,
     ProviderFactory,
+    StoredSecrets,
     build_providers,
-    log_estimate,
 )
+from agentic_flow.gateway.questions import Destination, Question, TypedQuestion
 from agentic_flow.gateway.retries import RetryPolicy
+from agentic_flow.gateway.routing.plan import Candidate, Plan, Router
+from agentic_flow.gateway.stores import GatewayStores
 from agentic_flow.gateway.transport import HttpTransport
-from agentic_flow.gateway.wire.format import IMAGE_TOKENS, load_object, request_chars, request_images
-from agentic_flow.gateway.wire.passing import PassingReader, PassingRequest
+from agentic_flow.gateway.usage import UsageRecord
+from agentic_flow.gateway.walk import House, Walk
+from agentic_flow.gateway.wire.format import load_object
+from agentic_flow.gateway.wire.passing import PassingRequest
 
 _log = structlog.get_logger(__name__)
-_tracer = trace.get_tracer("agentic_flow.gateway")
 
 MODELS_CACHED_S = 300.0
 MODELS_TIMEOUT_S = 10.0
-# Reservations must not fall short: code and JSON run to about three characters a token.
-_RESERVE_CHARS_PER_TOKEN = 3
 
 
-class Destination(NamedTuple):
-    """Where a call goes: the provider, its own id of the model, the format that it speaks over HTTP, and all
-    formats in which requests pass through to it."""
+class PolicySource(Protocol):
+    """Where the policies in force are."""
 
-    provider: str
-    model: str
-    wire: str | None
-    passes: frozenset[str] = frozenset()
+    @property
+    def policies(self) -> GatewayPolicies: ...
+
+
+@runtime_checkable
+class Closing(Protocol):
+    """A provider that has something to close."""
+
+    async def close(self) -> None: ...
+
+
+class FixedPolicies:
+    """Policies that stay as they are.
+
+    Args:
+        policies: They.
+    """
+
+    def __init__(self, policies: GatewayPolicies | None = None) -> None:
+        self.policies = policies or GatewayPolicies()
 
 
 class Gateway:
@@ -63,6 +80,13 @@ class Gateway:
         settings: The section `gateway`.
         providers: Exactly these, instead of the built-in ones and `extra_providers`.
         extra_providers: Factories by name, added to the built-in ones (plug-ins).
+        stores: What is kept in the database: policies, budgets, usage. None: there are no policies but
+            `policies`, no budgets, and no books.
+        policies: Instead of those that are stored.
+        metrics: Where calls are counted.
+        embedder: Tells the semantic cache which messages mean the same.
+        extra_checkers, extra_guardrails: Plug-ins by name.
+        stored_secrets: The encrypted store, asked again while it runs for keys that no setting gives.
         clock: Time and waiting.
     """
 
@@ -72,6 +96,13 @@ class Gateway:
         *,
         providers: Iterable[Provider] | None = None,
         extra_providers: Mapping[str, ProviderFactory] | None = None,
+        stores: GatewayStores | None = None,
+        policies: GatewayPolicies | None = None,
+        metrics: GatewayMetrics | None = None,
+        embedder: Embedder | None = None,
+        extra_checkers: Mapping[str, CheckerFactory] | None = None,
+        extra_guardrails: Mapping[str, GuardrailFactory] | None = None,
+        stored_secrets: StoredSecrets | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._settings = settings
@@ -79,14 +110,65 @@ class Gateway:
         self._transport = HttpTransport(
             idle_timeout_s=settings.idle_timeout_s, response_max_bytes=settings.response_max_bytes
         )
+        self._health = Health.of(settings, clock=clock)
         self._providers: dict[str, Provider] = (
-            build_providers(settings, self._transport, extra_providers)
+            build_providers(
+                settings, self._transport, extra_providers, health=self._health, stored=stored_secrets
+            )
             if providers is None
             else {provider.name: provider for provider in providers}
         )
         self._prices = PriceList(settings.prices_usd_per_mtok, clock=clock)
-        self._policy = RetryPolicy(settings.attempts, settings.backoff_s, clock)
+        self._retries = RetryPolicy(settings.attempts, settings.backoff_s, clock)
         self._listed: dict[str, tuple[float, list[ModelInfo]]] = {}
+        self._stores = stores
+        self._metrics = metrics
+        self._policies: PolicySource = (
+            FixedPolicies(policies) if stores is None or policies is not None else stores.watch
+        )
+        self._guardrails = Guardrails(extra_guardrails)
+        self._compiled: tuple[GatewayPolicies, CompiledGuardrails] | None = None
+        self._extra_checkers = dict(extra_checkers or {})
+        self._router = Router(
+            self._providers,
+            self._prices,
+            price_url=self._price_url,
+            learned=None if stores is None else stores.learned,
+            clock=clock,
+        )
+        self._door = Door(
+            concurrent_max=settings.concurrent_max,
+            queue_max=settings.queue_max,
+            queue_timeout_s=settings.queue_timeout_s,
+            clock=clock,
+        )
+        self._cache = ResponseCache(clock)
+        self._index: SemanticIndex | None = None
+        self._house = House(
+            open=None if stores is None else self.open,
+            policies=lambda: self._policies.policies,
+            providers=self._providers,
+            rates=self._rates,
+            place=self._place,
+            router=self._router,
+            retries=self._retries,
+            door=self._door,
+            limits=RateLimits(clock),
+            cache=self._cache,
+            meanings=None if embedder is None else lambda: self._semantic_index(embedder),
+            budgets=None if stores is None else stores.budgets,
+            guardrails=self._guardrails_of,
+            checker=self._checker,
+            outcomes=None if stores is None else stores.outcomes,
+            books=None if stores is None and metrics is None else self._enter,
+            clock=clock,
+            timeout_s=settings.timeout_s,
+        )
+        if metrics is not None:
+            metrics.set_breakers(self._health.states)
+            metrics.set_calls(lambda: (self._door.inside, self._door.waiting))
+            if stores is not None:
+                metrics.set_ledger(stores.usage)
 
     async def __aenter__(self) -> Self:
         return self
@@ -96,9 +178,52 @@ class Gateway:
     ) -> None:
         await self.close()
 
+    async def open(self) -> None:
+        """Open the stores; otherwise the first call does.
+
+        Raises:
+            Unavailable, DataCorrupted: as `GatewayStores.open`.
+        """
+        if self._stores is not None:
+            await self._stores.open()
+        self._house.open = None
+
     async def close(self) -> None:
-        """Close the connections to providers."""
+        """Close the connections to providers, models that run here, and the stores."""
+        for provider in self._providers.values():
+            if isinstance(provider, Closing):
+                await provider.close()
         await self._transport.close()
+        if self._stores is not None:
+            await self._stores.close()
+
+    def _enter(self, record: UsageRecord) -> None:
+        if self._metrics is not None:
+            self._metrics.observe(record)
+        if self._stores is not None:
+            self._stores.usage.record(record)
+
+    def _guardrails_of(self, policies: GatewayPolicies) -> CompiledGuardrails:
+        known = self._compiled
+        if known is None or known[0] is not policies:
+            known = self._compiled = (policies, self._guardrails.compile(policies.guardrails))
+        return known[1]
+
+    def _checker(self, escalation: Escalation, principal: Principal, deadline: Deadline) -> Checker:
+        async def judge(request: CompletionRequest) -> Completion:
+            return await self.complete(request, principal=principal, deadline=deadline)
+
+        return make_checker(
+            escalation.checker, escalation.options, complete=judge, extra=self._extra_checkers
+        )
+
+    def _semantic_index(self, embedder: Embedder) -> SemanticIndex:
+        if self._index is None:
+            self._index = SemanticIndex(embedder, self._cache)
+        return self._index
+
+    def _rates(self, provider: str, model: str) -> ModelRates | None:
+        return self._prices.rates(provider, model, base_url=self._price_url(provider))
 
     # What can be asked
 
@@ -117,14 +242,18 @@ class Gateway:
         Raises:
             UnknownModel: it names nothing that is configured; the hint lists what is.
         """
-        chosen = choose(model or self.default_model(), self._providers)
-        if chosen.provider == EXTRACTIVE:
+        plan = await self._plan(model)
+        chosen = plan.candidates[0]
+        if chosen.provider == EXTRACTIVE and plan.route is None:
             return (await self._list(self._providers[EXTRACTIVE]))[0]
         provider = self._providers[chosen.provider]
         deadline = Deadline.after(MODELS_TIMEOUT_S, self._clock)
         native = chosen.model or provider.default_model or await self._first_listed(provider, deadline)
-        priced = self._priced(ModelInfo(id=native, provider=chosen.provider))
-        return priced.model_copy(update={"id": f"{chosen.provider}:{native}"})
+        priced = self._priced(
+            ModelInfo(id=native, provider=chosen.provider, generative=chosen.provider != EXTRACTIVE)
+        )
+        # A route keeps its name, or what it would do later could not happen.
+        return priced.model_copy(update={"id": plan.route or f"{chosen.provider}:{native}"})
 
     async def models(self, *, principal: Principal) -> list[ModelInfo]:
         """The models that can be asked now, the default one first.
@@ -164,7 +293,7 @@ class Gateway:
         return priced
 
     def _priced(self, info: ModelInfo) -> ModelInfo:
-        rates = self._prices.rates(info.provider, info.id, base_url=self._price_url(info.provider))
+        rates = self._rates(info.provider, info.id)
         if rates is None:
             return info
         first = rates.tiers[0]
@@ -189,14 +318,32 @@ class Gateway:
         """
         chosen = choose(request.model, self._providers)
         model = chosen.model or self._providers[chosen.provider].default_model or ""
-        rates = self._prices.rates(chosen.provider, model, base_url=self._price_url(chosen.provider))
+        rates = self._rates(chosen.provider, model)
         if rates is None:
             return None
-        input_tokens = -(-request_chars(request) // _RESERVE_CHARS_PER_TOKEN)
-        input_tokens += IMAGE_TOKENS * request_images(request)
-        return rates.cost_max_usd(input_tokens, request.output_tokens_max)
+        question = TypedQuestion(request, stream=False)
+        return rates.cost_max_usd(question.input_tokens_max(), request.output_tokens_max)
 
     # Answering
+
+    def walk(
+        self,
+        question: Question,
+        *,
+        principal: Principal,
+        deadline: Deadline,
+        idempotency_key: str | None = None,
+        request_id: str = "",
+    ) -> Walk:
+        """One call, ready to go: `await walk.whole()`, or iterate `walk.stream()`."""
+        return Walk(
+            self._house,
+            question,
+            principal=principal,
+            deadline=deadline,
+            idempotency_key=idempotency_key,
+            request_id=request_id,
+        )
 
     async def complete(
         self,
@@ -210,29 +357,13 @@ class Gateway:
 
         Raises:
             UnknownModel: no configured provider serves `request.model`.
+            RateLimited, BudgetExceeded, PolicyDenied: what operators set does not allow it.
             ProviderError: the provider failed after the bounded retries; says how many.
             DeadlineExceeded: no answer within the deadline or `gateway.timeout_s`.
         """
-        deadline = deadline.earliest(self._settings.timeout_s)
-        provider, asked = await self._route(request, deadline)
-        call = _Call(provider.name, asked.model, asked.output_tokens_max, principal, self._clock)
-
-        async def once() -> Completion:
-            call.tries += 1
-            if asked.stream:
-                events = provider.stream(asked, deadline=deadline, idempotency_key=idempotency_key)
-                return await _last(provider.name, events)
-            return await provider.complete(asked, deadline=deadline, idempotency_key=idempotency_key)
-
-        with call.span() as span:
-            try:
-                answered = await self._policy.run(once, provider=provider.name, deadline=deadline)
-            except BaseException as error:
-                call.failed(span, error)
-                raise
-            completion = self._settle(answered, provider.name, asked.model, call)
-            call.finished(span, completion)
-            return completion
+        question = TypedQuestion(request, stream=False)
+        walk = self.walk(question, principal=principal, deadline=deadline, idempotency_key=idempotency_key)
+        return (await walk.whole()).completion
 
     async def stream(
         self,
@@ -245,148 +376,28 @@ class Gateway:
         """The answer as it comes; retries happen before the first event only.
 
         Raises:
-            UnknownModel, ProviderError, DeadlineExceeded: as `complete`; also after events were given.
+            AgenticFlowError: as `complete`; also after events were given.
         """
-        deadline = deadline.earliest(self._settings.timeout_s)
-        provider, asked = await self._route(request, deadline)
-        call = _Call(provider.name, asked.model, asked.output_tokens_max, principal, self._clock)
-
-        async def begin() -> tuple[AsyncGenerator[StreamEvent], StreamEvent]:
-            call.tries += 1
-            events = cast(
-                AsyncGenerator[StreamEvent],
-                provider.stream(asked, deadline=deadline, idempotency_key=idempotency_key),
-            )
-            try:
-                return events, await anext(events)
-            except StopAsyncIteration:
-                raise _no_end(provider.name) from None
-            except BaseException:
-                await events.aclose()
-                raise
-
-        # The span is not made current: a generator's body runs in whatever context its consumer has.
-        span = call.start_span()
-        try:
-            events, event = await self._policy.run(begin, provider=provider.name, deadline=deadline)
-            async with aclosing(events):
-                while not isinstance(event, StreamEnd):
-                    call.first_event()
-                    yield event
-                    event = await anext(events, None)
-                    if event is None:
-                        raise _no_end(provider.name)
-            completion = self._settle(event.completion, provider.name, asked.model, call)
-            call.finished(span, completion)
-        except BaseException as error:
-            call.failed(span, error)
-            raise
-        finally:
-            span.end()
-        yield StreamEnd(completion=completion)
-
-    # Passing through: the caller speaks the provider's own format
+        question = TypedQuestion(request, stream=True)
+        walk = self.walk(question, principal=principal, deadline=deadline, idempotency_key=idempotency_key)
+        async with aclosing(walk.stream()) as events:
+            async for event in events:
+                assert not isinstance(event, bytes), "our own vocabulary does not pass through"
+                yield event
 
     async def destination(self, model: str | None) -> Destination:
-        """Where a call to `model` goes (None: the default one), without asking for it.
+        """Where a call to `model` goes first (None: the default one), without asking for it.
 
         Raises:
             UnknownModel: no configured provider serves it.
         """
-        provider, native = await self._place(
-            model or self.default_model(), Deadline.after(MODELS_TIMEOUT_S, self._clock)
-        )
-        if not isinstance(provider, HttpProvider):
-            return Destination(provider.name, native, None)
-        return Destination(provider.name, native, provider.wire_name, provider.passes)
+        plan = await self._plan(model)
+        return await self._place(plan.candidates[0], Deadline.after(MODELS_TIMEOUT_S, self._clock))
 
-    async def pass_whole(
-        self,
-        destination: Destination,
-        sent: PassingRequest,
-        *,
-        principal: Principal,
-        deadline: Deadline,
-        idempotency_key: str | None = None,
-    ) -> bytes:
-        """The provider's answer to a request in its own format, byte for byte; priced and recorded.
-
-        Raises:
-            ProviderError, DeadlineExceeded: as `complete`.
-        """
-        deadline = deadline.earliest(self._settings.timeout_s)
-        provider = self._passing_provider(destination)
-        call = _Call(provider.name, destination.model, _output_max(sent), principal, self._clock)
-
-        async def once() -> tuple[bytes, PassingReader]:
-            call.tries += 1
-            body = await provider.pass_whole(sent, deadline=deadline, idempotency_key=idempotency_key)
-            reader = provider.reader(sent)
-            reader.take_answer(load_object(body, f"the answer of {provider.name}"))
-            return body, reader
-
-        with call.span() as span:
-            try:
-                body, reader = await self._policy.run(once, provider=provider.name, deadline=deadline)
-            except BaseException as error:
-                call.failed(span, error)
-                raise
-            call.finished(span, self._passed(destination, reader, call))
-            return body
-
-    async def pass_stream(
-        self,
-        destination: Destination,
-        sent: PassingRequest,
-        *,
-        principal: Principal,
-        deadline: Deadline,
-        idempotency_key: str | None = None,
-    ) -> AsyncGenerator[bytes]:
-        """The same, streamed: whole events, untouched; retries happen before the first one only.
-
-        An error event of the provider is the last that is passed on.
-
-        Raises:
-            ProviderError, DeadlineExceeded: as `stream`; also after events were given.
-        """
-        deadline = deadline.earliest(self._settings.timeout_s)
-        provider = self._passing_provider(destination)
-        call = _Call(provider.name, destination.model, _output_max(sent), principal, self._clock)
-
-        async def begin() -> tuple[AsyncGenerator[bytes], PassingReader, bytes]:
-            call.tries += 1
-            reader = provider.reader(sent)
-            stream = provider.pass_stream(sent, reader, deadline=deadline, idempotency_key=idempotency_key)
-            try:
-                first = await anext(stream)
-                if reader.error is not None and reader.model == "":
-                    raise reader.error  # nothing of an answer has come: it can be tried again
-            except StopAsyncIteration:
-                raise _no_end(provider.name) from None
-            except BaseException:
-                await stream.aclose()
-                raise
-            return stream, reader, first
-
-        span = call.start_span()
-        try:
-            stream, reader, events = await self._policy.run(begin, provider=provider.name, deadline=deadline)
-            async with aclosing(stream):
-                call.first_event()
-                yield events
-                async for events in stream:
-                    yield events
-            if reader.error is not None:
-                call.failed(span, reader.error)
-                _log.warning("stream_broken", provider=provider.name, error=reader.error.message)
-            else:
-                call.finished(span, self._passed(destination, reader, call))
-        except BaseException as error:
-            call.failed(span, error)
-            raise
-        finally:
-            span.end()
+    async def _plan(self, model: str | None) -> Plan:
+        if self._house.open is not None:
+            await self._house.open()
+        return self._router.plan(model or self.default_model(), self._policies.policies)
 
     async def pass_count(
         self, destination: Destination, sent: PassingRequest, *, principal: Principal, deadline: Deadline
@@ -400,40 +411,20 @@ class Gateway:
             load_object(body, f"the answer of {provider.name}")
             return body
 
-        return await self._policy.run(once, provider=provider.name, deadline=deadline)
+        return await self._retries.run(once, provider=provider.name, deadline=deadline)
 
     def _passing_provider(self, destination: Destination) -> HttpProvider:
         provider = self._providers[destination.provider]
         assert isinstance(provider, HttpProvider), "only a destination with a wire can be passed to"
         return provider
 
-    def _passed(self, destination: Destination, reader: PassingReader, call: _Call) -> Completion:
-        """What the books need of an answer that passed through."""
-        usage, estimated = reader.billed()
-        completion = Completion(
-            model=reader.model or destination.model,
-            provider=destination.provider,
-            parts=(),
-            stop_reason=reader.stop_reason,
-            usage=usage,
-        )
-        if estimated:
-            log_estimate(destination.provider, completion)
-        return self._settle(completion, destination.provider, destination.model, call)
-
-    async def _route(
-        self, request: CompletionRequest, deadline: Deadline
-    ) -> tuple[Provider, CompletionRequest]:
-        provider, model = await self._place(request.model, deadline)
-        return provider, request.model_copy(update={"model": model})
-
-    async def _place(self, name: str, deadline: Deadline) -> tuple[Provider, str]:
-        """The provider that a name means, and its own id of the model."""
-        chosen = choose(name, self._providers)
-        provider = self._providers[chosen.provider]
-        return provider, chosen.model or provider.default_model or await self._first_listed(
-            provider, deadline
-        )
+    async def _place(self, candidate: Candidate, deadline: Deadline) -> Destination:
+        """Where a candidate is asked, under the provider's own id of the model."""
+        provider = self._providers[candidate.provider]
+        model = candidate.model or provider.default_model or await self._first_listed(provider, deadline)
+        if not isinstance(provider, HttpProvider):
+            return Destination(candidate.provider, model, None)
+        return Destination(candidate.provider, model, provider.wire_name, provider.passes)
 
     async def _first_listed(self, provider: Provider, deadline: Deadline) -> str:
         known = self._listed.get(provider.name)
@@ -445,113 +436,3 @@ class Gateway:
             )
         self._listed.setdefault(provider.name, (self._clock.monotonic_s(), listed))
         return listed[0].id
-
-    def _settle(self, completion: Completion, provider: str, asked: str, call: _Call) -> Completion:
-        usage = completion.usage
-        if usage.cost_usd is None:
-            url = self._price_url(provider)
-            cost = self._prices.cost_usd(provider, completion.model, usage, base_url=url)
-            if cost is None and completion.model != asked:
-                cost = self._prices.cost_usd(provider, asked, usage, base_url=url)
-            usage = usage.model_copy(update={"cost_usd": cost})
-        return completion.model_copy(
-            update={"usage": usage, "provider": provider, "latency_s": call.elapsed_s()}
-        )
-
-
-async def _last(provider: str, events: AsyncIterator[StreamEvent]) -> Completion:
-    """Read a stream to its end; only the end counts as an answer."""
-    async with aclosing(cast(AsyncGenerator[StreamEvent], events)) as reading:
-        async for event in reading:
-            if isinstance(event, StreamEnd):
-                return event.completion
-    raise _no_end(provider)
-
-
-def _output_max(sent: PassingRequest) -> int | None:
-    """The output limit that a request in a vendor's format names, if any."""
-    for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"):
-        value = sent.sent.get(name)
-        # An attribute of a span holds 64 bits.
-        if isinstance(value, int) and 0 < value < 2**63:
-            return value
-    return None
-
-
-def _no_end(provider: str) -> ProviderProtocol:
-    return ProviderProtocol(
-        f"the stream of {provider} ended before the answer did", hint="the call can be repeated"
-    )
-
-
-class _Call:
-    """The record of one call: its span and its one log line.
-
-    Attribute names: OpenTelemetry semantic conventions for generative AI.
-    """
-
-    def __init__(
-        self, provider: str, model: str, output_tokens_max: int | None, principal: Principal, clock: Clock
-    ) -> None:
-        self.tries = 0
-        self._provider = provider
-        self._model = model
-        self._output_tokens_max = output_tokens_max
-        self._principal = principal
-        self._clock = clock
-        self._started_s = clock.monotonic_s()
-        self._first_event_s: float | None = None
-
-    def elapsed_s(self) -> float:
-        return self._clock.monotonic_s() - self._started_s
-
-    def first_event(self) -> None:
-        if self._first_event_s is None:
-            self._first_event_s = self.elapsed_s()
-
-    def start_span(self) -> Span:
-        attributes: dict[str, str | int] = {
-            "gen_ai.operation.name": "chat",
-            "gen_ai.provider.name": self._provider,
-            "gen_ai.request.model": self._model,
-            "agentic_flow.tenant": self._principal.tenant,
-        }
-        if self._output_tokens_max is not None:
-            attributes["gen_ai.request.max_tokens"] = self._output_tokens_max
-        return _tracer.start_span(f"chat {self._model}", kind=SpanKind.CLIENT, attributes=attributes)
-
-    def span(self) -> AbstractContextManager[Span]:
-        """A span that is current for a block; `failed` and `finished` say how it went."""
-        return trace.use_span(
-            self.start_span(), end_on_exit=True, record_exception=False, set_status_on_exception=False
-        )
-
-    def finished(self, span: Span, completion: Completion) -> None:
-        usage = completion.usage
-        span.set_attribute("gen_ai.response.model", completion.model)
-        span.set_attribute("gen_ai.response.finish_reasons", [completion.stop_reason])
-        span.set_attribute("gen_ai.usage.input_tokens", usage.input_tokens)
-        span.set_attribute("gen_ai.usage.output_tokens", usage.output_tokens)
-        if usage.cost_usd is not None:
-            span.set_attribute("agentic_flow.cost_usd", usage.cost_usd)
-        _log.info(
-            "completion_finished",
-            provider=self._provider,
-            model=completion.model,
-            tenant=self._principal.tenant,
-            tries=self.tries,
-            stop_reason=completion.stop_reason,
-            input_tokens=usage.input_tokens,
-            output_tokens=usage.output_tokens,
-            cache_read_tokens=usage.cache_read_tokens,
-            cost_usd=usage.cost_usd,
-            latency_s=round(self.elapsed_s(), 4),
-            first_event_s=None if self._first_event_s is None else round(self._first_event_s, 4),
-        )
-
-    def failed(self, span: Span, error: BaseException) -> None:
-        """Mark the span. The error travels on to whoever logs it, so it is not logged here."""
-        kind = error.code if isinstance(error, AgenticFlowError) else type(error).__name__
-        span.set_attribute("error.type", kind)
-        if not isinstance(error, asyncio.CancelledError | GeneratorExit):
-            span.set_status(Status(StatusCode.ERROR, str(error)))

@@ -15,13 +15,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypedDict, TypeVar
 
+from prometheus_client import CollectorRegistry
 from pydantic import SecretStr
 
 from agentic_flow.core import plugins
 from agentic_flow.core.auth import LOCAL_OWNER, Principal, TokenSource
 from agentic_flow.core.errors import Unauthenticated
-from agentic_flow.core.ports import Completer, ToolBox, VectorStore
-from agentic_flow.core.secrets import SecretSource, SecretStore, resolve
+from agentic_flow.core.ports import Completer, Embedder, ToolBox, VectorStore
+from agentic_flow.core.secrets import SecretSource, SecretStore, StoredSecret, resolve
 from agentic_flow.core.settings import PeerSettings, Settings, TlsSettings, secret_names
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class Runtime:
     def __init__(self, settings: Settings, *, serves: Collection[str] = ()) -> None:
         self.settings = with_stored_secrets(settings)
         self.principal: Principal = LOCAL_OWNER
+        self.metrics = CollectorRegistry()
+        """Metrics of the services that this process runs, beside those of its web floors."""
         self._serves = frozenset(serves)
         self._stack = AsyncExitStack()
         self._made: dict[str, Any] = {}
@@ -71,6 +74,10 @@ class Runtime:
     async def store(self) -> VectorStore:
         """Memory: AgentDB, or its twin."""
         return await self._once("store", self._make_store)
+
+    async def embedder(self) -> Embedder:
+        """What makes vectors of texts, by `agentdb.embedder`."""
+        return await self._once("embedder", self._make_embedder)
 
     async def swarm(self, *, takeover: bool = False) -> RunService:
         """Runs: the coordinator at work, or its twin.
@@ -123,11 +130,27 @@ class Runtime:
             remote = RemoteGateway(url, **await self._calls("platform"))
             await self._stack.enter_async_context(remote)
             return remote
+        from agentic_flow.gateway.metrics import GatewayMetrics
         from agentic_flow.gateway.service import Gateway
+        from agentic_flow.gateway.stores import GatewayStores
 
-        gateway = Gateway(self.settings.gateway, extra_providers=plugins.load_all("agentic_flow.providers"))
+        gateway = Gateway(
+            self.settings.gateway,
+            extra_providers=plugins.load_all("agentic_flow.providers"),
+            stores=GatewayStores(self.settings.gateway, self.settings.data_dir),
+            metrics=GatewayMetrics(self.metrics),
+            extra_checkers=plugins.load_all("agentic_flow.checkers"),
+            extra_guardrails=plugins.load_all("agentic_flow.guardrails"),
+            stored_secrets=self._stored_secret,
+            embedder=await self.embedder(),
+        )
         await self._stack.enter_async_context(gateway)
+        if "platform" in self._serves:
+            await gateway.open()  # what is wrong with its database is said at the start
         return gateway
+
+    def _stored_secret(self, name: str) -> SecretSource:
+        return StoredSecret(SecretStore(self.settings.data_dir), name)
 
     async def _make_store(self) -> VectorStore:
         url = self.peer_url("agentdb")
@@ -135,12 +158,8 @@ class Runtime:
             from agentic_flow.agentdb.remote import RemoteAgentDB
 
             return await self._stack.enter_async_context(RemoteAgentDB(url, **await self._calls("agentdb")))
-        from agentic_flow.agentdb.embedders.registry import open_embedder
-
         settings = self.settings.agentdb
-        embedder = await self._stack.enter_async_context(
-            open_embedder(settings, plugins.load_all("agentic_flow.embedders"))
-        )
+        embedder = await self.embedder()
         if settings.database_url is not None:
             from agentic_flow.agentdb.postgres.store import PostgresAgentDB
 
@@ -151,6 +170,13 @@ class Runtime:
         from agentic_flow.agentdb.service import AgentDB
 
         return await self._stack.enter_async_context(AgentDB(self.settings.data_dir, settings, embedder))
+
+    async def _make_embedder(self) -> Embedder:
+        from agentic_flow.agentdb.embedders.registry import open_embedder
+
+        return await self._stack.enter_async_context(
+            open_embedder(self.settings.agentdb, plugins.load_all("agentic_flow.embedders"))
+        )
 
     async def _open_swarm(self, takeover: bool) -> RunService:
         from agentic_flow.swarm.service import Swarm

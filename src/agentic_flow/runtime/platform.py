@@ -125,6 +125,7 @@ class _Apps:
                 authenticator=authenticator,
                 settings=self._settings,
                 ready=ready,
+                metrics=self._runtime.metrics if name == "platform" else None,
                 public_paths=face.public,
                 error_shapes=face.error_shapes,
                 # Entered once all ports are ours: a key that is shown once must not be lost to a taken port.
@@ -154,6 +155,7 @@ class _Apps:
     async def _platform(self) -> _Face:
         from agentic_flow.agentdb.routes import build_routes as memory_routes
         from agentic_flow.gateway.front.errors import ERROR_SHAPES
+        from agentic_flow.gateway.front.openai_embeddings import build_embedding_routes
         from agentic_flow.gateway.front.routes import build_front_routes
         from agentic_flow.gateway.routes import build_routes as model_routes
         from agentic_flow.gateway.service import Gateway
@@ -168,6 +170,7 @@ class _Apps:
         routes: list[BaseRoute] = [
             *model_routes(completer),
             *build_front_routes(completer),
+            *build_embedding_routes(completer, await runtime.embedder()),
             *run_routes(runs),
             *memory_routes(store, self._settings.agentdb),
             *_agent_routes(self._settings),

@@ -21,13 +21,20 @@ from starlette.routing import Route
 
 from agentic_flow.core.auth import Principal
 from agentic_flow.core.errors import AgenticFlowError, DeadlineExceeded, InvalidInput, TooLarge, UnknownModel
-from agentic_flow.core.messages import JsonObject
+from agentic_flow.core.messages import CompletionRequest, JsonObject
 from agentic_flow.core.ports import Embedder
 from agentic_flow.core.web import deadline_of, require
 from agentic_flow.gateway.front.errors import FrontError
 from agentic_flow.gateway.front.fields import Fields, read_body, untranslatable, wrong
-from agentic_flow.gateway.front.routes import COUNT_HEADER, IDEMPOTENCY_HEADER, SCOPE, TIMEOUT_MAX_S
+from agentic_flow.gateway.front.routes import (
+    COUNT_HEADER,
+    IDEMPOTENCY_HEADER,
+    SCOPE,
+    TIMEOUT_MAX_S,
+    labels_of,
+)
 from agentic_flow.gateway.front.streaming import unless_gone
+from agentic_flow.gateway.questions import BodyQuestion, Destination
 from agentic_flow.gateway.service import Gateway
 from agentic_flow.gateway.wire.format import estimate_tokens
 from agentic_flow.gateway.wire.passing import PassingRequest, rename_model
@@ -84,25 +91,36 @@ async def _answer(request: Request, gateway: Gateway, embedder: Embedder | None)
     destination = await gateway.destination(model)
     if WIRE not in destination.passes:
         raise _makes_none(destination.provider, model, embedder)
-    native = destination.model
-    passing = PassingRequest(
-        path=EMBEDDINGS_PATH,
-        headers={},
-        body=body if model == native else rename_model(body, native),
-        sent=sent,
-        stream=False,
+    walk = gateway.walk(
+        _EmbeddingQuestion(body, sent, model, wire=WIRE, stream=False, **labels_of(request)),
+        principal=principal,
+        deadline=deadline_of(request, TIMEOUT_MAX_S),
+        idempotency_key=request.headers.get(IDEMPOTENCY_HEADER),
+        request_id=request.state.request_id,
     )
-    answer = await unless_gone(
-        request,
-        gateway.pass_whole(
-            destination,
-            passing,
-            principal=principal,
-            deadline=deadline_of(request, TIMEOUT_MAX_S),
-            idempotency_key=request.headers.get(IDEMPOTENCY_HEADER),
-        ),
-    )
-    return Response(answer, media_type="application/json")
+    answer = await unless_gone(request, walk.whole())
+    return Response(answer.body, media_type="application/json", headers=walk.headers)
+
+
+class _EmbeddingQuestion(BodyQuestion):
+    """A request for embeddings, which pass through or are refused."""
+
+    operation = "embeddings"
+
+    def request(self) -> CompletionRequest:
+        raise InvalidInput(
+            f"the model {self.asked!r} makes no embeddings",
+            hint="ask an embedding model of openai or openrouter",
+            details={"field": "model"},
+        )
+
+    def passing(self, destination: Destination) -> PassingRequest:
+        native = destination.model
+        body = self._body if self.asked == native else rename_model(self._body, native)
+        return PassingRequest(path=EMBEDDINGS_PATH, headers={}, body=body, sent=self._sent, stream=False)
+
+    def output_tokens_max(self) -> int:
+        return 0
 
 
 def _check_count(value: object) -> None:

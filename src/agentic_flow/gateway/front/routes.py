@@ -11,11 +11,12 @@ name rewritten, and the answer untouched. Otherwise both are translated, and wha
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -23,8 +24,8 @@ from starlette.routing import Route
 
 from agentic_flow.core.auth import Principal
 from agentic_flow.core.clock import Deadline
-from agentic_flow.core.errors import AgenticFlowError, ProviderProtocol
-from agentic_flow.core.messages import Completion, JsonObject, StreamEvent
+from agentic_flow.core.errors import AgenticFlowError, InvalidInput, ProviderProtocol
+from agentic_flow.core.messages import Completion, CompletionRequest, JsonObject, StreamEvent
 from agentic_flow.core.web import deadline_of, json_response, require
 from agentic_flow.gateway.front import (
     anthropic_messages,
@@ -36,8 +37,9 @@ from agentic_flow.gateway.front.errors import FrontError
 from agentic_flow.gateway.front.fields import Fields, read_body
 from agentic_flow.gateway.front.format import Call
 from agentic_flow.gateway.front.streaming import ModelStream, unless_gone
-from agentic_flow.gateway.service import Destination, Gateway
-from agentic_flow.gateway.wire.format import CHARS_PER_TOKEN, IMAGE_TOKENS, request_chars, request_images
+from agentic_flow.gateway.questions import BodyQuestion, Destination, tokens_of
+from agentic_flow.gateway.service import Gateway
+from agentic_flow.gateway.walk import Walk
 from agentic_flow.gateway.wire.passing import PassingRequest, rename_model
 
 SCOPE = "models:use"
@@ -47,6 +49,9 @@ COUNT_HEADER = "x-agentic-flow-token-count"
 TIMEOUT_MAX_S = 3600.0
 # What Anthropic's clients say about the API itself; everything else they send concerns this server.
 _PASSED_HEADERS = ("anthropic-version", "anthropic-beta")
+# Who asks within the caller's house, and what belongs together.
+_LABEL_HEADERS = {name: f"x-agentic-flow-{name}" for name in ("agent", "run", "conversation")}
+_LABEL = re.compile(r"[A-Za-z0-9._:/@-]{1,128}")
 
 
 class Encoder(Protocol):
@@ -154,6 +159,58 @@ async def _answered(front: Front, work: Coroutine[Any, Any, Response]) -> Respon
         raise FrontError(error, front.wire) from error
 
 
+class _VendorQuestion(BodyQuestion):
+    """A request in the format of a front."""
+
+    def __init__(self, front: Front, request: Request, body: bytes, sent: JsonObject, asked: str) -> None:
+        given = request.headers
+        super().__init__(
+            body,
+            sent,
+            asked,
+            wire=front.wire,
+            stream=Fields(sent).flag("stream") or False,
+            **labels_of(request),
+        )
+        self._front = front
+        self._headers = {name: given[name] for name in _PASSED_HEADERS if name in given}
+        self._query = request.url.query
+        self._call: Call | None = None
+
+    def call(self) -> Call:
+        """The decoded request; decoded once.
+
+        Raises:
+            InvalidInput: a field cannot be translated; names it.
+        """
+        if self._call is None:
+            call = self._front.decode(self._sent)
+            asked = call.request.model_copy(update={"agent": self.agent, "run": self.run})
+            self._call = call._replace(request=asked)
+        return self._call
+
+    def request(self) -> CompletionRequest:
+        return self.call().request
+
+    def also(self) -> Mapping[str, str]:
+        return {**self._headers, "query": self._query}
+
+    def passing(self, destination: Destination) -> PassingRequest:
+        self._front.check(self._sent)
+        return self.to_path(destination, self._front.path)
+
+    def to_path(self, destination: Destination, path: str) -> PassingRequest:
+        """The same, for another endpoint of the provider."""
+        native = destination.model
+        return PassingRequest(
+            path=f"{path}?{self._query}" if self._query else path,
+            headers=self._headers,
+            body=self._body if self.asked == native else rename_model(self._body, native),
+            sent=self._sent,
+            stream=self.stream,
+        )
+
+
 class _Exchange:
     """One request and its answer."""
 
@@ -166,50 +223,40 @@ class _Exchange:
         self._id: str = request.state.request_id
 
     async def answer(self) -> Response:
-        body = await self._request.body()
-        sent = read_body(body)
-        fields = Fields(sent)
-        model, stream = fields.demand("model"), fields.flag("stream") or False
-        destination = await self._gateway.destination(model)
-        if self._front.wire in destination.passes:
-            self._front.check(sent)
-            passing = self._passing(destination, body, sent, stream, self._front.path)
-            if stream:
-                return await self._streamed(self._pass_stream(destination, passing), self._front.last_words)
-            work = self._gateway.pass_whole(destination, passing, **self._about)
-            return self._json(await unless_gone(self._request, work))
-        call = self._front.decode(sent)
-        asked = call.request.model_copy(update={"model": f"{destination.provider}:{destination.model}"})
-        call = call._replace(request=asked)
-        if stream:
-            encoder = self._front.encoder(destination.model, self._id, call)
-            return await self._streamed(self._translate_stream(encoder, call), encoder.fail)
-        completion = await unless_gone(self._request, self._gateway.complete(asked, **self._about))
-        return self._json(self._front.encode(completion, self._id, call))
+        question = await self._question()
+        walk = self._gateway.walk(
+            question,
+            principal=self._principal,
+            deadline=self._deadline,
+            idempotency_key=self._request.headers.get(IDEMPOTENCY_HEADER),
+            request_id=self._id,
+        )
+        if question.stream:
+            return await self._streamed(question, walk)
+        whole = await unless_gone(self._request, walk.whole())
+        body = whole.body
+        if body is None:
+            body = self._front.encode(whole.completion, self._id, question.call())
+        return self._json(body, **walk.headers)
 
     async def count(self) -> Response:
         """The tokens of a request: counted by the provider, or estimated where it cannot be asked."""
-        body = await self._request.body()
-        sent = read_body(body)
-        destination = await self._gateway.destination(Fields(sent).demand("model"))
+        question = await self._question()
+        destination = await self._gateway.destination(question.asked)
         if destination.wire == self._front.wire:
-            passing = self._passing(destination, body, sent, False, f"{self._front.path}/count_tokens")
+            passing = question.to_path(destination, f"{self._front.path}/count_tokens")
             work = self._gateway.pass_count(
                 destination, passing, principal=self._principal, deadline=self._deadline
             )
             return self._json(await unless_gone(self._request, work), **{COUNT_HEADER: "exact"})
-        request = anthropic_messages.decode_messages(sent, counting=True).request
-        tokens = -(-request_chars(request) // CHARS_PER_TOKEN) + IMAGE_TOKENS * request_images(request)
+        tokens = tokens_of(anthropic_messages.decode_messages(question.sent(), counting=True).request)
         headers = {**self._headers(), COUNT_HEADER: "estimated"}
         return json_response({"input_tokens": tokens}, headers=headers)
 
-    @property
-    def _about(self) -> Mapping[str, Any]:
-        return {
-            "principal": self._principal,
-            "deadline": self._deadline,
-            "idempotency_key": self._request.headers.get(IDEMPOTENCY_HEADER),
-        }
+    async def _question(self) -> _VendorQuestion:
+        body = await self._request.body()
+        sent = read_body(body)
+        return _VendorQuestion(self._front, self._request, body, sent, Fields(sent).demand("model"))
 
     def _headers(self) -> dict[str, str]:
         # Anthropic's clients look for the request's id under this name; the floor adds the other one.
@@ -218,40 +265,60 @@ class _Exchange:
     def _json(self, body: bytes, **headers: str) -> Response:
         return Response(body, media_type="application/json", headers={**self._headers(), **headers})
 
-    def _passing(
-        self, destination: Destination, body: bytes, sent: JsonObject, stream: bool, path: str
-    ) -> PassingRequest:
-        given = self._request.headers
-        query = self._request.url.query
-        return PassingRequest(
-            path=f"{path}?{query}" if query else path,
-            headers={name: given[name] for name in _PASSED_HEADERS if name in given},
-            body=body if sent["model"] == destination.model else rename_model(body, destination.model),
-            sent=sent,
-            stream=stream,
-        )
-
-    async def _streamed(
-        self, source: AsyncGenerator[bytes], last_words: Callable[[AgenticFlowError], bytes]
-    ) -> Response:
+    async def _streamed(self, question: _VendorQuestion, walk: Walk) -> Response:
         """The answer, once its first event is there: until then a failure has a status of its own."""
+        source = _Encoded(self._front, question, walk, self._id)
+        chunks = source.chunks()
         try:
-            first = await unless_gone(self._request, _first(source))
+            first = await unless_gone(self._request, _first(chunks))
         except BaseException:
-            await source.aclose()
+            await chunks.aclose()
             raise
-        return ModelStream(first, source, last_words=last_words, headers=self._headers())
+        headers = {**self._headers(), **walk.headers}
+        return ModelStream(first, chunks, last_words=source.last_words, headers=headers)
 
-    def _pass_stream(self, destination: Destination, passing: PassingRequest) -> AsyncGenerator[bytes]:
-        return self._gateway.pass_stream(destination, passing, **self._about)
 
-    async def _translate_stream(self, encoder: Encoder, call: Call) -> AsyncGenerator[bytes]:
-        events = self._gateway.stream(call.request, **self._about)
-        async with aclosing(cast(AsyncGenerator[StreamEvent], events)) as reading:
-            async for event in reading:
-                chunk = encoder.take(event)
+class _Encoded:
+    """A streamed answer in its caller's format: passed through, or encoded event by event."""
+
+    def __init__(self, front: Front, question: _VendorQuestion, walk: Walk, request_id: str) -> None:
+        self._front = front
+        self._question = question
+        self._walk = walk
+        self._id = request_id
+        self._encoder: Encoder | None = None
+
+    async def chunks(self) -> AsyncGenerator[bytes]:
+        async with aclosing(self._walk.stream()) as events:
+            async for event in events:
+                if isinstance(event, bytes):
+                    yield event
+                    continue
+                if self._encoder is None:
+                    self._encoder = self._front.encoder(self._walk.model, self._id, self._question.call())
+                chunk = self._encoder.take(event)
                 if chunk:
                     yield chunk
+
+    def last_words(self, error: AgenticFlowError) -> bytes:
+        """How an error ends what was sent so far."""
+        return self._front.last_words(error) if self._encoder is None else self._encoder.fail(error)
+
+
+def labels_of(request: Request) -> dict[str, str | None]:
+    """What a caller's headers say of agent, run and conversation.
+
+    Raises:
+        InvalidInput: one is too long or has characters that no name has.
+    """
+    found: dict[str, str | None] = {}
+    for label, header in _LABEL_HEADERS.items():
+        value = found[label] = request.headers.get(header)
+        if value is not None and not _LABEL.fullmatch(value):
+            raise InvalidInput(
+                f"the header {header} is {value[:140]!r}", hint="use 1 to 128 letters, digits and . _ : / @ -"
+            )
+    return found
 
 
 async def _first(source: AsyncGenerator[bytes]) -> bytes:

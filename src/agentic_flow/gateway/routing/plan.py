@@ -44,6 +44,7 @@ class Plan(NamedTuple):
         reason: Why the first is first, in one line.
         escalation: Whether, and by whom, answers are checked.
         sticky: The route keeps conversations: tell `Router.served` who answered.
+        propensity: Probability with which the first came first, for who learns from the outcome.
     """
 
     asked: str
@@ -52,6 +53,7 @@ class Plan(NamedTuple):
     reason: str
     escalation: Escalation | None
     sticky: bool
+    propensity: float = 1.0
 
 
 class Considered(NamedTuple):
@@ -80,18 +82,32 @@ class Considered(NamedTuple):
     reason: str
 
 
+class Decided(Protocol):
+    """What a router that learns decided; see `learned.Decision`."""
+
+    @property
+    def order(self) -> tuple[Candidate, ...]: ...
+
+    @property
+    def reason(self) -> str: ...
+
+    @property
+    def propensity(self) -> float: ...
+
+
 class LearnedOrder(Protocol):
     """A router that learns from outcomes."""
 
-    def order(
+    def decide(
         self,
         candidates: Sequence[Candidate],
         prompt: str,
         *,
         costs_usd: Sequence[float | None],
         tenant: str = "",
-    ) -> tuple[tuple[Candidate, ...], str]:
-        """The candidates in the order to try them, and why."""
+        tries_max: int = 1,
+    ) -> Decided:
+        """The candidates in the order to try them, why, and how likely that was."""
         ...
 
 
@@ -222,13 +238,14 @@ class Router:
         pinned = None if pin is None else self._pinned(tenant, pin, found.left)
         if pinned is not None:
             rest = _by_cost(call, [option for option in found.left if option is not pinned])
-            ordered, reason = [pinned, *rest], "it answered this conversation before"
+            ordered, reason, propensity = [pinned, *rest], "it answered this conversation before", 1.0
         else:
-            ordered, reason = self._order(call, found.left)
+            ordered, reason, propensity = self._order(call, found.left)
             if route.strategy == "latency" and self._latencies.expected_s(ordered[0].key) is None:
                 self._latencies.begin_probe(ordered[0].key)
         candidates = tuple([option.candidate for option in ordered])
-        return Plan(asked, name, candidates, f"route {name!r}: {reason}", route.escalation, route.sticky)
+        reason = f"route {name!r}: {reason}"
+        return Plan(asked, name, candidates, reason, route.escalation, route.sticky, propensity)
 
     def served(self, conversation: str | None, tenant: str, route: str | None, candidate: Candidate) -> None:
         """Keep a conversation with the target that answered it, unless it has one that still stands."""
@@ -276,7 +293,7 @@ class Router:
             if route.strategy == "weighted":
                 ordered, reason = sorted(found.left, key=lambda option: -option.weight), ""
             else:
-                ordered, reason = self._order(call, found.left)
+                ordered, reason, _ = self._order(call, found.left)
             total = sum(option.weight for option in ordered)
             for position, option in enumerate(ordered, start=1):
                 why = reason if position == 1 else "tried when those before it fail"
@@ -425,7 +442,13 @@ class Router:
         self._pins.drop(tenant, pin)  # no target any more: who answers next has the conversation
         return None
 
-    def _order(self, call: _Call, left: list[_Option]) -> tuple[list[_Option], str]:
+    def _order(self, call: _Call, left: list[_Option]) -> tuple[list[_Option], str, float]:
+        """The order, why, and the probability with which the first came first."""
+        if call.route.strategy == "learned":
+            return self._by_outcomes(call, left)
+        return *self._by_rule(call, left), 1.0
+
+    def _by_rule(self, call: _Call, left: list[_Option]) -> tuple[list[_Option], str]:
         match call.route.strategy:
             case "fallback":
                 return left, "the first in its list that is configured"
@@ -450,7 +473,7 @@ class Router:
             case "latency":
                 return self._by_latency(call, left)
             case "learned":
-                return self._by_outcomes(call, left)
+                raise AssertionError("the learned order has a propensity")
 
     def _by_weight(self, call: _Call, left: list[_Option]) -> tuple[list[_Option], str]:
         ordered = sorted(left, key=lambda option: -option.weight)
@@ -475,7 +498,7 @@ class Router:
             return ordered, "its latency is not known yet"
         return ordered, f"the soonest to its first token, {expected_s:.3f} s on average"
 
-    def _by_outcomes(self, call: _Call, left: list[_Option]) -> tuple[list[_Option], str]:
+    def _by_outcomes(self, call: _Call, left: list[_Option]) -> tuple[list[_Option], str, float]:
         if self._learned is None:
             raise InvalidInput(
                 f"route {call.name!r} wants the strategy 'learned', and this gateway has no learned router",
@@ -483,11 +506,18 @@ class Router:
             )
         candidates = [option.candidate for option in left]
         costs_usd = [option.cost_usd(call) for option in left]
-        wanted, reason = self._learned.order(candidates, call.prompt, costs_usd=costs_usd, tenant=call.tenant)
+        escalation = call.route.escalation
+        decided = self._learned.decide(
+            candidates,
+            call.prompt,
+            costs_usd=costs_usd,
+            tenant=call.tenant,
+            tries_max=1 if escalation is None else escalation.tries_max,
+        )
         by_candidate = {option.candidate: option for option in left}
         # Whatever it answers, nothing is tried that the rules left out, and nothing is lost or tried twice.
-        ordered = [by_candidate.pop(candidate) for candidate in wanted if candidate in by_candidate]
-        return [*ordered, *by_candidate.values()], reason
+        ordered = [by_candidate.pop(candidate) for candidate in decided.order if candidate in by_candidate]
+        return [*ordered, *by_candidate.values()], decided.reason, decided.propensity
 
     def _considered(self, call: _Call, option: _Option, position: int | None, reason: str) -> Considered:
         return Considered(

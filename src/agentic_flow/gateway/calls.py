@@ -1,0 +1,171 @@
+"""The record of one call: its span, its one log line, and its entry in the books."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import structlog
+from opentelemetry import trace
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+
+from agentic_flow.core.clock import Clock
+from agentic_flow.core.errors import AgenticFlowError
+from agentic_flow.core.messages import Completion, Usage
+from agentic_flow.gateway.policies import Caller
+from agentic_flow.gateway.questions import Destination, Question
+from agentic_flow.gateway.usage import UsageRecord
+
+_log = structlog.get_logger(__name__)
+_tracer = trace.get_tracer("agentic_flow.gateway")
+
+Books = Callable[[UsageRecord], None]
+"""Takes the record of a call that has ended: the usage ledger and the metrics."""
+
+NOTHING = Usage()
+
+
+class CallRecord:
+    """One call as it goes on.
+
+    Attribute names of the span: OpenTelemetry semantic conventions for generative AI.
+
+    Args:
+        question: What is asked.
+        caller: Who asks.
+        request_id: Of the request that brought it, "" for none.
+        books: Where the record goes at the end.
+        clock: Times.
+    """
+
+    def __init__(
+        self, question: Question, caller: Caller, request_id: str, books: Books | None, clock: Clock
+    ) -> None:
+        self.tries = 0
+        self.cached = False
+        self.estimated = False
+        self.first_event_s: float | None = None
+        self.destination: Destination | None = None
+        """Who was asked last."""
+        self._question = question
+        self._caller = caller
+        self._request_id = request_id
+        self._books = books
+        self._clock = clock
+        self._started_s = clock.monotonic_s()
+        self._closed = False
+
+    def elapsed_s(self) -> float:
+        return self._clock.monotonic_s() - self._started_s
+
+    def first_event(self) -> None:
+        """The first event of a stream is there."""
+        if self.first_event_s is None:
+            self.first_event_s = self.elapsed_s()
+
+    def start_span(self) -> Span:
+        attributes: dict[str, str | int] = {
+            "gen_ai.operation.name": self._question.operation,
+            "gen_ai.request.model": self._question.asked,
+            "agentic_flow.tenant": self._caller.tenant,
+        }
+        limit = self._question.output_tokens_max()
+        # An attribute of a span holds 64 bits.
+        if limit is not None and limit < 2**63:
+            attributes["gen_ai.request.max_tokens"] = limit
+        return _tracer.start_span(
+            f"{self._question.operation} {self._question.asked}", kind=SpanKind.CLIENT, attributes=attributes
+        )
+
+    def span(self) -> AbstractContextManager[Span]:
+        """A span that is current for a block; `failed` and `finished` say how it went."""
+        return trace.use_span(
+            self.start_span(), end_on_exit=True, record_exception=False, set_status_on_exception=False
+        )
+
+    def finished(self, span: Span, completion: Completion) -> None:
+        """The answer is whole."""
+        usage = completion.usage
+        if span.is_recording():
+            span.set_attributes(
+                {
+                    "gen_ai.provider.name": completion.provider,
+                    "gen_ai.response.model": completion.model,
+                    "gen_ai.response.finish_reasons": [completion.stop_reason],
+                    "gen_ai.usage.input_tokens": usage.input_tokens,
+                    "gen_ai.usage.output_tokens": usage.output_tokens,
+                }
+            )
+            if usage.cost_usd is not None:
+                span.set_attribute("agentic_flow.cost_usd", usage.cost_usd)
+        _log.info(
+            "completion_finished",
+            provider=completion.provider,
+            model=completion.model,
+            tenant=self._caller.tenant,
+            tries=self.tries,
+            stop_reason=completion.stop_reason,
+            input_tokens=usage.input_tokens,
+            output_tokens=usage.output_tokens,
+            cache_read_tokens=usage.cache_read_tokens,
+            cost_usd=usage.cost_usd,
+            cached=self.cached,
+            latency_s=round(self.elapsed_s(), 4),
+            first_event_s=None if self.first_event_s is None else round(self.first_event_s, 4),
+        )
+        self._enter("ok", completion.provider, completion.model, usage)
+
+    def failed(self, span: Span, error: BaseException, usage: Usage = NOTHING) -> None:
+        """Mark the span and close the books, with what is known to be used.
+
+        The error travels on to whoever logs it, so it is not logged here.
+        """
+        kind = error.code if isinstance(error, AgenticFlowError) else type(error).__name__
+        left = isinstance(error, asyncio.CancelledError | GeneratorExit)
+        span.set_attribute("error.type", kind)
+        if not left:
+            span.set_status(Status(StatusCode.ERROR, str(error)))
+        at = self.destination
+        self._enter("cancelled" if left else kind, at.provider if at else "", at.model if at else "", usage)
+
+    def _enter(self, status: str, provider: str, model: str, usage: Usage) -> None:
+        if self._books is None or self._closed:
+            return
+        self._closed = True
+        question, caller, cost = self._question, self._caller, usage.cost_usd
+        self._books(
+            UsageRecord(
+                at_s=self._clock.time_s(),
+                request_id=self._request_id,
+                tenant=caller.tenant,
+                key=caller.key,
+                agent=caller.agent,
+                run=caller.run,
+                provider=provider,
+                model=model,
+                asked=question.asked,
+                wire=question.wire or "",
+                input_tokens=usage.input_tokens,
+                output_tokens=usage.output_tokens,
+                cache_read_tokens=usage.cache_read_tokens,
+                cache_write_tokens=usage.cache_write_tokens,
+                reasoning_tokens=usage.reasoning_tokens,
+                cost_nano_usd=None if cost is None else nano_usd(cost),
+                latency_s=self.elapsed_s(),
+                first_token_s=self.first_event_s,
+                status=status,
+                tries=self.tries,
+                cached=self.cached,
+                estimated=self.estimated,
+                streamed=question.stream,
+            )
+        )
+
+
+def nano_usd(usd: float) -> int:
+    """Whole thousand-millionths of a dollar, rounded up: a budget never gives a fraction away.
+
+    Floating point leaves dust above whole numbers; a millionth of a nano-dollar is taken for it.
+    """
+    return -int(-(usd * 1e9 - 1e-6) // 1) if usd > 0 else 0
