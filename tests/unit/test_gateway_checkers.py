@@ -76,6 +76,38 @@ async def test_a_schema_of_the_caller_reaches_no_network_and_is_not_the_answers_
     assert not found.judged
 
 
+def doubling(levels: int) -> dict[str, Any]:
+    """A schema whose references, written out, are 2^levels parts."""
+    definitions: dict[str, Any] = {"x0": {"type": "integer"}}
+    for level in range(1, levels + 1):
+        definitions[f"x{level}"] = {"allOf": [{"$ref": f"#/$defs/x{level - 1}"}] * 2}
+    return {"$defs": definitions, "$ref": f"#/$defs/x{levels}"}
+
+
+async def test_references_that_double_are_not_followed_for_ages() -> None:
+    """Catches schemas of a few lines that mean 2^40 comparisons: unbounded, they run into the time limit."""
+    assert (await verdict("schema", "1", output_schema=doubling(5))).accepted
+    assert not (await verdict("schema", "1", output_schema=doubling(40))).judged
+    hidden = {"$defs": doubling(40)["$defs"], "properties": {"default": {"$ref": "#/$defs/x40"}}}
+    assert not (await verdict("schema", '{"default": 1}', output_schema=hidden)).judged
+    twice = {"type": "object", "properties": {"a": {"allOf": [{"$ref": "#"}, {"$ref": "#"}]}}}
+    deep: Any = {}
+    for _ in range(60):
+        deep = {"a": deep}
+    assert (await verdict("schema", '{"a": {"a": {}}}', output_schema=twice)).accepted
+    assert not (await verdict("schema", orjson.dumps(deep).decode(), output_schema=twice)).judged
+    once = {"type": "object", "properties": {"a": {"$ref": "#"}}}
+    assert (await verdict("schema", orjson.dumps(deep).decode(), output_schema=once)).accepted
+
+
+@pytest.mark.parametrize(
+    "schema", [{"$ref": "#/nowhere"}, {"minimum": 10**40}, {"pattern": "(?=a)b"}, {"a": {"$ref": "x"}}]
+)
+async def test_a_schema_that_cannot_be_used_is_not_the_answers_fault(schema: dict[str, Any]) -> None:
+    """Catches a caller's odd schema that crashes the gateway or teaches the router something."""
+    assert not (await verdict("schema", "1", output_schema=schema)).judged
+
+
 async def test_patterns_that_backtrack_for_ages_end_at_once() -> None:
     """Catches a backtracking engine: with one, this test runs into its time limit."""
     evil = "a" * 5000 + "b"

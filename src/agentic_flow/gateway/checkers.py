@@ -10,10 +10,12 @@ schemas fetch nothing, and a judging model gets the answer as quoted data.
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, NamedTuple, Protocol, TypeVar, cast
+from urllib.parse import unquote
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
@@ -26,6 +28,8 @@ OptionsT = TypeVar("OptionsT", bound=BaseModel)
 PLUGIN_GROUP = "agentic_flow.checkers"
 MODEL_PREFIX = "model:"
 SCHEMAS_COMPILED_MAX = 256
+SCHEMA_PARTS_MAX = 10_000
+SCHEMA_STEPS_MAX = 20_000_000
 JUDGED_CHARS_MAX = 100_000
 """A longer question or answer reaches the judge with its middle left out, and it is told so."""
 
@@ -166,18 +170,19 @@ class SchemaChecker:
     Args:
         schema: None: the request's own `output_schema`. A request without one needs only be JSON.
 
-    Patterns run in linear time, and a `$ref` is followed within the schema only, never over the network.
+    Patterns run in linear time (no look-around). A `$ref` points into the schema (`#/…`), never elsewhere. A
+    schema or answer that would take too long to check is not judged.
     """
 
     def __init__(self, schema: JsonObject | None = None) -> None:
         self._schema = schema
-        self._compiled: dict[bytes, Any] = {}
+        self._compiled: dict[bytes, tuple[Any, _Shape]] = {}
         if schema is not None:
             try:
                 self._validator(schema)
-            except ValueError as error:
+            except (TypeError, ValueError) as error:
                 raise InvalidSettings(
-                    f"the schema of checker 'schema' is no JSON Schema: {_line(error)}", hint="correct it"
+                    f"the schema of checker 'schema' cannot be used: {_line(error)}", hint="correct it"
                 ) from error
 
     async def check(self, request: CompletionRequest, completion: Completion) -> Verdict:
@@ -189,29 +194,108 @@ class SchemaChecker:
         if schema is None:
             return _accepted("the answer is JSON; no schema was given")
         try:
-            validator = self._validator(schema)
-        except ValueError as error:  # the caller's schema, not the answer, is at fault
-            return Verdict(
-                0.0, False, f"the request's schema is no JSON Schema: {_line(error)}", judged=False
-            )
+            validator, shape = self._validator(schema)
+        except (TypeError, ValueError) as error:  # the caller's schema, not the answer, is at fault
+            why = f"the request's schema cannot be used: {_line(error)}"
+            return Verdict(0.0, False, why, judged=False)
+        if shape.steps(answer) > SCHEMA_STEPS_MAX:
+            return Verdict(0.0, False, "the schema is too intricate to check this answer", judged=False)
         flaw = next(iter(validator.iter_errors(answer)), None)
         if flaw is None:
             return _accepted("the answer satisfies its schema")
         place = "/".join(str(part) for part in flaw.instance_path)
         return _refused(f"the answer breaks its schema at {place or 'its root'!r}: {_line(flaw.message)}")
 
-    def _validator(self, schema: JsonObject) -> Any:
+    def _validator(self, schema: JsonObject) -> tuple[Any, _Shape]:
         import jsonschema_rs  # some 50 ms: only where schemas are checked
 
         key = orjson.dumps(schema, option=orjson.OPT_SORT_KEYS)
         found = self._compiled.get(key)
         if found is None:
+            shape = _shape(schema)
             if len(self._compiled) >= SCHEMAS_COMPILED_MAX:
                 self._compiled.clear()
-            found = self._compiled[key] = jsonschema_rs.validator_for(
-                schema, offline=True, pattern_options=jsonschema_rs.RegexOptions()
+            found = self._compiled[key] = (
+                jsonschema_rs.validator_for(
+                    schema, offline=True, pattern_options=jsonschema_rs.RegexOptions()
+                ),
+                shape,
             )
         return found
+
+
+class _Shape(NamedTuple):
+    """How much work a schema can make: its parts with every `$ref` written out, and where it recurs."""
+
+    parts: int
+    recursions: int
+
+    def steps(self, answer: Any) -> float:
+        """An upper bound, roughly, of the parts looked at to check an answer."""
+        values, depth, waiting = 0, 0, [(answer, 1)]
+        while waiting:
+            value, level = waiting.pop()
+            values, depth = values + 1, max(depth, level)
+            inner: list[Any] = []
+            if isinstance(value, dict):
+                inner = list(cast(JsonObject, value).values())
+            elif isinstance(value, list):
+                inner = cast(list[Any], value)
+            waiting += [(one, level + 1) for one in inner]
+        # Each level of the answer multiplies the work where a schema refers to itself more than once.
+        return self.parts * (values + float(max(self.recursions, 1)) ** min(depth, 100))
+
+
+_NAMED_PARTS = frozenset({"properties", "patternProperties", "dependentSchemas", "dependencies"})
+
+
+def _shape(schema: JsonObject) -> _Shape:
+    """Measure a schema. A few lines of references to references can mean 2³⁰ parts.
+
+    Raises:
+        ValueError: too many parts, or a reference that does not point into the schema.
+    """
+    parts, recursions = 0, 0
+
+    def walk(node: Any, within: tuple[str, ...]) -> None:
+        nonlocal parts, recursions
+        parts += 1
+        if parts > SCHEMA_PARTS_MAX or len(within) > SCHEMA_PARTS_MAX // 50:
+            raise ValueError(f"it has more than {SCHEMA_PARTS_MAX} parts with its references written out")
+        if isinstance(node, list):
+            for one in cast(list[Any], node):
+                walk(one, within)
+        if not isinstance(node, dict):
+            return
+        for name, value in cast(JsonObject, node).items():
+            if name in ("$dynamicRef", "$recursiveRef") or (name == "$id" and within):
+                raise ValueError(f"{name!r} is not supported")
+            if name == "$ref" and isinstance(value, str):
+                if value in within:
+                    recursions += 1
+                else:
+                    walk(_pointed(schema, value), (*within, value))
+            elif name in _NAMED_PARTS and isinstance(value, dict):  # the names in there are no keywords
+                walk(list(cast(JsonObject, value).values()), within)
+            elif name not in ("$defs", "definitions", "enum", "const", "default", "examples"):
+                walk(value, within)
+
+    walk(schema, ("#",))
+    return _Shape(parts, recursions)
+
+
+def _pointed(schema: JsonObject, reference: str) -> Any:
+    """What a reference within the schema points to."""
+    if reference != "#" and not reference.startswith("#/"):
+        raise ValueError(f"the reference {reference!r} does not point into the schema")
+    node: Any = schema
+    for step in reference.split("/")[1:]:
+        name = unquote(step).replace("~1", "/").replace("~0", "~")
+        try:
+            node = cast(list[Any], node)[int(name)] if isinstance(node, list) else node[name]
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise ValueError(f"the reference {reference!r} points to nothing") from None
+    return node
 
 
 class RegexChecker:
@@ -428,7 +512,7 @@ def _shown_request(request: CompletionRequest) -> str:
         f"[{message.role}] {part}" for message in request.messages for part in _shown_parts(message.parts)
     ]
     if request.output_schema is not None:
-        lines.append(f"[schema of the answer] {orjson.dumps(request.output_schema).decode()}")
+        lines.append(f"[schema of the answer] {json.dumps(request.output_schema)}")
     return _bounded("\n".join(lines))
 
 
@@ -444,7 +528,7 @@ def _shown_parts(parts: Sequence[Any]) -> list[str]:
             case "text":
                 shown.append(part.text)
             case "tool_call":
-                shown.append(f"(calls {part.name} with {orjson.dumps(part.arguments).decode()})")
+                shown.append(f"(calls {part.name} with {json.dumps(part.arguments)})")
             case "tool_result":
                 shown.append(f"(result of {part.name}: {part.content})")
             case "image":
