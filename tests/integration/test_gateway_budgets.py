@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 from gateway_budgets_worker import LIMIT_USD, RULES, database
 
+from agentic_flow.core.clock import SystemClock
 from agentic_flow.core.errors import BudgetExceeded, Conflict, NotFound, Unavailable
 from agentic_flow.core.sql import SqlDatabase
 from agentic_flow.gateway.budgets import ledger as ledgers
-from agentic_flow.gateway.budgets.service import Budgets, Reservation
+from agentic_flow.gateway.budgets.service import LEASE_S, Budgets, Reservation
 from agentic_flow.gateway.budgets.slices import WAIT_S
 from agentic_flow.gateway.policies import BudgetRule, Caller
 from postgres_server import Cluster, new_database, postgres_server
@@ -250,6 +251,43 @@ async def test_idle_money_comes_to_the_worker_that_needs_it(where: str) -> None:
     await one.close()
     await two.close()
     assert account(store) == (0, 0)
+    store.close()
+
+
+class ShiftedClock(SystemClock):
+    """A machine that slept: its monotonic clock jumps."""
+
+    shift_s = 0.0
+
+    def monotonic_s(self) -> float:
+        return super().monotonic_s() + self.shift_s
+
+
+@pytest.mark.parametrize("word", [None, 1000])
+async def test_a_worker_thought_dead_goes_on_without_overshoot(
+    where: str, word: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a worker that wakes up after its slice was given away, and money counted twice or never."""
+    store, rules, caller, clock = database(where), RULES[:1], Caller("acme", "k"), ShiftedClock()
+    sleeper, other = Budgets(store, clock=clock), Budgets(store)
+    await sleeper.start()
+    await other.start()
+    (await sleeper.reserve(caller, rules, LIMIT // 2)).settle(0)
+    in_flight = await sleeper.reserve(caller, rules, 5000)
+    clock.shift_s = LEASE_S + 1
+    monkeypatch.setattr(ledgers, "DEAD_AFTER_S", -1.0)
+    await other.reconcile(sleeper.worker_id, spent_nano=word)
+    left = (await other.report(rules))[0].left_nano
+    rest = await patient(other, caller, rules, left) if left else None
+    if word is not None:
+        with pytest.raises(BudgetExceeded):
+            await sleeper.reserve(caller, rules, LIMIT // 4)
+    in_flight.settle(4000)
+    if rest is not None:
+        rest.settle(left - 4000)
+    await sleeper.close()
+    await other.close()
+    assert account(store) == (4000 + (left - 4000 if left else 0), 0)
     store.close()
 
 

@@ -491,6 +491,28 @@ def test_waiting_calls_take_from_all_accounts_or_none() -> None:
     assert one.refused + two.refused == 1
 
 
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_a_lowered_limit_takes_the_slice_out_of_use(when: str) -> None:
+    """Catches a slice drawn under the old limit that is spent under the new one, also drawn just now."""
+    ledger, purses, caller = FakeLedger(), Purses(), Caller("t", "k")
+    wide = purses.plan(caller, (BudgetRule(scope="tenant", limit_usd=1000e-9, period="total"),), 0, 0)
+    exchange = purses.prepare([Waiter(wide, 1000, 0)], 0)
+    assert exchange is not None
+    answers, live = ledger.exchange(1, exchange)
+    if when == "before":
+        purses.apply(answers, live, 0, 0)
+    narrow = purses.plan(caller, (BudgetRule(scope="tenant", limit_usd=100e-9, period="total"),), 0, 0)
+    if when == "during":
+        purses.apply(answers, live, 0, 0)
+    assert narrow.take(1, 0) is None, "the ledger has not said that there is something left under this limit"
+    waiter = Waiter(narrow, 101, 0)
+    exchange = purses.prepare([waiter], 0)
+    assert exchange is not None
+    purses.apply(*ledger.exchange(1, exchange), 0, 0)
+    assert narrow.take(101, 0) is None
+    assert purses.refused(waiter, 0) is not None
+
+
 def test_impossible_costs_are_refused() -> None:
     """Catches a negative settlement, which would hand money out."""
     purses = Purses()
