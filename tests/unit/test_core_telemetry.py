@@ -98,6 +98,29 @@ def test_lines_are_json_off_a_terminal_and_carry_context() -> None:
     assert KEY not in stream.getvalue()
 
 
+def test_personal_data_and_keys_of_any_vendor_stay_out_of_the_logs() -> None:
+    """Catches a log chain without the redaction by looks: fields, tracebacks, lines of libraries."""
+    stream = io.StringIO()
+    configure(TelemetrySettings(log_level="info", log_format="json"), "test", stream=stream)
+    mail, aws, card = "jane.doe@example.com", "AKIAIOSFODNN7ABCDEFG", "4111 1111 1111 1111"
+    log = structlog.get_logger("x")
+    log.info("asked_by", who=mail, within={"list": [f"paid with {card}"]}, input_tokens=4111111111111111)
+    try:
+        raise ValueError(f"refused {aws}")
+    except ValueError:
+        log.exception("thing_failed")
+    logging.getLogger("uvicorn.error").warning("lost %s", mail)
+    asked, failed, library = (json.loads(line) for line in stream.getvalue().splitlines())
+    assert (asked["who"], asked["within"]) == (
+        "[redacted: email]",
+        {"list": ["paid with [redacted: card]"]},
+    )
+    assert asked["input_tokens"] == 4111111111111111
+    assert "refused [redacted: key]" in failed["exception"]
+    assert library["event"] == "lost [redacted: email]"
+    assert not any(text in stream.getvalue() for text in (mail, aws, card))
+
+
 def test_lines_are_text_on_a_terminal_with_colour_only_if_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches JSON in a person's face, and colours despite NO_COLOR."""
     for value, coloured in (("", True), ("1", False)):

@@ -1,7 +1,7 @@
 """Logs, traces and metrics: configured once by the process that owns them; the library only uses the APIs.
 
 Logs go to standard error, because standard output carries data. No value under a name that means a secret,
-and nothing that looks like a key or token, reaches them.
+and nothing that looks like a key, a token or personal data (`redaction`), reaches them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, TextIO, cast
 
 import structlog
 
+from agentic_flow.core.redaction import redact_event
 from agentic_flow.core.settings import TelemetrySettings
 
 MASK = "********"
@@ -98,6 +99,7 @@ def configure(
         # Before redaction, which must see the text of tracebacks too.
         structlog.processors.format_exc_info,
         _redact_event,
+        redact_event,
     ]
     renderer: Any = (
         structlog.dev.ConsoleRenderer(
@@ -130,7 +132,12 @@ def _route_library_logs(shared: list[Any], renderer: Any, level: int, stream: Te
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[structlog.stdlib.ExtraAdder(), *shared],
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _redact_event, renderer],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                _redact_event,
+                redact_event,
+                renderer,
+            ],
         )
     )
     # A library's info is our debug: its requests are our own business's details.
