@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
@@ -91,7 +92,8 @@ def records() -> st.SearchStrategy[UsageRecord]:
 
 def keys_of(one: UsageRecord, by: Sequence[UsageKey]) -> tuple[str, ...]:
     """The group of a record."""
-    moment = datetime.fromtimestamp(one.at_s, UTC)
+    # Python rounds to microseconds, and would put the last moment of an hour into the next one.
+    moment = datetime.fromtimestamp(math.floor(one.at_s), UTC)
     times = {"day": moment.strftime("%Y-%m-%d"), "hour": moment.strftime("%Y-%m-%dT%H:00Z")}
     return tuple(times[key] if key in times else getattr(one, key) for key in by)
 
