@@ -55,6 +55,11 @@ class CallRecord:
         self._clock = clock
         self._started_s = clock.monotonic_s()
         self._closed = False
+        self._spent: Usage | None = None
+
+    def spend(self, usage: Usage) -> None:
+        """Add what an answer cost that the caller does not get."""
+        self._spent = usage if self._spent is None else self._spent + usage
 
     def elapsed_s(self) -> float:
         return self._clock.monotonic_s() - self._started_s
@@ -133,6 +138,8 @@ class CallRecord:
         if self._books is None or self._closed:
             return
         self._closed = True
+        if self._spent is not None:
+            usage = usage + self._spent
         question, caller, cost = self._question, self._caller, usage.cost_usd
         self._books(
             UsageRecord(
