@@ -282,7 +282,7 @@ class TelemetrySettings(Section):
         default="auto", description="auto: text on a terminal."
     )
     otlp_endpoint: str | None = Field(
-        default=None, description="OTLP/HTTP endpoint for traces. Unset: none sent."
+        default=None, description="OTLP/HTTP endpoint for traces and metrics. Unset: none sent."
     )
 
 

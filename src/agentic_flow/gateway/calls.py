@@ -70,6 +70,7 @@ class CallRecord:
             self.first_event_s = self.elapsed_s()
 
     def start_span(self) -> Span:
+        """A span of this call that is not current; whoever starts it ends it."""
         attributes: dict[str, str | int] = {
             "gen_ai.operation.name": self._question.operation,
             "gen_ai.request.model": self._question.asked,

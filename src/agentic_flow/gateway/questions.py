@@ -151,6 +151,7 @@ class BodyQuestion(Question):
         return text_bytes + IMAGE_TOKENS * images + _WRAPPING_TOKENS
 
     def output_tokens_max(self) -> int | None:
+        """As `Question` says; `n` choices may each be as long as the limit."""
         choices = self._sent.get("n")
         for name in ("max_completion_tokens", "max_output_tokens", "max_tokens"):
             value = self._sent.get(name)
