@@ -45,6 +45,7 @@ class Plan(NamedTuple):
         escalation: Whether, and by whom, answers are checked.
         sticky: The route keeps conversations: tell `Router.served` who answered.
         propensity: Probability with which the first came first, for who learns from the outcome.
+        private: The text must not leave for any other machine, not for an embedding either.
     """
 
     asked: str
@@ -54,6 +55,7 @@ class Plan(NamedTuple):
     escalation: Escalation | None
     sticky: bool
     propensity: float = 1.0
+    private: bool = False
 
 
 class Considered(NamedTuple):
@@ -245,7 +247,8 @@ class Router:
                 self._latencies.begin_probe(ordered[0].key)
         candidates = tuple([option.candidate for option in ordered])
         reason = f"route {name!r}: {reason}"
-        return Plan(asked, name, candidates, reason, route.escalation, route.sticky, propensity)
+        private = route.strategy == "privacy"
+        return Plan(asked, name, candidates, reason, route.escalation, route.sticky, propensity, private)
 
     def served(self, conversation: str | None, tenant: str, route: str | None, candidate: Candidate) -> None:
         """Keep a conversation with the target that answered it, unless it has one that still stands."""
