@@ -320,6 +320,7 @@ def test_the_learned_strategy_asks_and_is_held_to_the_rules() -> None:
         order: tuple[Candidate, ...]
         reason: str
         propensity: float
+        tries: int = 1
 
     class Learned:
         def decide(
@@ -342,9 +343,31 @@ def test_the_learned_strategy_asks_and_is_held_to_the_rules() -> None:
     assert shown(plan.candidates) == ["big:mini", "big:"]
     assert "learned from t" in plan.reason
     assert plan.propensity == 0.9
+    assert plan.escalation is None
     assert seen == [("why?", "t", [pytest.approx(0.06), pytest.approx(0.006)])]
     with pytest.raises(InvalidInput, match="learned"):
         router().plan("r", given_policies)
+
+
+@pytest.mark.parametrize(("worth_trying", "tries_max"), [(1, 1), (2, 2), (9, 3)])
+def test_a_learned_order_says_how_many_to_try(worth_trying: int, tries_max: int) -> None:
+    """Catches models that are asked, one after the other, though the router saw no worth in it."""
+
+    class Decided(NamedTuple):
+        order: tuple[Candidate, ...]
+        reason: str = "learned"
+        propensity: float = 1.0
+        tries: int = worth_trying
+
+    class Learned:
+        def decide(self, candidates: Sequence[Candidate], prompt: str, **_: object) -> Decided:
+            return Decided(tuple(candidates))
+
+    checked = route("big:", "big:mini", strategy="learned", escalation={"checker": "length", "tries_max": 3})
+    plan = router(providers(other=False), learned=Learned()).plan("r", policies(routes={"r": checked}))
+    assert plan.escalation is not None
+    assert plan.escalation.tries_max == tries_max
+    assert len(plan.candidates) == 2
 
 
 def test_auto_is_the_cheapest_that_writes() -> None:

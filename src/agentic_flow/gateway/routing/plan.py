@@ -42,7 +42,7 @@ class Plan(NamedTuple):
         route: The route that it led to; None for a model by name.
         candidates: In the order to try them; never empty.
         reason: Why the first is first, in one line.
-        escalation: Whether, and by whom, answers are checked.
+        escalation: Whether, and by whom, answers are checked; a router that learns may lower `tries_max`.
         sticky: The route keeps conversations: tell `Router.served` who answered.
         propensity: Probability with which the first came first, for who learns from the outcome.
         private: The text must not leave for any other machine, not for an embedding either.
@@ -95,6 +95,11 @@ class Decided(Protocol):
 
     @property
     def propensity(self) -> float: ...
+
+    @property
+    def tries(self) -> int:
+        """How many of `order` are worth trying under a checker; the others wait for failures."""
+        ...
 
 
 class LearnedOrder(Protocol):
@@ -241,14 +246,18 @@ class Router:
         if pinned is not None:
             rest = _by_cost(call, [option for option in found.left if option is not pinned])
             ordered, reason, propensity = [pinned, *rest], "it answered this conversation before", 1.0
+            tries = len(ordered)
         else:
-            ordered, reason, propensity = self._order(call, found.left)
+            ordered, reason, propensity, tries = self._order(call, found.left)
             if route.strategy == "latency" and self._latencies.expected_s(ordered[0].key) is None:
                 self._latencies.begin_probe(ordered[0].key)
         candidates = tuple([option.candidate for option in ordered])
         reason = f"route {name!r}: {reason}"
         private = route.strategy == "privacy"
-        return Plan(asked, name, candidates, reason, route.escalation, route.sticky, propensity, private)
+        escalation = route.escalation
+        if escalation is not None and tries < escalation.tries_max:
+            escalation = escalation.model_copy(update={"tries_max": tries})
+        return Plan(asked, name, candidates, reason, escalation, route.sticky, propensity, private)
 
     def served(self, conversation: str | None, tenant: str, route: str | None, candidate: Candidate) -> None:
         """Keep a conversation with the target that answered it, unless it has one that still stands."""
@@ -296,7 +305,7 @@ class Router:
             if route.strategy == "weighted":
                 ordered, reason = sorted(found.left, key=lambda option: -option.weight), ""
             else:
-                ordered, reason, _ = self._order(call, found.left)
+                ordered, reason, _, _ = self._order(call, found.left)
             total = sum(option.weight for option in ordered)
             for position, option in enumerate(ordered, start=1):
                 why = reason if position == 1 else "tried when those before it fail"
@@ -445,11 +454,11 @@ class Router:
         self._pins.drop(tenant, pin)  # no target any more: who answers next has the conversation
         return None
 
-    def _order(self, call: _Call, left: list[_Option]) -> tuple[list[_Option], str, float]:
-        """The order, why, and the probability with which the first came first."""
+    def _order(self, call: _Call, left: list[_Option]) -> tuple[list[_Option], str, float, int]:
+        """The order, why, the probability with which the first came first, and how many to try."""
         if call.route.strategy == "learned":
             return self._by_outcomes(call, left)
-        return *self._by_rule(call, left), 1.0
+        return *self._by_rule(call, left), 1.0, len(left)
 
     def _by_rule(self, call: _Call, left: list[_Option]) -> tuple[list[_Option], str]:
         match call.route.strategy:
@@ -501,7 +510,7 @@ class Router:
             return ordered, "its latency is not known yet"
         return ordered, f"the soonest to its first token, {expected_s:.3f} s on average"
 
-    def _by_outcomes(self, call: _Call, left: list[_Option]) -> tuple[list[_Option], str, float]:
+    def _by_outcomes(self, call: _Call, left: list[_Option]) -> tuple[list[_Option], str, float, int]:
         if self._learned is None:
             raise InvalidInput(
                 f"route {call.name!r} wants the strategy 'learned', and this gateway has no learned router",
@@ -520,7 +529,8 @@ class Router:
         by_candidate = {option.candidate: option for option in left}
         # Whatever it answers, nothing is tried that the rules left out, and nothing is lost or tried twice.
         ordered = [by_candidate.pop(candidate) for candidate in decided.order if candidate in by_candidate]
-        return [*ordered, *by_candidate.values()], decided.reason, decided.propensity
+        tries = max(decided.tries, 1)
+        return [*ordered, *by_candidate.values()], decided.reason, decided.propensity, tries
 
     def _considered(self, call: _Call, option: _Option, position: int | None, reason: str) -> Considered:
         return Considered(
