@@ -23,7 +23,8 @@ WINDOW_S = 30.0
 CALLS_MIN = 20
 OPEN_MAX_S = 60.0
 CIRCUITS_MAX = 2048
-_SLOW_OF_TIMEOUT = 0.9
+# The rest of the time is for the other targets of a route.
+_SLOW_OF_TIMEOUT = 0.6
 # How far from the least recently used end a closed circuit is looked for, before an open one is forgotten.
 _EVICTION_LOOKS = 16
 
@@ -78,7 +79,7 @@ class Health:
     def of(
         cls, settings: GatewaySettings, *, clock: Clock = SYSTEM_CLOCK, rng: random.Random | None = None
     ) -> Self:
-        """As the settings say; slow is what nearly reaches the deadline, or a mute provider never counted."""
+        """As the settings say; slow is most of the deadline at the latest, or a mute one never counted."""
         slow_call_s = min(settings.slow_call_s, _SLOW_OF_TIMEOUT * settings.timeout_s)
         return cls(open_s=settings.breaker_open_s, slow_call_s=slow_call_s, clock=clock, rng=rng)
 

@@ -163,6 +163,8 @@ class Gateway:
             books=None if stores is None and metrics is None else self._enter,
             clock=clock,
             timeout_s=settings.timeout_s,
+            # A little more than what the breaker calls slow, so that it learns of whom we did not wait for.
+            patience_s=1.02 * self._health.slow_call_s + 0.1,
         )
         if metrics is not None:
             metrics.set_breakers(self._health.states)

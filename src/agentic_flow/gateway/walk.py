@@ -7,6 +7,7 @@ After the first token there is no other candidate: a stream that breaks ends wit
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from agentic_flow.core.errors import (
     AgenticFlowError,
     BudgetExceeded,
     CircuitOpen,
+    DeadlineExceeded,
     InvalidInput,
     PolicyDenied,
     ProviderError,
@@ -74,6 +76,10 @@ OUTPUT_TOKENS_UNLIMITED = 131_072
 OUTPUT_TOKENS_EXPECTED = 1000
 """What it is taken to write when targets are compared by cost."""
 
+# What another candidate may do better.
+_FOR_ANOTHER = (ProviderError, CircuitOpen, UnknownModel, InvalidInput, BudgetExceeded, DeadlineExceeded)
+_TIME_OF_ONE = 0.75
+
 # What the caller wrote is at fault; no other provider would take it either.
 _CALLERS_FAULT = frozenset({400, 413, 422})
 
@@ -99,6 +105,8 @@ class House:
         outcomes: Where verdicts are logged.
         books: Takes the records.
         clock: Times.
+        timeout_s: Longest time of a call.
+        patience_s: How long a candidate may be silent, while there is another one.
     """
 
     open: Callable[[], Awaitable[None]] | None
@@ -119,6 +127,7 @@ class House:
     books: Books | None
     clock: Clock
     timeout_s: float
+    patience_s: float
 
 
 class Whole(NamedTuple):
@@ -169,6 +178,8 @@ class Walk:
         self._question = question
         self._principal = principal
         self._deadline = deadline.earliest(house.timeout_s)
+        self._until = self._deadline
+        """When the candidate that is asked must have answered, or have begun its stream."""
         self._idempotency_key = idempotency_key
         self._caller = Caller.of(principal, question.agent, question.run)
         self._call = CallRecord(question, self._caller, request_id, house.books, house.clock)
@@ -235,8 +246,9 @@ class Walk:
             else:
                 async with self._house.door.enter(self._deadline, tenant=self._caller.tenant):
                     begun = await self._first_that_works(plan, self._begin)
-                    async for event in self._running(begun, used):
-                        yield event
+                    async with aclosing(self._running(begun, used)) as running:
+                        async for event in running:
+                            yield event
                 completion = used.completion
                 if completion is None:
                     # The provider's own error event has passed: the caller knows.
@@ -290,6 +302,8 @@ class Walk:
         found = await escalate(
             plan.candidates, ask, checker, request=request, tries_max=plan.escalation.tries_max
         )
+        for earlier in found.completions[:-1]:
+            self._call.spend(earlier.usage)
         if self._house.outcomes is not None:
             self._log_outcomes(self._house.outcomes, plan, found)
         return Whole(None, found.completion)
@@ -325,10 +339,11 @@ class Walk:
         """
         last = len(plan.candidates) - 1
         for number, candidate in enumerate(plan.candidates):
+            self._until = self._deadline if number == last else self._patience()
             try:
                 found = await ask(candidate, None if number == last else 1)
-            except (ProviderError, CircuitOpen, UnknownModel, InvalidInput, BudgetExceeded) as error:
-                if isinstance(error, ProviderError | CircuitOpen):
+            except _FOR_ANOTHER as error:
+                if isinstance(error, ProviderError | CircuitOpen | DeadlineExceeded):
                     self._house.router.observe(candidate, None, ok=False)
                 if number == last or _callers_fault(error) or self._deadline.remaining_s <= 0:
                     raise
@@ -351,11 +366,15 @@ class Walk:
             return found
         raise AssertionError("a plan has a candidate")
 
+    def _patience(self) -> Deadline:
+        """How long a candidate that is not the last is waited for. A quarter of the time is for others."""
+        return self._deadline.earliest(min(self._house.patience_s, _TIME_OF_ONE * self._deadline.remaining_s))
+
     # Asking one candidate
 
     async def _ask(self, candidate: Candidate, attempts: int | None, *, translate: bool = False) -> Whole:
         question, house, call = self._question, self._house, self._call
-        at = call.destination = await house.place(candidate, self._deadline)
+        at = call.destination = await house.place(candidate, self._until)
         provider = house.providers[at.provider]
         reservation = await self._reserved(at)
         try:
@@ -368,7 +387,7 @@ class Walk:
                     reader = passed.reader(sent)
                     body = await passed.pass_whole(
                         sent,
-                        deadline=self._deadline,
+                        deadline=self._until,
                         idempotency_key=self._idempotency_key,
                         reader=reader,
                         model=at.model,
@@ -383,9 +402,9 @@ class Walk:
                     call.tries += 1
                     key = self._idempotency_key
                     if asked.stream:
-                        events = provider.stream(asked, deadline=self._deadline, idempotency_key=key)
+                        events = provider.stream(asked, deadline=self._until, idempotency_key=key)
                         return await _last(at.provider, events)
-                    return await provider.complete(asked, deadline=self._deadline, idempotency_key=key)
+                    return await provider.complete(asked, deadline=self._until, idempotency_key=key)
 
                 completion = await self._tried(at, once, attempts)
         except BaseException as error:
@@ -394,6 +413,20 @@ class Walk:
         return Whole(body, self._settled(completion, at, reservation))
 
     async def _begin(self, candidate: Candidate, attempts: int | None) -> _Begun[Any]:
+        if self._until is self._deadline:
+            return await self._begun(candidate, attempts)
+        try:
+            # Not by the call's own deadline, which the stream keeps to its end.
+            async with asyncio.timeout(self._until.remaining_s):
+                return await self._begun(candidate, attempts)
+        except TimeoutError as error:
+            at = self._call.destination
+            raise DeadlineExceeded(
+                f"{candidate.provider if at is None else at.provider} did not begin to answer in time",
+                hint="another target of the route is asked; see gateway.slow_call_s",
+            ) from error
+
+    async def _begun(self, candidate: Candidate, attempts: int | None) -> _Begun[Any]:
         question, house = self._question, self._house
         at = self._call.destination = await house.place(candidate, self._deadline)
         reservation = await self._reserved(at)
@@ -493,7 +526,7 @@ class Walk:
 
     async def _tried(self, at: Destination, once: Callable[[], Awaitable[T]], attempts: int | None) -> T:
         return await self._house.retries.run(
-            once, provider=at.provider, deadline=self._deadline, attempts=attempts
+            once, provider=at.provider, deadline=self._until, attempts=attempts
         )
 
     def _translated(self, at: Destination) -> CompletionRequest:
@@ -601,7 +634,7 @@ class Walk:
         also = {**question.also(), "asked": f"{first.provider}:{first.model}"}
         self._cache_key = cache_key(wire, sent, also=also)
         found = house.cache.get(self._caller.tenant, self._cache_key, rule)
-        if found is None and rule.mode == "semantic":
+        if found is None and rule.mode == "semantic" and not plan.private:
             if house.meanings is None:
                 raise PolicyDenied(
                     "the policies want a semantic cache, and this gateway has no embedder for it",

@@ -56,6 +56,7 @@ Fault = Literal[
     "hang",  # nothing is sent, ever
     "hang_mid",  # the answer begins and then stalls
     "reset",  # the connection is reset before any answer
+    "reset_mid",  # the answer begins, and then the connection is reset
     "wrong_content_type",  # a login page
     "oversized",  # megabytes without end
     "empty",  # status 200 and no body
@@ -422,7 +423,7 @@ class FakeProvider:
         body = json.dumps(make(seen, asdict(reply))).encode()
         if reply.fault == "broken_json":
             body = body[: len(body) // 2] + b'"]]'
-        if reply.fault in ("truncated", "no_terminal", "hang_mid"):
+        if reply.fault in ("truncated", "no_terminal", "hang_mid", "reset_mid"):
             response = web.StreamResponse(headers={"content-type": "application/json"})
             response.content_length = len(body)
             await response.prepare(request)
@@ -441,7 +442,7 @@ class FakeProvider:
         events = make(seen, asdict(reply))
         if reply.fault == "broken_json":
             events.insert(len(events) // 2, b'data: {"type": "content_block_delta", "choices": [\n\n')
-        if reply.fault in ("truncated", "hang_mid"):
+        if reply.fault in ("truncated", "hang_mid", "reset_mid"):
             whole = b"".join(events)
             events = [whole[: len(whole) // 2]]
         elif reply.fault == "no_terminal":
@@ -457,7 +458,7 @@ class FakeProvider:
             if position and reply.chunk_delay_s:
                 await self._pause(reply.chunk_delay_s)
             await response.write(event)
-        if reply.fault in ("truncated", "hang_mid"):
+        if reply.fault in ("truncated", "hang_mid", "reset_mid"):
             return await self._stall(request, response, reply)
         await response.write_eof()
         return response
@@ -469,7 +470,9 @@ class FakeProvider:
         assert self._closing is not None
         if reply.fault == "hang_mid":
             await self._closing.wait()
-        if request.transport is not None:
+        if reply.fault == "reset_mid":
+            _reset(request)
+        elif request.transport is not None:
             request.transport.close()
         return response
 
