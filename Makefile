@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 BENCH_VENV := .venv-bench
+LITELLM_VENV := .venv-bench-litellm
+PORTKEY := .bench-portkey
 BENCH_PIP := $(BENCH_VENV)/bin/python -m pip --disable-pip-version-check -qq
 WHEELS := --only-binary :all: --require-hashes
 SOURCES := src tests benchmarks scripts examples
@@ -12,7 +14,7 @@ CRASH := $(wildcard tests/integration/test_*crash*.py)
 PYTEST := $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-integration test-crash check-retrieval bench bench-agentdb bench-peers reference lint format lock clean
+.PHONY: help setup setup-dev demo test test-integration test-crash check-retrieval bench bench-agentdb bench-peers bench-gateway bench-gateway-peers reference lint format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' Makefile
@@ -69,6 +71,25 @@ $(BENCH_VENV)/.peers: requirements/bench.txt requirements/bench-built.txt
 		echo "hnswlib was not built: it is left out" >&2
 	@touch $@
 
+bench-gateway: setup-dev bench-gateway-peers ## the model gateway beside LiteLLM and Portkey
+	@$(BIN)/python benchmarks/report.py --only gateway
+
+# A peer that cannot be installed is named in the table. LiteLLM pins an older openai than our tests use.
+bench-gateway-peers: $(LITELLM_VENV)/.peer $(PORTKEY)/.peer ## make .venv-bench-litellm and .bench-portkey
+
+$(LITELLM_VENV)/.peer: requirements/bench-litellm.txt
+	@$(PYTHON) -m venv $(LITELLM_VENV)
+	@$(LITELLM_VENV)/bin/python -m pip --disable-pip-version-check -qq install $(WHEELS) \
+		-r requirements/bench-litellm.txt || echo "LiteLLM was not installed: it is left out" >&2
+	@touch $@
+
+$(PORTKEY)/.peer: benchmarks/gateway_peers/package.json
+	@mkdir -p $(PORTKEY)
+	@cp benchmarks/gateway_peers/package.json $(PORTKEY)/
+	@cd $(PORTKEY) && npm install --silent --no-audit --no-fund --no-package-lock || \
+		echo "Portkey was not installed: it is left out" >&2
+	@touch $@
+
 reference: setup-dev ## write docs/reference from the code
 	@$(BIN)/python scripts/reference.py
 
@@ -83,11 +104,11 @@ format: setup-dev ## ruff's formatter and its safe fixes
 	@$(BIN)/ruff check --fix $(wildcard $(SOURCES))
 
 lock: setup-dev ## compile requirements/*.in to hashes for every platform, without addresses
-	@for name in runtime build dev bench; do \
+	@for name in runtime build dev bench bench-litellm; do \
 		$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
 			--no-emit-index-url requirements/$$name.in -o requirements/$$name.txt || exit 1; done
 	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-deps \
 		--no-emit-index-url requirements/bench-built.in -o requirements/bench-built.txt
 
 clean: ## remove everything that make made
-	rm -rf $(VENV) $(BENCH_VENV) dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(BENCH_VENV) $(LITELLM_VENV) $(PORTKEY) dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache

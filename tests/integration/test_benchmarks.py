@@ -112,3 +112,37 @@ def test_renewing_one_section_keeps_the_others(
     assert after.pop(title).endswith("| new | figures |")
     before.pop(title)
     assert after == before
+
+
+def test_the_gateway_benchmark_measures_ours_and_names_who_is_missing(benchmarks: None) -> None:
+    """Catches a benchmark of the gateway that no longer runs, or a table that hides a case or a peer."""
+    import gateway
+
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "gateway.py"), "--quick", "--json", "--system", "ours"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    ours = figures["systems"]["ours"]
+    for case in gateway.CPU_CASES:
+        assert ours["cases"][case]["requests"] > 0, ours
+    assert ours["cases"]["latency"]["p50_ms"] >= 1000 * gateway.DELAY_S
+    figures["systems"]["litellm"] = {"missing": "not installed"}
+    soaked = {"requests": 10, "growth_mb": 7.0, "load_average": 1.0}
+    text = gateway.text_of(figures, soaked)
+    assert "| litellm | not run: not installed |" in text
+    assert "against litellm | at least 30 times | not measured | **not reached** |" in text
+    assert "| at most 5 MB | 7.0 MB | **not reached** |" in text
+
+
+def test_memory_is_followed_through_a_soak(benchmarks: None) -> None:
+    """Catches a soak that asks nothing, or that reads the memory of another process."""
+    import gateway
+
+    figures = gateway.soak(requests=300, steps=2)
+    assert len(figures["memory_mb"]) == 3
+    assert all(memory > 50 for memory in figures["memory_mb"])

@@ -1,0 +1,249 @@
+"""The model gateway beside LiteLLM's proxy and Portkey's gateway: CPU, latency, memory, start.
+
+Every system is a process of its own and asks the same provider, which answers at once; the clients are one
+more process. Rounds alternate between the systems, and medians count. What a system costs is the CPU time
+that the kernel charges its process and children: a busy machine moves that less than it moves a clock.
+
+Usage: python benchmarks/gateway.py [--system NAME]… [--rounds N] [--seconds S] [--quick] [--soak N] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import gateway_systems as systems
+from gateway_systems import Missing, Running
+from gateway_traffic import CASES, DELAY_S
+
+TITLE = "The model gateway"
+ROUNDS, SECONDS = 5, 3.0
+CLIENTS, STREAM_CLIENTS = 16, 64
+WARM_UP = 300
+SOAK_STEPS = 10
+MB = 1_000_000
+CPU_CASES = ("whole same", "whole translated", "stream same", "stream translated")
+TARGETS_CPU_MS = {
+    "whole same": 0.25, "whole translated": 0.45, "stream same": 0.7, "stream translated": 1.2,
+}  # fmt: skip
+TARGETS_TIMES = {"litellm": 30.0, "portkey": 4.0}
+
+Figures = dict[str, Any]
+
+
+def measure(
+    names: Sequence[str] = tuple(systems.SYSTEMS),
+    *,
+    rounds: int = ROUNDS,
+    seconds: float = SECONDS,
+    warm_up: int = WARM_UP,
+) -> Figures:
+    """Figures by system. One that cannot run has only `missing`, one case that it cannot do likewise."""
+    found: Figures = {name: {"cases": {}} for name in names}
+    with ExitStack() as stack:
+        upstream = stack.enter_context(systems.upstream())
+        running: dict[str, Running] = {}
+        for name in names:
+            try:
+                running[name] = stack.enter_context(systems.SYSTEMS[name](upstream))
+            except Missing as missing:
+                found[name] = {"missing": str(missing)}
+                continue
+            found[name]["start_cpu_s"] = running[name].first_answer_cpu_s
+        for case in CASES:
+            _alternate(case, upstream, running, found, rounds, seconds, warm_up)
+        for name, at in running.items():
+            found[name]["memory_mb"] = at.memory_bytes() / MB
+    return {"systems": found, "rounds": rounds, "seconds": seconds, "load_average": systems.load_average()}
+
+
+def _alternate(
+    case: str,
+    upstream: str,
+    running: dict[str, Running],
+    found: Figures,
+    rounds: int,
+    seconds: float,
+    warm_up: int,
+) -> None:
+    """Rounds of one case, each system in turn."""
+    took: dict[str, list[dict[str, float]]] = {}
+    for name, at in running.items():
+        try:
+            _asked(name, at, case, requests=warm_up)
+            took[name] = []
+        except Missing as missing:
+            found[name]["cases"][case] = {"missing": str(missing)}
+    for _ in range(rounds):
+        # Without a gateway, for the latency that one adds.
+        direct = (
+            systems.asked(upstream, case, CASES[case].model, {}, clients=CLIENTS, seconds=seconds)
+            if case == "latency"
+            else {}
+        )
+        for name, one in took.items():
+            figures = _asked(name, running[name], case, seconds=seconds)
+            for percentile in ("p50_ms", "p99_ms"):
+                if direct:
+                    figures[f"added_{percentile}"] = figures[percentile] - direct[percentile]
+            one.append(figures)
+    for name, one in took.items():
+        found[name]["cases"][case] = {key: median(figures[key] for figures in one) for key in one[0]}
+
+
+def _asked(name: str, at: Running, case: str, **how: float) -> dict[str, float]:
+    clients = STREAM_CLIENTS if CASES[case].stream else CLIENTS
+    before_s = at.cpu_s()
+    figures = systems.asked(
+        at.url, case, systems.model_of(name, CASES[case]), at.headers, clients=clients, **how
+    )
+    return {**figures, "cpu_ms": 1000 * (at.cpu_s() - before_s) / figures["requests"]}
+
+
+def soak(requests: int, steps: int = SOAK_STEPS) -> Figures:
+    """What our memory does over so many requests: whole and streamed, same format and translated.
+
+    The first step fills caches and pools; growth is counted from its end.
+    """
+    with systems.upstream() as upstream, systems.ours(upstream) as at:
+        memory_mb = [at.memory_bytes() / MB]
+        for _ in range(steps):
+            for case in CPU_CASES:
+                _asked("ours", at, case, requests=max(STREAM_CLIENTS, requests // steps // len(CPU_CASES)))
+            memory_mb.append(at.memory_bytes() / MB)
+    return {
+        "requests": requests,
+        "memory_mb": memory_mb,
+        "growth_mb": memory_mb[-1] - memory_mb[1],
+        "load_average": systems.load_average(),
+    }
+
+
+# The report
+
+
+def _verdict(reached: bool) -> str:
+    return "reached" if reached else "**not reached**"
+
+
+def targets(figures: Figures, soaked: Figures | None) -> str:
+    """The table of targets."""
+    ours = figures["systems"]["ours"]
+    rows = [
+        (f"CPU ms per request, {case}", f"at most {target:g}", f"{cpu:.3f}", cpu <= target)
+        for case, target in TARGETS_CPU_MS.items()
+        if (cpu := _figure(ours, case, "cpu_ms")) is not None
+    ]
+    own = _figure(ours, "whole same", "cpu_ms")
+    for peer, target in TARGETS_TIMES.items():
+        theirs = _figure(figures["systems"].get(peer, {}), "whole same", "cpu_ms")
+        label, wanted = f"throughput per core against {peer}", f"at least {target:g} times"
+        if theirs is None or own is None:
+            rows.append((label, wanted, "not measured", False))
+        else:
+            rows.append((label, wanted, f"{theirs / own:.1f} times", theirs / own >= target))
+    for percentile, target in (("p50", 1.0), ("p99", 5.0)):
+        added = _figure(ours, "latency", f"added_{percentile}_ms")
+        if added is not None:
+            label = f"added latency on a {DELAY_S * 1000:.0f} ms provider, {CLIENTS} clients, {percentile}"
+            rows.append((label, f"at most {target:g} ms", f"{added:.2f} ms", added <= target))
+    memory, start = ours["memory_mb"], ours["start_cpu_s"]
+    rows.append(("memory of a worker", "at most 120 MB", f"{memory:.0f} MB", memory <= 120))
+    if soaked is not None:
+        growth = soaked["growth_mb"]
+        label = f"growth in a soak of {soaked['requests']:,} requests"
+        rows.append((label, "at most 5 MB", f"{growth:.1f} MB", growth <= 5))
+    rows.append(("start to first answer", "at most 1.5 CPU s", f"{start:.2f} CPU s", start <= 1.5))
+    lines = [
+        f"| {label} | {target} | {value} | {_verdict(reached)} |" for label, target, value, reached in rows
+    ]
+    return "\n".join(["| property | reach | measured | |", "|---|---|---|---|", *lines])
+
+
+def table(figures: Figures) -> str:
+    """Every system beside the others."""
+    lines = [
+        "| system | " + " | ".join(CPU_CASES) + " | added p50 / p99 ms | memory MB | start CPU s |",
+        "|---" * (len(CPU_CASES) + 4) + "|",
+    ]
+    notes: list[str] = []
+    for name, one in figures["systems"].items():
+        if "missing" in one:
+            lines.append(f"| {name} | not run: {one['missing']} |" + " |" * (len(CPU_CASES) + 2))
+            continue
+        cells = [_cell(one, case, "cpu_ms", "{:.3f}") for case in CPU_CASES]
+        added = [_cell(one, "latency", f"added_{p}_ms", "{:.1f}") for p in ("p50", "p99")]
+        cells += [" / ".join(added), f"{one['memory_mb']:.0f}", f"{one['start_cpu_s']:.1f}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        notes += [
+            f"- {name}, {case}: {at['missing']}" for case, at in one["cases"].items() if "missing" in at
+        ]
+    return "\n".join([*lines, *([""] if notes else []), *notes])
+
+
+def _figure(system: Figures, case: str, name: str) -> float | None:
+    value: float | None = system.get("cases", {}).get(case, {}).get(name)
+    return value
+
+
+def _cell(system: Figures, case: str, name: str, form: str) -> str:
+    value = _figure(system, case, name)
+    return "—" if value is None else form.format(value)
+
+
+def text_of(figures: Figures, soaked: Figures | None = None) -> str:
+    """The section of RESULTS.md from figures."""
+    load = f"{figures['load_average']:.1f}"
+    if soaked is not None:
+        load += f", during the soak {soaked['load_average']:.1f}"
+    return f"""{targets(figures, soaked)}
+
+CPU ms per request (whole) and per answer of 20 chunks, 5 ms apart (stream). `same`: OpenAI's format on both
+sides; `translated`: Anthropic's Messages to OpenAI's Chat Completions.
+
+{table(figures)}
+
+`ours` checks a real key, keeps a budget and limits for each request, and writes usage, circuits and metrics;
+`traced` also sends every span and metric to a collector. LiteLLM checks its master key, without budgets,
+which need a PostgreSQL; Portkey's open gateway has neither keys nor budgets. One worker each, {CLIENTS}
+clients ({STREAM_CLIENTS} for streams),
+medians of {figures["rounds"]} alternating rounds of {figures["seconds"]:g} s.
+Load average of the machine: {load}; its two cores also ran the provider and the clients.
+
+`make bench-gateway`"""
+
+
+def section() -> str:
+    """The section of RESULTS.md: measured now."""
+    return text_of(measure(), soak(200_000))
+
+
+def main() -> None:
+    """Print the section or the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--system", choices=list(systems.SYSTEMS), action="append", help="measure only these")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="length of each measurement")
+    parser.add_argument("--quick", action="store_true", help="one short round: does everything work?")
+    parser.add_argument("--soak", type=int, metavar="N", help="only this: memory over N requests")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    if options.soak is not None:
+        print(json.dumps(soak(options.soak)))
+        return
+    names = options.system or list(systems.SYSTEMS)
+    rounds, seconds, warm_up = (1, 0.3, 64) if options.quick else (options.rounds, options.seconds, WARM_UP)
+    figures = measure(names, rounds=rounds, seconds=seconds, warm_up=warm_up)
+    print(json.dumps(figures) if options.json else text_of(figures))
+
+
+if __name__ == "__main__":
+    main()
