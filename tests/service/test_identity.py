@@ -39,6 +39,7 @@ from agentic_flow.core.remote_auth import FEED_AGE_MAX_S, ExchangedTokens, Remot
 from agentic_flow.core.secrets import PlainSecret
 from agentic_flow.core.settings import AuthSettings, PeerSettings, Settings, TlsSettings
 from agentic_flow.core.web import create_app, json_response, principal_of
+from agentic_flow.runtime.credential_cache import REMEMBERED_S
 from agentic_flow.runtime.identity import Identity
 from agentic_flow.runtime.identity_routes import PUBLIC_PATHS, identity_routes
 from agentic_flow.testing.serving import serving
@@ -508,15 +509,51 @@ async def test_a_refused_token_is_renewed_once(tmp_path: Path) -> None:
         await tokens.close()
 
 
-async def test_two_processes_on_one_database_agree_at_once(tmp_path: Path) -> None:
-    """Catches caches: what the command line revokes must stop at the running server."""
-    with opened(tmp_path) as server, opened(tmp_path) as command_line:
+async def test_two_processes_on_one_database_agree_within_a_second(tmp_path: Path) -> None:
+    """Catches caches that outlive their second: what another process revokes must stop here too."""
+    clock = HandClock()
+    with opened(tmp_path, clock=clock) as server, opened(tmp_path) as command_line:
         info, key = await command_line.create_key(DEFAULT_TENANT, "a", {"*"})
         issued = await server.exchange(key)
+        for credential in (key, issued.token):
+            assert (await server.authenticate(credential)).subject == "a"
         await command_line.revoke_key(info.id)
+        clock.now_s += REMEMBERED_S
         for credential in (key, issued.token):
             with pytest.raises(Unauthenticated, match="revoked"):
                 await server.authenticate(credential)
+
+
+async def test_what_a_process_revokes_it_refuses_at_once(tmp_path: Path) -> None:
+    """Catches a cached credential that survives its revocation here, also one that is being checked."""
+    with opened(tmp_path, clock=HandClock()) as service:
+        info, key = await service.create_key(DEFAULT_TENANT, "a", {"*"})
+        issued = await service.exchange(key)
+        for credential in (key, issued.token):
+            await service.authenticate(credential)
+        under_way = [asyncio.create_task(service.authenticate(key)) for _ in range(20)]
+        await service.revoke_key(info.id)
+        await asyncio.gather(*under_way, return_exceptions=True)
+        for credential in (key, issued.token):
+            with pytest.raises(Unauthenticated, match="revoked"):
+                await service.authenticate(credential)
+        await service.create_tenant("brief")
+        _, other = await service.create_key("brief", "b", {"*"})
+        await service.authenticate(other)
+        await service.revoke_tenant("brief")
+        with pytest.raises(Unauthenticated, match="revoked"):
+            await service.authenticate(other)
+
+
+async def test_a_remembered_credential_still_expires(tmp_path: Path) -> None:
+    """Catches a cache that lets a key live past its end, and one that forgets to ask again."""
+    clock = HandClock()
+    with opened(tmp_path, clock=clock) as service:
+        _, key = await service.create_key(DEFAULT_TENANT, "a", {"*"}, expires_at_s=clock.now_s + 0.5)
+        await service.authenticate(key)
+        clock.now_s += 0.5
+        with pytest.raises(Unauthenticated, match="expired"):
+            await service.authenticate(key)
 
 
 async def test_the_feed_loses_nothing_past_its_first_page(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """The platform's identity service: tenants, API keys, the tokens made from them, and their revocation.
 
 One SQLite file, readable by its owner alone, holds it all: tenants, hashes of keys, the signing keys, the
-feed of revocations and the audit trail. Nothing is cached, so what one process revokes is refused by every
-process on the same data at once; services elsewhere follow the feed (`core.remote_auth`).
+feed of revocations and the audit trail. What one process revokes it refuses at once, and every other process
+on the same data within a second (`runtime.credential_cache`); services elsewhere follow the feed
+(`core.remote_auth`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import apsw
 import structlog
@@ -25,9 +26,12 @@ from agentic_flow.core.db import Database, rows
 from agentic_flow.core.errors import Conflict, Forbidden, InvalidSettings, NotFound, Unauthenticated
 from agentic_flow.core.identity import TokenClaims
 from agentic_flow.core.settings import AuthSettings
+from agentic_flow.runtime.credential_cache import CredentialCache
 
 if TYPE_CHECKING:
     from joserfc.jwk import KeySet
+
+T = TypeVar("T")
 
 Eraser = Callable[[str], Awaitable[int]]
 """Removes everything that one service keeps of a tenant; returns how much that was."""
@@ -136,6 +140,7 @@ class Identity:
         self._clock = clock
         # Parsed public keys by their ids, which name their content; what is trusted is read each time.
         self._key_set: tuple[tuple[str, ...], KeySet] | None = None
+        self._recent = CredentialCache(clock)
         _make_private(path)
         self._db = Database(path, _MIGRATIONS, readers=2)
         self._db.write_sync(self._prepare)
@@ -187,7 +192,7 @@ class Identity:
             self._audit(connection, by, "tenant_revoke", {"tenant": name})
             return _tenant(connection, name)
 
-        return await self._db.write(job)
+        return await self._revoked(job)
 
     async def erase_tenant(
         self, name: str, *, others: Mapping[str, Eraser] | None = None, by: Principal = LOCAL_OWNER
@@ -210,7 +215,7 @@ class Identity:
             self._audit(connection, by, "tenant_erase", {"tenant": name})
             return {**erased, "keys": keys, "audit": trail}
 
-        return await self._db.write(job)
+        return await self._revoked(job)
 
     # Keys
 
@@ -265,7 +270,14 @@ class Identity:
                 info = _key_info(rows(connection, f"{_SELECT_KEY} WHERE id=?", (key_id,))[0])
             return info
 
-        return await self._db.write(job)
+        return await self._revoked(job)
+
+    async def _revoked(self, job: Callable[[apsw.Connection], T]) -> T:
+        """Do what revokes something; after it no credential is taken on trust."""
+        try:
+            return await self._db.write(job)
+        finally:
+            self._recent.forget()
 
     async def ensure_owner_key(self) -> str | None:
         """The owner's key on the first start, to be shown once; None ever after, revoked or not."""
@@ -334,9 +346,14 @@ class Identity:
         """TokenSource: nothing is kept, so there is nothing to forget."""
 
     async def authenticate(self, credential: str) -> Principal:
-        """Authenticator: keys and tokens, checked against the database itself."""
+        """Authenticator: keys and tokens, checked against the database itself within the last second."""
+        known = self._recent.get(credential)
+        if known is not None:
+            return known
+        generation = self._recent.generation
         if identity.looks_like_key(credential):
-            principal, _ = await self._by_key(credential)
+            principal, info = await self._by_key(credential)
+            self._recent.put(credential, principal, expires_at_s=info.expires_at_s, generation=generation)
             return principal
         now_s = self._clock.time_s()
 
@@ -352,13 +369,15 @@ class Identity:
             return claims
 
         claims = await self._db.read(job)
-        return Principal(
+        principal = Principal(
             claims.tenant,
             claims.subject,
             claims.scopes,
             Credential(credential, claims.expires_at_s),
             claims.key_id,
         )
+        self._recent.put(credential, principal, expires_at_s=claims.expires_at_s, generation=generation)
+        return principal
 
     async def jwks(self) -> dict[str, Any]:
         """The public keys, with the issuer they sign for."""
