@@ -47,10 +47,9 @@ def register(app: typer.Typer) -> None:
         inside this process when that is unset. Interrupted runs are taken over at once. The first start
         creates the owner's key and shows it once, on stderr.
         """
-        import asyncio
-
         from agentic_flow.cli.output import print_json, talk
         from agentic_flow.core.errors import InvalidInput
+        from agentic_flow.core.serve import run
         from agentic_flow.runtime.platform import chosen_services, serve_services
 
         session.flags["serve.host"] = host
@@ -72,4 +71,4 @@ def register(app: typer.Typer) -> None:
         def owner_key(key: str) -> None:
             talk(f"owner key (shown only this once): {key}")
 
-        asyncio.run(serve_services(session.start(), chosen, on_ready=ready, on_owner_key=owner_key))
+        run(serve_services(session.start(), chosen, on_ready=ready, on_owner_key=owner_key))
