@@ -51,7 +51,7 @@ def test_cached_input_costs_what_the_list_says() -> None:
 
 
 def test_the_published_models_stand_beside_what_they_compute_to() -> None:
-    """Catches a published figure that slips into a sum, and a local model shown as if it cost nothing at all."""
+    """Catches a published figure that slips into a sum, and a local model shown as if it were free."""
     shown = {line.model: line for line in compare(Mix(), SNAPSHOT).models}
     assert list(shown) == list(DEFAULT_MODELS)
     assert {name: shown[name].published_usd for name in PUBLISHED_USD} == {
