@@ -47,6 +47,7 @@ from agentic_flow.core.web_floor import (
     ErrorShape,
     Floor,
     check_json_numbers,
+    exact_routes,
     invalid_input,
     unexpected,
 )
@@ -126,14 +127,15 @@ def create_app(
         encoder, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encoder(registry), headers={"content-type": content_type})
 
+    every = [
+        Route("/health/live", live),
+        Route("/health/ready", readiness),
+        Route("/health", health),
+        Route("/metrics", exposition),
+        *routes,
+    ]
     app = Starlette(
-        routes=[
-            Route("/health/live", live),
-            Route("/health/ready", readiness),
-            Route("/health", health),
-            Route("/metrics", exposition),
-            *routes,
-        ],
+        routes=every,
         lifespan=lifespan,
         middleware=[
             Middleware(
@@ -144,6 +146,8 @@ def create_app(
                 registry=registry,
                 public_paths=frozenset(public_paths),
                 error_shapes=dict(error_shapes or {}),
+                http_error=_http_error,
+                exact=exact_routes(every),
                 stall_timeout_s=stall_timeout_s,
             )
         ],

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import ipaddress
 import math
+import random
 import re
 import reprlib
 import time
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 import orjson
 import structlog
+from opentelemetry import context as otel
 from opentelemetry import propagate, trace
 from prometheus_client import CollectorRegistry, Histogram
 from pydantic import ValidationError
-from starlette.requests import ClientDisconnect
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from structlog.contextvars import bound_contextvars
-from throttled.asyncio import Throttled, rate_limiter
-from throttled.asyncio.store import MemoryStore
+from structlog.contextvars import bind_contextvars, reset_contextvars
 
 from agentic_flow.core.auth import LOCAL_OWNER, Authenticator, Principal
 from agentic_flow.core.errors import (
@@ -36,10 +39,15 @@ from agentic_flow.core.errors import (
     Unavailable,
     as_problem,
 )
+from agentic_flow.core.request_rate import RequestRate
 from agentic_flow.core.settings import Settings
-from agentic_flow.core.telemetry import is_secret_name
+from agentic_flow.core.telemetry import is_secret_name, writes_info
 
 ErrorShape = Callable[[AgenticFlowError], dict[str, Any]]
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+ExactRoutes = Mapping[tuple[str, str], tuple[Route, Endpoint]]
+"""Path and method → the route that answers there, and what it calls."""
 
 REQUEST_ID_HEADER = "x-request-id"
 CREDENTIAL_HINT = "send a key or token as `Authorization: Bearer …`; see `agentic-flow keys create`"
@@ -53,6 +61,7 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 _TENANTS_MAX = 10_000
 _ERRORS_SHOWN_MAX = 20
 _CLIENT_CLOSED_REQUEST = 499
+_NO_PARENT = otel.Context()
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger("agentic_flow.web")
 _tracer = trace.get_tracer("agentic_flow.web")
@@ -69,6 +78,9 @@ class Floor:
         registry: Where the duration histogram is registered.
         public_paths: Exact paths that need no credential.
         error_shapes: Exact path, or the beginning of one with a slash at its end → the shape of an error.
+        exact: Routes that are called without Starlette's router and its layers, which cost more than all of
+            this one does.
+        http_error: What Starlette's own refusals look like.
         stall_timeout_s: Longest silence within a body.
     """
 
@@ -82,6 +94,8 @@ class Floor:
         registry: CollectorRegistry,
         public_paths: frozenset[str],
         error_shapes: Mapping[str, ErrorShape],
+        exact: ExactRoutes,
+        http_error: Callable[[Request, Exception], Response],
         stall_timeout_s: float = STALL_TIMEOUT_S,
     ) -> None:
         self._app = app
@@ -92,19 +106,19 @@ class Floor:
         self._stall_timeout_s = stall_timeout_s
         self._public_paths = public_paths | ALWAYS_OPEN
         self._error_shapes = error_shapes
-        per_minute = settings.serve.requests_per_minute
-        self._requests_per_minute = per_minute
-        self._limiter = Throttled(
-            using="gcra",
-            quota=rate_limiter.per_min(per_minute, burst=per_minute),
-            store=MemoryStore(options={"MAX_SIZE": _TENANTS_MAX}),
-        )
+        self._exact = exact
+        self._http_error = http_error
+        self._requests_per_minute = settings.serve.requests_per_minute
+        self._rate = RequestRate(self._requests_per_minute, names_max=_TENANTS_MAX)
+        self._trace_headers = frozenset(propagate.get_global_textmap().fields)
         self._duration = Histogram(
             "agentic_flow_http_request_duration_seconds",
             "Time from the first byte of a request to the last of its answer.",
             ("service", "method", "route", "status"),
             registry=registry,
         )
+        # By method, route and status: looking a series up costs three times what counting in it does.
+        self._observe: dict[tuple[str, str, int], Callable[[float], None]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -120,21 +134,23 @@ class Floor:
         state = scope.setdefault("state", {})
         state["request_id"], state["principal"] = answer.request_id, None
         started_s = time.perf_counter()
-        with (
-            bound_contextvars(request_id=answer.request_id),
-            _tracer.start_as_current_span(
-                method,
-                context=propagate.extract(headers),
-                kind=trace.SpanKind.SERVER,
-                record_exception=False,
-                set_status_on_exception=False,
-            ) as span,
-        ):
-            try:
-                await self._answer(scope, headers, receive, answer)
-            finally:
-                # Also when the work was cancelled: the line is written, the cancellation goes on.
-                self._record(scope, method, answer, time.perf_counter() - started_s, span)
+        bound = bind_contextvars(request_id=answer.request_id)
+        traced = not self._trace_headers.isdisjoint(headers)
+        span = _tracer.start_span(
+            method,
+            context=propagate.extract(headers) if traced else _NO_PARENT,
+            kind=trace.SpanKind.SERVER,
+        )
+        token = otel.attach(trace.set_span_in_context(span)) if span.get_span_context().is_valid else None
+        try:
+            await self._answer(scope, headers, receive, answer)
+        finally:
+            # Also when the work was cancelled: the line is written, the cancellation goes on.
+            self._record(scope, method, answer, time.perf_counter() - started_s, span)
+            span.end()
+            if token is not None:
+                otel.detach(token)
+            reset_contextvars(**bound)
 
     async def _answer(
         self, scope: Scope, headers: Mapping[str, str], receive: Receive, answer: _Answer
@@ -144,7 +160,11 @@ class Floor:
             body = scope["state"]["body"] = IncomingBody(
                 receive, headers.get("content-length", ""), self._body_max_bytes, self._stall_timeout_s
             )
-            await self._app(scope, body.receive, answer.send)
+            found = self._exact.get((scope["path"], scope["method"]))
+            if found is None:
+                await self._app(scope, body.receive, answer.send)
+            else:
+                await self._answer_exactly(found, scope, body.receive, answer.send)
         except AgenticFlowError as error:
             await self._refuse(scope, answer, error)
         except ValidationError as error:
@@ -160,6 +180,18 @@ class Floor:
         except Exception:  # noqa: BLE001 - a bug of ours: logged, and told without internals
             _log.exception("request_failed", service=self._service, path=scope["path"])
             await self._refuse(scope, answer, unexpected())
+
+    async def _answer_exactly(
+        self, found: tuple[Route, Endpoint], scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        scope["route"], endpoint = found
+        scope["endpoint"], scope["path_params"] = endpoint, {}
+        request = Request(scope, receive, send)
+        try:
+            response = await endpoint(request)
+        except HTTPException as error:
+            response = self._http_error(request, error)
+        await response(scope, receive, send)
 
     async def _admit(self, scope: Scope, headers: Mapping[str, str]) -> None:
         if not self._auth_required:
@@ -177,15 +209,15 @@ class Floor:
             raise Unauthenticated("this needs a credential and none was sent", hint=CREDENTIAL_HINT)
         scope["state"]["principal"] = principal
         client = scope.get("client")
-        await self._count(f"tenant {principal.tenant}" if principal else f"address {client and client[0]}")
+        self._count(f"tenant {principal.tenant}" if principal else f"address {client and client[0]}")
 
-    async def _count(self, key: str) -> None:
-        result = await self._limiter.limit(key)
-        if result.limited:
+    def _count(self, key: str) -> None:
+        wait_s = self._rate.take(key)
+        if wait_s is not None:
             raise RateLimited(
                 f"more than {self._requests_per_minute!r} requests per minute from {key}",
                 hint="slow down, or raise serve.requests_per_minute",
-                retry_after_s=round(result.state.retry_after, 3),
+                retry_after_s=round(wait_s, 3),
             )
 
     async def _refuse(self, scope: Scope, answer: _Answer, error: AgenticFlowError) -> None:
@@ -227,7 +259,11 @@ class Floor:
     ) -> None:
         route = str(getattr(scope.get("route"), "path", "unmatched"))
         status = answer.status or _CLIENT_CLOSED_REQUEST
-        self._duration.labels(self._service, method, route, str(status)).observe(duration_s)
+        observe = self._observe.get((method, route, status))
+        if observe is None:
+            observe = self._duration.labels(self._service, method, route, str(status)).observe
+            self._observe[method, route, status] = observe
+        observe(duration_s)
         if span.is_recording():
             span.update_name(f"{method} {route}")
             span.set_attributes(
@@ -240,6 +276,8 @@ class Floor:
             )
             if status >= 500:
                 span.set_status(trace.StatusCode.ERROR)
+        if not writes_info():
+            return
         principal: Principal | None = scope["state"]["principal"]
         context = span.get_span_context()
         line = _log.debug if route in ALWAYS_OPEN else _log.info
@@ -331,6 +369,23 @@ class _Answer:
             extra = (REQUEST_ID_HEADER.encode(), self.request_id.encode())
             message = {**message, "headers": [*message.get("headers", ()), extra]}
         await self._send(message)
+
+
+def exact_routes(routes: Sequence[BaseRoute]) -> ExactRoutes:
+    """Those of the routes that answer at one path, unless an earlier one would take the request from them."""
+    found: dict[tuple[str, str], tuple[Route, Endpoint]] = {}
+    for number, route in enumerate(routes):
+        if (
+            not isinstance(route, Route)
+            or "{" in route.path
+            or not inspect.iscoroutinefunction(route.endpoint)
+        ):
+            continue
+        for method in route.methods or ():
+            scope: Scope = {"type": "http", "path": route.path, "method": method, "root_path": ""}
+            if all(earlier.matches(scope)[0] is not Match.FULL for earlier in routes[:number]):
+                found[route.path, method] = (route, route.endpoint)
+    return found
 
 
 def credential_of(headers: Mapping[str, str]) -> str | None:
@@ -425,4 +480,7 @@ def _headers(scope: Scope) -> dict[str, str]:
 
 def _request_id(headers: Mapping[str, str]) -> str:
     given = headers.get(REQUEST_ID_HEADER)
-    return given if given is not None and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    if given is not None and _REQUEST_ID.fullmatch(given):
+        return given
+    # Unique is enough, for nothing is decided by it: no system call for randomness that nobody can guess.
+    return f"{random.getrandbits(128):032x}"
