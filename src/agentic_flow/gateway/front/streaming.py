@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import structlog
@@ -16,6 +16,8 @@ from agentic_flow.core.sse import encode_comment
 from agentic_flow.core.web_floor import unexpected
 
 HEARTBEAT_S = 15.0
+WATCHED_AFTER_S = 0.1
+"""A call that is answered sooner is not watched: to notice that its caller left would save nothing."""
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -57,42 +59,38 @@ class ModelStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        gone = asyncio.create_task(_disconnected(receive))
-        upcoming: asyncio.Task[bytes | None] | None = None
 
         async def give(chunk: bytes, *, more: bool = True) -> None:
+            watch.gave()
             await send({"type": "http.response.body", "body": chunk, "more_body": more})
 
+        async def beat() -> None:
+            await send({"type": "http.response.body", "body": _HEARTBEAT, "more_body": True})
+
+        watch = _Watch(receive, heartbeat_s=self._heartbeat_s, beat=beat)
         try:
             await give(self._first)
-            while True:
-                upcoming = upcoming or asyncio.create_task(_next(self._rest))
-                done, _ = await asyncio.wait(
-                    (upcoming, gone), timeout=self._heartbeat_s, return_when=asyncio.FIRST_COMPLETED
-                )
-                if gone in done:
-                    return
-                if not done:
-                    await give(encode_comment("heartbeat"))
-                    continue
-                chunk = upcoming.result()
-                upcoming = None
-                if chunk is None:
-                    break
+            async for chunk in self._rest:
                 await give(chunk)
+            watch.close()
             await give(b"", more=False)
         except AgenticFlowError as error:
+            watch.close()
             _log.warning("stream_broken", code=error.code, error=error.message)
             await give(self._last_words(error), more=False)
         except asyncio.CancelledError:
+            if watch.left():
+                return
             # The server stops and its patience is over.
+            watch.close()
             await give(self._last_words(Unavailable("the server is stopping", hint="try again")), more=False)
             raise
         except Exception:  # noqa: BLE001 - a bug of ours: logged, and told without internals
+            watch.close()
             _log.exception("stream_failed")
             await give(self._last_words(unexpected()), more=False)
         finally:
-            await _cancel(*([gone] if upcoming is None else [gone, upcoming]))
+            watch.close()
             await self._rest.aclose()
 
 
@@ -104,28 +102,85 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Re
     Raises:
         ClientDisconnect: the client left.
     """
-    task = asyncio.create_task(work)
-    gone = asyncio.create_task(_disconnected(request.receive))
+    watch = _Watch(request.receive)
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientDisconnect
+        return await work
+    except asyncio.CancelledError:
+        if watch.left():
+            raise ClientDisconnect from None
+        raise
     finally:
-        await _cancel(task, gone)
+        watch.close()
 
 
-async def _next(source: AsyncGenerator[bytes]) -> bytes | None:
-    return await anext(source, None)
+class _Watch:
+    """Cancels the task that made it when the client leaves; between times it keeps a silent stream alive.
+
+    The work itself stays in its own task and is awaited directly: a task for each step of it, to be able to
+    wait for the client as well, cost more than everything else that a chunk of a stream needs.
+
+    Args:
+        receive: Of the request, whose body was read.
+        heartbeat_s: `beat` is called after this much silence; None: never.
+        beat: Sends something.
+    """
+
+    def __init__(
+        self,
+        receive: Receive,
+        *,
+        heartbeat_s: float | None = None,
+        beat: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        self._receive = receive
+        self._heartbeat_s = heartbeat_s
+        self._beat = beat
+        self._loop = asyncio.get_running_loop()
+        self._gave_at_s = self._loop.time()
+        self._left = False
+        self._watched = asyncio.current_task()
+        self._task: asyncio.Task[None] | None = None
+        self._timer = self._loop.call_later(WATCHED_AFTER_S, self._begin)
+
+    def gave(self) -> None:
+        """Something was sent."""
+        self._gave_at_s = self._loop.time()
+
+    def left(self) -> bool:
+        """Whether the client left, and that alone is why the task is cancelled: it may then go on."""
+        return self._left and self._watched is not None and self._watched.uncancel() == 0
+
+    def close(self) -> None:
+        """Watch no longer. Idempotent."""
+        self._timer.cancel()
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+
+    def _begin(self) -> None:
+        self._task = self._loop.create_task(self._attend())
+
+    async def _attend(self) -> None:
+        while not await self._gone():
+            assert self._beat is not None
+            self._gave_at_s = self._loop.time()
+            await self._beat()
+        self._left = True
+        if self._watched is not None:
+            self._watched.cancel()
+
+    async def _gone(self) -> bool:
+        """Wait for the client to leave; False: it is time for a heartbeat."""
+        while True:
+            due_s = None if self._heartbeat_s is None else self._gave_at_s + self._heartbeat_s
+            try:
+                async with asyncio.timeout_at(due_s):
+                    while (await self._receive())["type"] != "http.disconnect":
+                        pass
+                return True
+            except TimeoutError:
+                if self._heartbeat_s is not None and self._loop.time() >= self._gave_at_s + self._heartbeat_s:
+                    return False
 
 
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _cancel(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel and wait. What they raise was either seen already or has no reader any more."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+_HEARTBEAT = encode_comment("heartbeat")
