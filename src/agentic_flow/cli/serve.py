@@ -49,7 +49,7 @@ def register(app: typer.Typer) -> None:
         """
         from agentic_flow.cli.output import print_json, talk
         from agentic_flow.core.errors import InvalidInput
-        from agentic_flow.core.serve import run
+        from agentic_flow.core.serve import run, spare_the_collector
         from agentic_flow.runtime.platform import chosen_services, serve_services
 
         session.flags["serve.host"] = host
@@ -63,6 +63,7 @@ def register(app: typer.Typer) -> None:
             session.flags[f"serve.{chosen[0]}_port"] = port
 
         def ready(addresses: dict[str, str]) -> None:
+            spare_the_collector()
             if session.as_json:
                 print_json({"listening": addresses})
             for name, url in addresses.items():

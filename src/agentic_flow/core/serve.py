@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import ipaddress
 import math
 import signal
@@ -29,6 +30,7 @@ _BACKLOG = 2048
 # Longer than any client of ours keeps an idle connection, so that it is never we who close one in use.
 _KEEP_ALIVE_S = 75
 _UNWIND_S = 2.0
+_COLLECT_AFTER = 10_000
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger("agentic_flow.serve")
 
@@ -220,6 +222,18 @@ async def _run(
     for result in results:
         if isinstance(result, BaseException):
             raise result
+
+
+def spare_the_collector() -> None:
+    """Leave what was made at the start, some hundred thousand objects, out of all later collections.
+
+    For processes that only serve, once they are ready. Modules and classes stay to the end anyway, and
+    walking them took a tenth of a second at a time, in which no request went on, and a fifth of all CPU time.
+    Requests make few cycles: fewer, larger collections suffice.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_COLLECT_AFTER, 20, 20)
 
 
 async def _accepting(server: _Server, task: asyncio.Task[None]) -> None:
