@@ -153,7 +153,7 @@ class Exchanges:
         while True:
             exchange = Exchange(lease, self._health, streamed)
             try:
-                async with self._transport.open(
+                answer = await self._transport.send(
                     method,
                     self._base_url + path,
                     provider=self._provider,
@@ -161,7 +161,8 @@ class Exchanges:
                     body=body,
                     deadline=deadline,
                     patience_s=patience_s,
-                ) as answer:
+                )
+                try:
                     if answer.status == 200:
                         exchange.answered(answer)
                         for earlier in forbidden:
@@ -170,6 +171,8 @@ class Exchanges:
                         exchange.finished()
                         return
                     error = await refusal(answer, lease.value)
+                finally:
+                    answer.close()
             except BaseException as broken:
                 exchange.broke(broken)
                 raise

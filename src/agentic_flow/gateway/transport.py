@@ -1,12 +1,12 @@
-"""HTTP to providers: one aiohttp session, every wait bounded, every failure an error of ours."""
+"""HTTP to providers: kept connections, every wait bounded, every failure an error of ours."""
 
 from __future__ import annotations
 
 import asyncio
-import functools
+import socket
+import ssl
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
 
 from agentic_flow.core.clock import Deadline
 from agentic_flow.core.errors import (
@@ -18,38 +18,38 @@ from agentic_flow.core.errors import (
     ProviderRejected,
     TooLarge,
 )
+from agentic_flow.gateway.http1 import (
+    Connection,
+    ConnectionPool,
+    Malformed,
+    Target,
+    Truncated,
+    request_head,
+    target_of,
+)
 
-if TYPE_CHECKING:
-    import aiohttp
-
-# Calls are bounded by the gateway; a wait for a free connection would look like a peer out of reach.
-CONNECTIONS_MAX = 4096
 # Name, connection and TLS together. A provider that takes longer is down, and another may be up.
 CONNECT_TIMEOUT_S = 3.0
-KEEPALIVE_S = 30.0
 _GRACE_AFTER_END_S = 0.05
-_CONNECTION_CLOSED = "Connection closed."  # aiohttp's RuntimeError for reading from a lost connection
+_IDENTITY = frozenset({"", "identity"})
 
 
 class HttpAnswer:
     """An answer whose body is still to be read."""
 
-    __slots__ = (
-        "_deadline", "_provider", "_received", "_response", "_transport", "_watch", "headers", "status",
-    )  # fmt: skip
+    __slots__ = ("_connection", "_provider", "_received", "_transport", "_watch", "headers", "status")
 
     def __init__(
-        self, response: aiohttp.ClientResponse, provider: str, deadline: Deadline, transport: HttpTransport
+        self, connection: Connection, watch: _Watch, provider: str, transport: HttpTransport
     ) -> None:
-        self._response = response
+        self._connection = connection
+        self._watch = watch
         self._provider = provider
-        self._deadline = deadline
         self._transport = transport
         self._received = 0
-        self._watch: _Watch | None = None
-        self.status = response.status
-        self.headers: Mapping[str, str] = response.headers
-        """Names in any case."""
+        self.status = connection.status
+        self.headers: Mapping[str, str] = connection.headers
+        """By lower-case names."""
 
     @property
     def content_type(self) -> str:
@@ -64,20 +64,9 @@ class HttpAnswer:
             TooLarge: more bytes than the limit.
             DeadlineExceeded: the time ended.
         """
-        content = self._response.content
-        try:
-            chunk = content.read_nowait()
-            if not chunk and not content.at_eof():
-                chunk = await self._wait(content)
-        except _Overdue as error:
-            assert self._watch is not None
-            raise self._watch.verdict() from error
-        except (OSError, _client_error()) as error:
-            raise _explain(self._provider, error) from error
-        except RuntimeError as error:
-            if str(error) != _CONNECTION_CLOSED:
-                raise
-            raise _explain(self._provider, error) from error
+        chunk = self._connection.buffered()
+        if not chunk and not self._connection.complete:
+            chunk = await self._wait()
         self._received += len(chunk)
         limit = self._transport.response_max_bytes
         if self._received > limit:
@@ -88,14 +77,15 @@ class HttpAnswer:
             )
         return chunk
 
-    async def _wait(self, content: aiohttp.StreamReader) -> bytes:
+    async def _wait(self) -> bytes:
         watch = self._watch
-        if watch is None:
-            watch = self._watch = _Watch(
-                content, self._provider, self._deadline, self._transport.idle_timeout_s
-            )
-        watch.begin()
-        chunk = await content.readany()
+        watch.begin(self._transport.idle_timeout_s)
+        try:
+            chunk = await self._connection.chunk()
+        except _Overdue as error:
+            raise watch.verdict() from error
+        except (OSError, Truncated, Malformed) as error:
+            raise _broke(self._provider, error) from error
         watch.end()
         return chunk
 
@@ -104,32 +94,32 @@ class HttpAnswer:
         chunks: list[bytes] = []
         while chunk := await self.chunk():
             chunks.append(chunk)
-        return b"".join(chunks)
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     def close(self) -> None:
         """Give the connection back, or close it when the body was not read to its end."""
-        if self._watch is not None:
-            self._watch.close()
-        self._response.release()
+        self._watch.close()
+        self._transport.pool.give(self._connection)
 
     async def settle(self) -> None:
         """Take the end of a body whose meaning is complete, so that the connection can be used again.
 
         A server that says nothing more and does not end the body loses the connection, not the answer.
         """
-        content = self._response.content
+        connection = self._connection
+        connection.buffered()
+        if connection.complete:
+            return
         try:
-            if content.at_eof():
-                return
             async with asyncio.timeout(_GRACE_AFTER_END_S):
-                while await content.readany():
+                while await connection.chunk():
                     pass
-        except (TimeoutError, OSError, RuntimeError, _client_error()):
-            self._response.close()
+        except (TimeoutError, OSError, Truncated, Malformed):
+            connection.abort()
 
 
 class HttpTransport:
-    """The one session behind all providers of a gateway. It belongs to the event loop that first uses it."""
+    """The connections behind all providers of a gateway. They belong to the loop that first uses them."""
 
     def __init__(
         self,
@@ -141,7 +131,7 @@ class HttpTransport:
         self._connect_timeout_s = connect_timeout_s
         self.idle_timeout_s = idle_timeout_s
         self.response_max_bytes = response_max_bytes
-        self._session: aiohttp.ClientSession | None = None
+        self.pool = ConnectionPool()
 
     @asynccontextmanager
     async def open(
@@ -155,7 +145,33 @@ class HttpTransport:
         deadline: Deadline,
         patience_s: float | None,
     ) -> AsyncGenerator[HttpAnswer]:
-        """Send a request and give its answer once the headers are there.
+        """`send`, with the answer closed in every case."""
+        answer = await self.send(
+            method,
+            url,
+            provider=provider,
+            headers=headers,
+            body=body,
+            deadline=deadline,
+            patience_s=patience_s,
+        )
+        try:
+            yield answer
+        finally:
+            answer.close()
+
+    async def send(
+        self,
+        method: str,
+        url: str,
+        *,
+        provider: str,
+        headers: Mapping[str, str],
+        body: bytes | None,
+        deadline: Deadline,
+        patience_s: float | None,
+    ) -> HttpAnswer:
+        """Send a request and give its answer once the headers are there; it must be closed.
 
         Args:
             method: HTTP method.
@@ -171,90 +187,100 @@ class HttpTransport:
             ProviderRejected: the URL or the certificate is wrong.
             DeadlineExceeded: the time ended.
         """
-        session = self._opened()
-        with _errors_of(provider):
-            async with _patience(provider, deadline, patience_s, self._connect_timeout_s):
-                response = await session.request(
-                    method, url, headers=headers, data=body, allow_redirects=False
-                )
-        answer = HttpAnswer(response, provider, deadline, self)
         try:
-            yield answer
-        finally:
-            answer.close()
+            target = target_of(url)
+        except ValueError as error:
+            message = f"the base URL of {provider} is not a URL: {url!r}"
+            raise _broken(ProviderRejected, provider, "url", message, "correct it") from error
+        try:
+            head = request_head(method, target, headers, body)
+        except ValueError as error:
+            message = f"the request to {provider} cannot be sent: {error}"
+            hint = "check the provider's key for line breaks"
+            raise _broken(ProviderRejected, provider, "header", message, hint) from error
+        connection = self.pool.take(target.origin)
+        if connection is None:
+            connection = await self._connected(target, provider, deadline, patience_s)
+        watch = _Watch(connection, provider, deadline)
+        try:
+            watch.begin(patience_s)
+            connection.ask(head, body)
+            await connection.begun()
+            watch.end()
+            coding = connection.headers.get("content-encoding", "").strip().lower()
+            if coding not in _IDENTITY:
+                raise Malformed(f"it has the content coding {coding!r}, which was not asked for")
+        except BaseException as error:
+            watch.close()
+            connection.abort()
+            if isinstance(error, _Overdue):
+                raise watch.verdict() from error
+            if isinstance(error, OSError | Truncated | Malformed):
+                raise _broke(provider, error) from error
+            raise
+        return HttpAnswer(connection, watch, provider, self)
 
-    def _opened(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            import aiohttp
-
-            # Deadlines are set around each wait, from the caller's clock; aiohttp's own would be a second
-            # opinion. Cookies of a provider must not travel from one caller's request to another's.
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=CONNECTIONS_MAX, keepalive_timeout=KEEPALIVE_S),
-                timeout=aiohttp.ClientTimeout(total=None, connect=self._connect_timeout_s),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                headers={"user-agent": "agentic-flow"},
-            )
-        return self._session
-
-    async def close(self) -> None:
-        """Close the session; the transport can be used again and opens another."""
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
-
-
-@asynccontextmanager
-async def _patience(
-    provider: str, deadline: Deadline, patience_s: float | None, connect_timeout_s: float
-) -> AsyncGenerator[None]:
-    """Bound the wait for the headers by the deadline and by patience, and say which of them ended it."""
-    left_s = deadline.remaining_s
-    if left_s <= 0:
-        raise _too_late(provider)
-    impatient = patience_s is not None and patience_s < left_s
-    try:
-        async with asyncio.timeout(patience_s if impatient else left_s):
-            yield
-    except TimeoutError as error:
-        if isinstance(error, _connect_timeout()):
+    async def _connected(
+        self, target: Target, provider: str, deadline: Deadline, patience_s: float | None
+    ) -> Connection:
+        """A new connection, within the deadline, the caller's patience, and the time that one may take."""
+        left_s = deadline.remaining_s
+        if left_s <= 0:
+            raise _too_late(provider)
+        limit_s = min(
+            left_s, self._connect_timeout_s, self._connect_timeout_s if patience_s is None else patience_s
+        )
+        try:
+            async with asyncio.timeout(limit_s):
+                return await self.pool.connect(target.origin)
+        except TimeoutError as error:
+            if limit_s == left_s:
+                raise _too_late(provider) from error
+            if patience_s is not None and limit_s == patience_s:
+                raise _silent(provider, patience_s) from error
             raise ProviderFailed(
-                f"{provider} could not be reached within {connect_timeout_s:g} s",
+                f"{provider} could not be reached within {self._connect_timeout_s:g} s",
                 hint="check the network and the base URL",
                 details={"provider": provider, "reason": "connect_timeout"},
             ) from error
-        raise (_silent(provider, patience_s or 0.0) if impatient else _too_late(provider)) from error
+        except OSError as error:
+            raise _unreached(provider, target.origin.host, error) from error
+
+    async def close(self) -> None:
+        """Close the connections that are idle; the transport can be used again and opens others."""
+        self.pool.close()
+        await asyncio.sleep(0)  # the loop closes sockets in its next turn
 
 
 class _Overdue(TimeoutError):
-    """Put into a stream that nothing came from for too long."""
+    """Ends an answer that nothing came of for too long."""
 
 
 class _Watch:
-    """Bounds every wait within one body by the deadline and the idle limit, with one timer for all of them.
+    """Bounds every wait for one answer by the deadline and a limit, with one timer for all of them.
 
     A timer that fires early, because something came in the meantime, is set again: that is far cheaper than
     a timer for each chunk.
     """
 
-    __slots__ = ("_armed_s", "_content", "_deadline", "_due_s", "_idle_s", "_loop", "_patient", "_provider",
-                 "_timer")  # fmt: skip
+    __slots__ = (
+        "_armed_s", "_connection", "_deadline", "_due_s", "_idle_s", "_loop", "_patient", "_provider",
+        "_timer",
+    )  # fmt: skip
 
-    def __init__(
-        self, content: aiohttp.StreamReader, provider: str, deadline: Deadline, idle_s: float
-    ) -> None:
-        self._content = content
+    def __init__(self, connection: Connection, provider: str, deadline: Deadline) -> None:
+        self._connection = connection
         self._provider = provider
         self._deadline = deadline
-        self._idle_s = idle_s
+        self._idle_s = 0.0
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._armed_s = 0.0
         self._due_s: float | None = None
         self._patient = False  # whether it is the deadline that ends the wait
 
-    def begin(self) -> None:
-        """A wait begins.
+    def begin(self, limit_s: float | None) -> None:
+        """A wait begins, of at most `limit_s`; None: until the deadline.
 
         Raises:
             DeadlineExceeded: no time is left for it.
@@ -262,6 +288,7 @@ class _Watch:
         left_s = self._deadline.remaining_s
         if left_s <= 0:
             raise _too_late(self._provider)
+        self._idle_s = left_s if limit_s is None else limit_s
         self._patient = left_s <= self._idle_s
         self._due_s = self._loop.time() + min(left_s, self._idle_s)
         if self._timer is None or self._armed_s > self._due_s:
@@ -295,7 +322,7 @@ class _Watch:
         if self._due_s > self._armed_s:
             self._arm(self._due_s)
         else:
-            self._content.set_exception(_Overdue())
+            self._connection.fail(_Overdue())
 
 
 def _silent(provider: str, waited_s: float) -> ProviderFailed:
@@ -314,64 +341,32 @@ def _too_late(provider: str) -> DeadlineExceeded:
     )
 
 
-class _errors_of:  # noqa: N801 - reads as a statement: `with _errors_of(provider):`
-    """Turn aiohttp's exceptions into ours."""
-
-    def __init__(self, provider: str) -> None:
-        self._provider = provider
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or isinstance(error, AgenticFlowError):
-            return
-        if isinstance(error, OSError | _client_error()):
-            raise _explain(self._provider, error) from error
-
-
-def _explain(provider: str, error: BaseException) -> AgenticFlowError:
-    """What an exception of aiohttp or the system means; `details["reason"]` says it in a word."""
-    import aiohttp
-
+def _unreached(provider: str, host: str, error: OSError) -> AgenticFlowError:
+    """Why there is no connection; `details["reason"]` says it in a word."""
     said = str(error) or type(error).__name__
-    again = "the call can be repeated"
-    if isinstance(error, aiohttp.InvalidURL):
-        message = f"the base URL of {provider} is not a URL: {said!r}"
-        return _broken(ProviderRejected, provider, "url", message, "correct it")
-    if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError):
+    if isinstance(error, ssl.SSLError):
         hint = "its certificate is not trusted here; check the base URL and the system's CA store"
         return _broken(ProviderRejected, provider, "tls", f"TLS with {provider} failed: {said}", hint)
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        message = f"{provider} could not be reached: its name has no address: {said}"
+    if isinstance(error, socket.gaierror):
+        message = f"{provider} could not be reached: its name {host!r} has no address: {said}"
         return _broken(ProviderFailed, provider, "dns", message, "check the base URL and the name service")
-    if isinstance(error, aiohttp.ClientConnectorError):
-        refused = isinstance(error.os_error, ConnectionRefusedError)
-        message = f"{provider} could not be reached: {said}"
-        reason = "refused" if refused else "connect"
-        return _broken(ProviderFailed, provider, reason, message, "check the network and the base URL")
-    if isinstance(error, aiohttp.ClientPayloadError):
-        message = f"the answer of {provider} broke off: {said}"
+    reason = "refused" if isinstance(error, ConnectionRefusedError) else "connect"
+    message = f"{provider} could not be reached at {host!r}: {said}"
+    return _broken(ProviderFailed, provider, reason, message, "check the network and the base URL")
+
+
+def _broke(provider: str, error: BaseException) -> AgenticFlowError:
+    """What ended an answer before its end."""
+    again = "the call can be repeated"
+    if isinstance(error, Truncated):
+        message = f"the answer of {provider} broke off: {error}"
         return _broken(ProviderProtocol, provider, "truncated", message, again)
-    if isinstance(error, aiohttp.ClientResponseError):
-        message = f"{provider} sent no proper HTTP answer: {said}"
+    if isinstance(error, Malformed):
+        message = f"{provider} sent no proper HTTP answer: {error}"
         return _broken(ProviderProtocol, provider, "http", message, "check the base URL")
-    return _broken(ProviderFailed, provider, "reset", f"the connection to {provider} broke: {said}", again)
+    message = f"the connection to {provider} broke: {error}"
+    return _broken(ProviderFailed, provider, "reset", message, again)
 
 
 def _broken(kind: type[ProviderError], provider: str, reason: str, message: str, hint: str) -> ProviderError:
     return kind(message, hint=hint, details={"provider": provider, "reason": reason})
-
-
-@functools.cache
-def _client_error() -> type[Exception]:
-    from aiohttp import ClientError
-
-    return ClientError
-
-
-@functools.cache
-def _connect_timeout() -> type[Exception]:
-    from aiohttp import ServerTimeoutError
-
-    return ServerTimeoutError
