@@ -41,7 +41,7 @@ from agentic_flow.core.errors import (
 )
 from agentic_flow.core.request_rate import RequestRate
 from agentic_flow.core.settings import Settings
-from agentic_flow.core.telemetry import is_secret_name, writes_info
+from agentic_flow.core.telemetry import is_secret_name, traces, writes_info
 
 ErrorShape = Callable[[AgenticFlowError], dict[str, Any]]
 
@@ -136,10 +136,14 @@ class Floor:
         started_s = time.perf_counter()
         bound = bind_contextvars(request_id=answer.request_id)
         traced = not self._trace_headers.isdisjoint(headers)
-        span = _tracer.start_span(
-            method,
-            context=propagate.extract(headers) if traced else _NO_PARENT,
-            kind=trace.SpanKind.SERVER,
+        span = (
+            _tracer.start_span(
+                method,
+                context=propagate.extract(headers) if traced else _NO_PARENT,
+                kind=trace.SpanKind.SERVER,
+            )
+            if traced or traces()
+            else trace.INVALID_SPAN
         )
         token = otel.attach(trace.set_span_in_context(span)) if span.get_span_context().is_valid else None
         try:
@@ -241,6 +245,7 @@ class Floor:
             headers.append((b"request-id", answer.request_id.encode()))
         if error.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
+        headers += [(name.encode(), value.encode()) for name, value in error.answer_headers.items()]
         await answer.send({"type": "http.response.start", "status": error.status, "headers": headers})
         await answer.send({"type": "http.response.body", "body": content})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import structlog
 from opentelemetry import trace
@@ -13,6 +13,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from agentic_flow.core.clock import Clock
 from agentic_flow.core.errors import AgenticFlowError
 from agentic_flow.core.messages import Completion, Usage
+from agentic_flow.core.telemetry import traces, writes_info
 from agentic_flow.gateway.policies import Caller
 from agentic_flow.gateway.questions import Destination, Question
 from agentic_flow.gateway.usage import UsageRecord
@@ -70,6 +71,9 @@ class CallRecord:
             self.first_event_s = self.elapsed_s()
 
     def start_span(self) -> Span:
+        """The span of the call; where nobody records any, one that says nothing."""
+        if not traces():
+            return trace.INVALID_SPAN
         """A span of this call that is not current; whoever starts it ends it."""
         attributes: dict[str, str | int] = {
             "gen_ai.operation.name": self._question.operation,
@@ -86,6 +90,8 @@ class CallRecord:
 
     def span(self) -> AbstractContextManager[Span]:
         """A span that is current for a block; `failed` and `finished` say how it went."""
+        if not traces():
+            return nullcontext(trace.INVALID_SPAN)  # and the caller's trace stays the current one
         return trace.use_span(
             self.start_span(), end_on_exit=True, record_exception=False, set_status_on_exception=False
         )
@@ -105,6 +111,12 @@ class CallRecord:
             )
             if usage.cost_usd is not None:
                 span.set_attribute("agentic_flow.cost_usd", usage.cost_usd)
+        if writes_info():
+            self._tell(completion)
+        self._enter("ok", completion.provider, completion.model, usage)
+
+    def _tell(self, completion: Completion) -> None:
+        usage = completion.usage
         _log.info(
             "completion_finished",
             provider=completion.provider,
@@ -120,7 +132,6 @@ class CallRecord:
             latency_s=round(self.elapsed_s(), 4),
             first_event_s=None if self.first_event_s is None else round(self.first_event_s, 4),
         )
-        self._enter("ok", completion.provider, completion.model, usage)
 
     def failed(self, span: Span, error: BaseException, usage: Usage = NOTHING) -> None:
         """Mark the span and close the books, with what is known to be used.
@@ -133,6 +144,8 @@ class CallRecord:
         if not left:
             span.set_status(Status(StatusCode.ERROR, str(error)))
         at = self.destination
+        if at is not None:
+            span.set_attribute("gen_ai.provider.name", at.provider)
         self._enter("cancelled" if left else kind, at.provider if at else "", at.model if at else "", usage)
 
     def _enter(self, status: str, provider: str, model: str, usage: Usage) -> None:

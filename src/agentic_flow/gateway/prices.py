@@ -75,6 +75,9 @@ class ModelRates:
         return input_tokens * max(rates.input, rates.cache_write) + output_tokens * rates.output
 
 
+_FREE = ModelRates((Rates(0.0, 0.0, 0.0, 0.0),))
+
+
 class PriceList:
     """Rates by provider and model.
 
@@ -87,7 +90,10 @@ class PriceList:
     def __init__(
         self, overrides: Mapping[str, tuple[float, float]] | None = None, *, clock: Clock = SYSTEM_CLOCK
     ) -> None:
-        self._overrides = dict(overrides or {})
+        self._overrides = {
+            name: ModelRates((Rates(own[0] / _MTOK, own[1] / _MTOK, own[0] / _MTOK, own[0] / _MTOK),))
+            for name, own in (overrides or {}).items()
+        }
         self._clock = clock
         self._compiled: dict[tuple[str, str], tuple[float, ModelRates | None]] = {}
 
@@ -101,10 +107,9 @@ class PriceList:
         """
         own = self._overrides.get(f"{provider}:{model}") or self._overrides.get(model)
         if own is not None:
-            per_input, per_output = own[0] / _MTOK, own[1] / _MTOK
-            return ModelRates((Rates(per_input, per_output, per_input, per_input),))
+            return own
         if provider in ("extractive", "onnx"):
-            return ModelRates((Rates(0.0, 0.0, 0.0, 0.0),))
+            return _FREE
         key = (base_url or provider, model)
         now_s = self._clock.time_s()
         known = self._compiled.get(key)

@@ -138,6 +138,10 @@ class BodyQuestion(Question):
         super().__init__(asked, **about)
         self._body = body
         self._sent = sent
+        # Routes, limits, budgets and spans ask for these, each on its own.
+        self._sized: tuple[int, int] | None = None
+        self._output_max: int | None = None
+        self._output_max_known = False
 
     def sent(self) -> JsonObject:
         return self._sent
@@ -152,6 +156,12 @@ class BodyQuestion(Question):
 
     def output_tokens_max(self) -> int | None:
         """As `Question` says; `n` choices may each be as long as the limit."""
+        if not self._output_max_known:
+            self._output_max = self._asked_output()
+            self._output_max_known = True
+        return self._output_max
+
+    def _asked_output(self) -> int | None:
         choices = self._sent.get("n")
         for name in ("max_completion_tokens", "max_output_tokens", "max_tokens"):
             value = self._sent.get(name)
@@ -164,9 +174,10 @@ class BodyQuestion(Question):
 
     def _size(self) -> tuple[int, int]:
         """Bytes of text and the number of images."""
-        if b"base64" not in self._body and b"image" not in self._body:
-            return len(self._body), 0
-        return _text_and_images(self._sent)
+        if self._sized is None:
+            plain = b"base64" not in self._body and b"image" not in self._body
+            self._sized = (len(self._body), 0) if plain else _text_and_images(self._sent)
+        return self._sized
 
 
 def tokens_of(request: CompletionRequest) -> int:

@@ -174,7 +174,7 @@ class _VendorQuestion(BodyQuestion):
         )
         self._front = front
         self._headers = {name: given[name] for name in _PASSED_HEADERS if name in given}
-        self._query = request.url.query
+        self._query: str = request.scope["query_string"].decode("latin-1")
         self._call: Call | None = None
 
     def call(self) -> Call:
