@@ -32,6 +32,7 @@ A message says what happened and shows the value with `!r`; the hint says what t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 
@@ -47,6 +48,8 @@ class AgenticFlowError(Exception):
 
     code = "internal"
     retryable = False
+    answer_headers: Mapping[str, str] = MappingProxyType({})
+    """What an HTTP answer carries beside the error, by lower-case name."""
 
     def __init__(
         self,

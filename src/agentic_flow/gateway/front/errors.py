@@ -24,6 +24,7 @@ from agentic_flow.core.errors import (
     as_problem,
 )
 from agentic_flow.core.messages import JsonObject
+from agentic_flow.gateway.limits import OverLimit
 
 # What the caller wrote is at fault; other refusals concern the gateway's own account or address.
 _CALLERS_FAULT = frozenset({400, 413, 422})
@@ -52,6 +53,8 @@ class FrontError(AgenticFlowError):
         self.wire = wire
         self.code = error.code
         self.retryable = error.retryable
+        if isinstance(error, OverLimit):
+            self.answer_headers = error.headers(wire)
 
     @property
     def status(self) -> int:
