@@ -1,7 +1,7 @@
 """Writes RESULTS.md beside this file, a section for each benchmark; those that are not renewed keep theirs.
 
 Usage: python benchmarks/report.py [--only SECTION]… [--kept]
-       sections: answers ingest steps startup agentdb million http
+       sections: answers ingest steps startup agentdb million http gateway
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ sys.path.insert(0, str(HERE))
 import agentdb_report  # noqa: E402
 import answers  # noqa: E402
 import cli_startup  # noqa: E402
+import gateway  # noqa: E402
 import http_search  # noqa: E402
 import ingest  # noqa: E402
 import steps  # noqa: E402
@@ -39,6 +40,7 @@ SECTIONS: dict[str, tuple[str, Callable[[bool], str]]] = {
     "agentdb": (agentdb_report.TITLE, agentdb_report.section),
     "million": (agentdb_report.MILLION_TITLE, agentdb_report.million_section),
     "http": (http_search.TITLE, lambda _: http_search.section()),
+    "gateway": (gateway.TITLE, lambda _: gateway.section()),
 }
 """Name → title and what measures and writes it, in the order of the document."""
 
