@@ -87,7 +87,7 @@ def test_what_is_wrong_is_told_and_changes_nothing(place: Place) -> None:
     assert missing.code == 4
     assert "7" in missing.problem
     elsewhere = place.run("policies", "show", AGENTIC_FLOW_PEERS__PLATFORM_URL="http://127.0.0.1:1")
-    assert elsewhere.code == 2
+    assert elsewhere.code == 7
     assert "http://127.0.0.1:1" in elsewhere.problem
 
 

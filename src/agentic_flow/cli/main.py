@@ -15,6 +15,7 @@ import typer
 from agentic_flow.cli import (
     agents,
     audit,
+    budgets,
     config,
     db,
     doctor,
@@ -64,6 +65,7 @@ for _name, _module in (
     ("agents", agents),
     ("models", models),
     ("policies", policies),
+    ("budgets", budgets),
     ("db", db),
     ("keys", keys),
     ("tenants", tenants),

@@ -149,7 +149,7 @@ def route(
     from agentic_flow.core import plugins
     from agentic_flow.core.auth import DEFAULT_TENANT
     from agentic_flow.gateway.routing.choice import explain_choice, stored_policies
-    from agentic_flow.runtime.build import with_stored_secrets
+    from agentic_flow.runtime.build import stored_secrets, with_stored_secrets
 
     settings = with_stored_secrets(session.start())
     explained, refused = explain_choice(
@@ -158,6 +158,7 @@ def route(
         settings=settings.gateway,
         stored=stored_policies(settings.gateway, settings.data_dir),
         extra_providers=plugins.load_all("agentic_flow.providers"),
+        stored_secrets=stored_secrets(settings.data_dir),
         tokens_in=tokens_in,
         tokens_out=tokens_out,
         tenant=tenant or DEFAULT_TENANT,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,7 +11,7 @@ from agentic_flow.cli.session import Session, command, new_app
 
 if TYPE_CHECKING:
     from agentic_flow.gateway.policies import GatewayPolicies
-    from agentic_flow.gateway.policy_store import PolicyStore
+    from agentic_flow.runtime.operations import Operations
 
 app = new_app("Decide about model calls: routes, budgets, limits, the cache, guardrails.")
 
@@ -48,9 +46,10 @@ def show(
     """
     from agentic_flow.cli.output import local_time, print_json, talk
     from agentic_flow.gateway.policy_files import as_document, as_yaml
+    from agentic_flow.runtime.operations import operations
 
-    with _store(session) as store:
-        stored = store.current() if version is None else store.get(version)
+    with operations(session.start()) as place:
+        stored = place.show(version)
     document = as_document(stored.policies)
 
     def human() -> None:
@@ -99,10 +98,11 @@ def set_policies(
     They are replaced as a whole. Running gateways follow within about a second.
     """
     from agentic_flow.gateway.policy_files import read_policy_file
+    from agentic_flow.runtime.operations import operations
 
     policies = read_policy_file(file)
-    with _store(session) as store:
-        _replace(session, store, policies, reason, expect)
+    with operations(session.start()) as place:
+        _replace(session, place, policies, reason, expect)
 
 
 @command(
@@ -118,9 +118,10 @@ def history(
 ) -> None:
     """List the versions that were ever stored, newest first: when, by whom, why."""
     from agentic_flow.cli.output import local_time, print_table
+    from agentic_flow.runtime.operations import operations
 
-    with _store(session) as store:
-        found = store.history(limit)
+    with operations(session.start()) as place:
+        found = place.history(limit)
     session.show(
         [change._asdict() for change in found],
         lambda: print_table(
@@ -135,69 +136,30 @@ def history(
 )
 def restore(session: Session, version: Version, reason: Reason) -> None:
     """Store an earlier version again, as the newest one, and show what changed."""
-    with _store(session) as store:
-        _replace(session, store, store.get(version).policies, reason, None)
+    from agentic_flow.runtime.operations import operations
+
+    with operations(session.start()) as place:
+        _replace(session, place, place.show(version).policies, reason, None)
 
 
 def _replace(
-    session: Session, store: PolicyStore, policies: GatewayPolicies, reason: str, expect: int | None
+    session: Session, place: Operations, policies: GatewayPolicies, reason: str, expect: int | None
 ) -> None:
     from agentic_flow.cli.output import print_table, talk
-    from agentic_flow.core.errors import DataCorrupted
-    from agentic_flow.gateway.policies import GatewayPolicies
-    from agentic_flow.gateway.policy_files import changes
 
-    newest = store.newest()[0]
-    try:
-        before = store.current().policies
-    except DataCorrupted as error:
-        talk(f"{error.message}; all of it is replaced")
-        before = GatewayPolicies()
-    version = store.put(
-        policies, expected_version=newest if expect is None else expect, by=_who(), reason=reason
-    )
-    found = changes(before, policies)
+    done = place.replace(policies, expected_version=expect, reason=reason)
+    if done.unreadable is not None:
+        talk(f"{done.unreadable}; all of it is replaced")
 
     def human() -> None:
-        print(f"version {version} is in force; it was {newest}")
-        if not found:
+        print(f"version {done.version} is in force; it was {done.before}")
+        if not done.changes:
             print("nothing changed")
             return
         print_table(
             ("", "field", "before", "after"),
-            [(change.kind, change.field, change.before, change.after) for change in found],
+            [(change.kind, change.field, change.before, change.after) for change in done.changes],
         )
 
-    data: dict[str, Any] = {"version": version, "before": newest}
-    session.show(data | {"changes": [change._asdict() for change in found]}, human)
-
-
-@contextmanager
-def _store(session: Session) -> Generator[PolicyStore]:
-    from agentic_flow.core.errors import InvalidInput
-    from agentic_flow.gateway.policy_store import PolicyStore, open_policy_database
-
-    settings = session.start()
-    if settings.peers.platform_url and settings.gateway.database_url is None:
-        raise InvalidInput(
-            f"the policies are kept where the platform runs, {settings.peers.platform_url!r}",
-            hint="run this there, or set gateway.database_url to its database",
-        )
-    database = open_policy_database(settings.gateway, settings.data_dir)
-    try:
-        database.create()
-        yield PolicyStore(database)
-    finally:
-        database.close()
-
-
-def _who() -> str:
-    """Who changes them: the user of this machine, since no key is asked for here."""
-    import getpass
-
-    from agentic_flow.core.auth import LOCAL_OWNER
-
-    try:
-        return f"{LOCAL_OWNER.subject} ({getpass.getuser()})"
-    except (OSError, KeyError, ImportError):
-        return LOCAL_OWNER.subject
+    data: dict[str, Any] = {"version": done.version, "before": done.before}
+    session.show(data | {"changes": [change._asdict() for change in done.changes]}, human)

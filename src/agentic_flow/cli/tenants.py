@@ -72,12 +72,12 @@ def erase(
         ),
     ] = None,
 ) -> None:
-    """Revoke a tenant and remove its keys, their history, its memory and its runs. There is no way back.
+    """Revoke a tenant and remove its keys, their history, its memory, its runs and its model calls.
 
-    Memory is all that was read in or learned for it; runs are goals, steps and answers. The records of its
-    tool calls stay in the audit log, whose chain would break without them. Backups stay as they are: those
-    that still hold the tenant are named, to be deleted by hand. Asks first; without a terminal it needs
-    --yes.
+    There is no way back. Memory is all that was read in or learned for it; runs are goals, steps and answers;
+    model calls are its usage, budgets, outcomes and cached answers. The records of its tool calls stay in the
+    audit log, whose chain would break without them. Backups stay as they are: those that still hold the
+    tenant are named, to be deleted by hand. Asks first; without a terminal it needs --yes.
     """
     import sys
 

@@ -11,7 +11,6 @@ from agentic_flow.cli.session import Session, command
 
 if TYPE_CHECKING:
     from agentic_flow.core.settings import Settings
-    from agentic_flow.core.sql import SqlDatabase
     from agentic_flow.gateway.usage_table import UsageReport, UsageRow
 
 _PLOT_ROWS_MAX = 10_000
@@ -76,6 +75,7 @@ def usage(
     """
     from agentic_flow.core.auth import DEFAULT_TENANT
     from agentic_flow.core.clock import SYSTEM_CLOCK
+    from agentic_flow.gateway.stores import gateway_database
     from agentic_flow.gateway.usage_table import read_keys, read_moment, usage_report
 
     settings = session.start()
@@ -86,8 +86,10 @@ def usage(
     whose = None if all_tenants else tenant or DEFAULT_TENANT
     keys = read_keys("day,model" if plot is not None else by)
     most = _PLOT_ROWS_MAX - 1 if plot is not None else limit
-    database = _open_database(settings)
+    # A data folder without a database gets one: no calls and no table are the same to see.
+    database = gateway_database(settings.gateway, settings.data_dir)
     try:
+        database.create()
         report = usage_report(database, whose, keys, since_s, until_s, most)
     finally:
         database.close()
@@ -123,27 +125,6 @@ def _check_options(
         raise InvalidInput(f"--measure {measure!r} is none", hint="use cost or tokens")
     if plot is not None:
         plot_kind(plot)
-
-
-def _open_database(settings: Settings) -> SqlDatabase:
-    """The gateway's database, with the ledger's table in it.
-
-    A data folder without one gets it, so that no calls and no table are the same to see.
-    """
-    from agentic_flow.core.sql import SqlDatabase
-    from agentic_flow.gateway.usage import TABLES
-
-    url = settings.gateway.database_url
-    database = SqlDatabase(
-        None if url is None else url.get_secret_value(),
-        settings.data_dir / "gateway.db",
-        name="gateway database",
-        setting="gateway.database_url",
-        create=TABLES,
-        pooled=False,
-    )
-    database.create()
-    return database
 
 
 def _print_report(report: UsageReport) -> None:

@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple, cast
 
 import yaml
 
-from agentic_flow.core.errors import InvalidInput, PathNotFound, TooLarge
+from agentic_flow.core.errors import DataCorrupted, InvalidInput, PathNotFound, TooLarge
 from agentic_flow.gateway.policies import GatewayPolicies
-from agentic_flow.gateway.policy_store import DOCUMENT_MAX_BYTES, parse_policies
+from agentic_flow.gateway.policy_store import DOCUMENT_MAX_BYTES, PolicyStore, parse_policies
 
 Format = Literal["yaml", "toml", "json"]
 _SUFFIXES: dict[str, Format] = {".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".json": "json"}
@@ -26,6 +26,36 @@ class Change(NamedTuple):
     field: str
     before: Any
     after: Any
+
+
+class Replaced(NamedTuple):
+    """What storing policies did.
+
+    Args:
+        version: The new one.
+        before: The one that it replaced.
+        changes: What differs.
+        unreadable: Why the replaced one could not be read, and counts as empty; None: it could.
+    """
+
+    version: int
+    before: int
+    changes: list[Change]
+    unreadable: str | None = None
+
+
+def replace_policies(
+    store: PolicyStore, policies: GatewayPolicies, *, expected_version: int | None, by: str, reason: str
+) -> Replaced:
+    """Store policies in the place of those in force; arguments and errors as `PolicyStore.put`."""
+    version = store.put(policies, expected_version=expected_version, by=by, reason=reason)
+    old, unreadable = GatewayPolicies(), None
+    if version > 1:
+        try:
+            old = store.get(version - 1).policies
+        except DataCorrupted as error:
+            unreadable = error.message
+    return Replaced(version, version - 1, changes(old, policies), unreadable)
 
 
 def read_policy_file(path: Path) -> GatewayPolicies:

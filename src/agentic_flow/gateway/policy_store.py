@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import structlog
@@ -25,14 +24,12 @@ from agentic_flow.core.errors import (
     NotFound,
     TooLarge,
 )
-from agentic_flow.core.settings import GatewaySettings
 from agentic_flow.core.sql import SqlDatabase, execute
 from agentic_flow.gateway.policies import GatewayPolicies
 from agentic_flow.gateway.routing.names import check_names
 
 _log = structlog.get_logger(__name__)
 
-DATABASE = "gateway.db"
 DOCUMENT_MAX_BYTES = 1024 * 1024
 WORDS_MAX = 2000
 HISTORY_MAX = 10_000
@@ -292,18 +289,6 @@ def parse_policies(data: Mapping[str, Any], *, source: str) -> GatewayPolicies:
         raise InvalidInput(f"{source!r} is refused: {first}", hint=f"correct that field{also}") from None
     check_names(policies)
     return policies
-
-
-def open_policy_database(settings: GatewaySettings, data_dir: Path) -> SqlDatabase:
-    """The database that the settings name, with the tables of policies alone; call its `create` first."""
-    url = settings.database_url
-    return SqlDatabase(
-        None if url is None else url.get_secret_value(),
-        data_dir / DATABASE,
-        name="gateway database",
-        setting="gateway.database_url",
-        create=TABLES,
-    )
 
 
 def _read(row: Any) -> StoredPolicies:

@@ -171,6 +171,7 @@ class Gateway:
             metrics.set_calls(lambda: (self._door.inside, self._door.waiting))
             if stores is not None:
                 metrics.set_ledger(stores.usage)
+                metrics.set_budgets(lambda: stores.budgets.known(self._policies.policies.budgets))
 
     async def __aenter__(self) -> Self:
         return self
@@ -198,6 +199,27 @@ class Gateway:
         await self._transport.close()
         if self._stores is not None:
             await self._stores.close()
+
+    @property
+    def stores(self) -> GatewayStores | None:
+        """What is kept in the database; None: nothing is."""
+        return self._stores
+
+    async def erase_tenant(self, tenant: str) -> int:
+        """Remove a tenant's usage, budgets, outcomes and cached answers; how many there were.
+
+        Other processes forget their cached answers of it as these grow old.
+
+        Raises:
+            Unavailable: the database cannot be used now; whatever was removed stays removed.
+        """
+        removed = self._cache.forget(tenant)
+        if self._index is not None:
+            self._index.forget(tenant)
+        if self._stores is not None:
+            await self.open()
+            removed += await self._stores.erase_tenant(tenant)
+        return removed
 
     def _enter(self, record: UsageRecord) -> None:
         if self._metrics is not None:

@@ -51,7 +51,8 @@ class GatewayStores:
 
     def __init__(self, settings: GatewaySettings, data_dir: Path, *, clock: Clock = SYSTEM_CLOCK) -> None:
         self.database = gateway_database(settings, data_dir)
-        self.watch = PolicyWatch(PolicyStore(self.database), clock=clock)
+        self.policies = PolicyStore(self.database, clock=clock)
+        self.watch = PolicyWatch(self.policies, clock=clock)
         self.budgets = Budgets(self.database, clock=clock)
         self.usage = UsageLedger(self.database, clock=clock)
         self.outcomes = OutcomeLog(self.database, clock=clock)

@@ -8,6 +8,7 @@ does not pay for the run engine.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ T = TypeVar("T")
 SERVICES = ("platform", "agentdb", "swarm")
 AUDIT_FILE = "audit.db"
 IDENTITY_FILE = "identity.db"
+PROVIDER_KEY = re.compile(r"gateway\.[a-z0-9_]+\.api_key")
 
 
 class Runtime:
@@ -141,16 +143,13 @@ class Runtime:
             metrics=GatewayMetrics(self.metrics),
             extra_checkers=plugins.load_all("agentic_flow.checkers"),
             extra_guardrails=plugins.load_all("agentic_flow.guardrails"),
-            stored_secrets=self._stored_secret,
+            stored_secrets=stored_secrets(self.settings.data_dir),
             embedder=await self.embedder(),
         )
         await self._stack.enter_async_context(gateway)
         if "platform" in self._serves:
             await gateway.open()  # what is wrong with its database is said at the start
         return gateway
-
-    def _stored_secret(self, name: str) -> SecretSource:
-        return StoredSecret(SecretStore(self.settings.data_dir), name)
 
     async def _make_store(self) -> VectorStore:
         url = self.peer_url("agentdb")
@@ -237,11 +236,20 @@ class Runtime:
         return StandardToolBox(tools, settings=settings, policy=policy, audit=audit)
 
     async def erasers(self) -> dict[str, Callable[[str], Awaitable[int]]]:
-        """Place → what removes a tenant's data there. Runs only where their database is ours to write."""
+        """Place → what removes a tenant's data there. Only where the databases are ours to write."""
         found: dict[str, Callable[[str], Awaitable[int]]] = {"memory": (await self.store()).erase_tenant}
         if self.peer_url("swarm") is None:
             found["runs"] = self._erase_runs
+        if self.peer_url("platform") is None:
+            found["gateway"] = self._erase_gateway
         return found
+
+    async def _erase_gateway(self, tenant: str) -> int:
+        from agentic_flow.gateway.service import Gateway
+
+        gateway = await self.completer()
+        assert isinstance(gateway, Gateway), "no platform elsewhere is configured"
+        return await gateway.erase_tenant(tenant)
 
     async def survey_backups(self, tenant: str, folders: Sequence[Path] = ()) -> BackupSurvey:
         """Which backups still hold a tenant that was erased: of `agentdb.backups_dirs`, of those that were
@@ -380,10 +388,20 @@ class ForOthers:
         self._source.forget(principal)
 
 
+def stored_secrets(data_dir: Path) -> Callable[[str], SecretSource]:
+    """The encrypted store of a data folder: name of a setting → its secret, read each time it is asked."""
+    store = SecretStore(data_dir)
+    return lambda name: StoredSecret(store, name)
+
+
 def with_stored_secrets(settings: Settings) -> Settings:
-    """The settings with secrets of the encrypted store where no variable, file or flag gives them."""
+    """The settings with secrets of the encrypted store where no variable, file or flag gives them.
+
+    Not the keys of model providers: the gateway asks the store for them while it runs, so that they can be
+    rotated.
+    """
     store = SecretStore(settings.data_dir)
-    stored = set(store.names()) & set(secret_names())
+    stored = {name for name in store.names() if not PROVIDER_KEY.fullmatch(name)} & set(secret_names())
     changed = settings
     for name in sorted(stored):
         *sections, leaf = name.split(".")

@@ -152,6 +152,10 @@ def _run_database(settings: Settings) -> Iterator[Check]:
 
 
 def _providers(settings: Settings) -> Iterator[Check]:
+    from agentic_flow.core.errors import AgenticFlowError
+    from agentic_flow.runtime.build import stored_secrets
+
+    stored = stored_secrets(settings.data_dir)
     yield Check("model extractive", "ok", "built in: selects and cites passages, writes nothing of its own")
     for name, variable, usual_url in (
         ("anthropic", "ANTHROPIC_API_KEY", "https://api.anthropic.com"),
@@ -166,8 +170,18 @@ def _providers(settings: Settings) -> Iterator[Check]:
                 f"the key file {str(provider.api_key_file)!r} cannot be read",
                 f"correct the path or set {variable}",
             )
-        elif provider.api_key is not None or provider.api_key_file is not None:
-            yield Check(f"model {name}", "ok", f"a key is configured; {provider.base_url}")
+            continue
+        where = "a key is configured"
+        configured = provider.api_key is not None or provider.api_key_file is not None
+        if not configured:
+            try:
+                configured = stored(f"gateway.{name}.api_key").get() is not None
+                where = "a key is stored"
+            except AgenticFlowError as error:
+                yield Check(f"model {name}", "broken", error.message, error.hint)
+                continue
+        if configured:
+            yield Check(f"model {name}", "ok", f"{where}; {provider.base_url}")
         elif provider.base_url != usual_url:
             yield Check(f"model {name}", "ok", f"without a key; {provider.base_url}")
         else:

@@ -154,11 +154,16 @@ class _Apps:
 
     async def _platform(self) -> _Face:
         from agentic_flow.agentdb.routes import build_routes as memory_routes
+        from agentic_flow.core.openapi import DOCUMENT_PATH
+        from agentic_flow.gateway.budget_routes import build_budget_routes
         from agentic_flow.gateway.front.errors import ERROR_SHAPES
         from agentic_flow.gateway.front.openai_embeddings import build_embedding_routes
         from agentic_flow.gateway.front.routes import build_front_routes
+        from agentic_flow.gateway.openapi import build_document_route
+        from agentic_flow.gateway.policy_routes import build_policy_routes
         from agentic_flow.gateway.routes import build_routes as model_routes
         from agentic_flow.gateway.service import Gateway
+        from agentic_flow.gateway.usage_routes import build_usage_routes
         from agentic_flow.runtime.identity_routes import PUBLIC_PATHS, identity_routes
         from agentic_flow.swarm.routes import build_routes as run_routes
 
@@ -167,10 +172,16 @@ class _Apps:
         runs = await runtime.swarm(takeover=True)
         completer = await runtime.completer()
         assert isinstance(completer, Gateway), "the platform serves the gateway itself"
+        kept = completer.stores
+        assert kept is not None, "the platform keeps books"
         routes: list[BaseRoute] = [
             *model_routes(completer),
             *build_front_routes(completer),
             *build_embedding_routes(completer, await runtime.embedder()),
+            *build_usage_routes(kept.usage),
+            build_document_route(),
+            *build_budget_routes(kept.budgets, lambda: kept.watch.policies.budgets),
+            *build_policy_routes(kept.policies, kept.watch),
             *run_routes(runs),
             *memory_routes(store, self._settings.agentdb),
             *_agent_routes(self._settings),
@@ -178,7 +189,8 @@ class _Apps:
                 await runtime.identity(), erasers=await runtime.erasers(), survey=runtime.survey_backups
             ),
         ]
-        return _Face(routes, self._peers_ready("agentdb", "swarm"), PUBLIC_PATHS, ERROR_SHAPES)
+        public = PUBLIC_PATHS | {DOCUMENT_PATH}
+        return _Face(routes, self._peers_ready("agentdb", "swarm"), public, ERROR_SHAPES)
 
     async def _agentdb(self) -> _Face:
         from agentic_flow.agentdb.routes import PUBLIC_PATHS, build_document_route, build_routes

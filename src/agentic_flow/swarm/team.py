@@ -475,7 +475,8 @@ class Team:
         reservation = budget.reserve(request)
         try:
             completion = await self._completer.complete(
-                request,
+                # The gateway's budgets and books are also kept by agent and by run.
+                request.model_copy(update={"agent": payload.agent, "run": payload.run_id}),
                 principal=payload.run.principal,
                 deadline=budget.deadline,
                 idempotency_key=step.idempotency_key,

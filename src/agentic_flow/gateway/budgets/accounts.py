@@ -56,6 +56,7 @@ class BudgetState:
         period_end_s: Seconds since the Unix epoch; None: never.
         as_of_s: When the ledger was last asked (same clock); None: this worker never asked about it, so
             that what others spent is not in it.
+        tenant: Whose it is; "" where the whole platform shares it.
     """
 
     rule: BudgetRule
@@ -67,6 +68,7 @@ class BudgetState:
     period_start_s: int
     period_end_s: int | None
     as_of_s: float | None
+    tenant: str = ""
 
     @property
     def left_nano(self) -> int:

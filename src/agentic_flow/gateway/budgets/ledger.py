@@ -185,8 +185,10 @@ class Ledger:
                 worker=self._worker_id,
             )
 
-    def report(self, rules: Sequence[BudgetRule], time_s: float) -> list[BudgetState]:
-        """All accounts of these rules whose periods have not ended, the fullest first."""
+    def report(
+        self, rules: Sequence[BudgetRule], time_s: float, tenant: str | None = None
+    ) -> list[BudgetState]:
+        """All accounts of these rules whose periods have not ended, the fullest first; or one tenant's."""
         by_id: dict[str, BudgetRule] = {}
         for rule in rules:
             same = by_id.get(rule_identity(rule))
@@ -197,18 +199,24 @@ class Ledger:
         found = self._database.rows(
             "SELECT id, rule_id, tenant, subject, starts_at, ends_at, settled_nano, held_nano"
             " FROM gw_budget_accounts WHERE rule_id IN :rules AND (ends_at IS NULL OR ends_at > :now)"
+            " AND (:everybody = 1 OR tenant = :tenant)"
             " ORDER BY settled_nano + held_nano DESC, id LIMIT :most",
             most=REPORTED_MAX,
             rules=list(by_id),
             now=int(time_s),
+            everybody=int(tenant is None),
+            tenant=_stored(tenant or ""),
         )
         states: list[BudgetState] = []
-        for account_id, rule_id, tenant, subject, starts_at, ends_at, settled, held in found:
+        for account_id, rule_id, owner, subject, starts_at, ends_at, settled, held in found:
             rule = by_id[rule_id]
-            name = account_name(rule.scope, _loaded(tenant), _loaded(subject))
+            whose = _loaded(owner)
+            name = account_name(rule.scope, whose, _loaded(subject))
             limit = rule.limit_nano_usd
             states.append(
-                BudgetState(rule, name, account_id, limit, settled, held, starts_at, ends_at, as_of_s=time_s)
+                BudgetState(
+                    rule, name, account_id, limit, settled, held, starts_at, ends_at, time_s, tenant=whose
+                )
             )
         return states
 

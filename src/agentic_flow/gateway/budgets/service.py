@@ -23,9 +23,11 @@ from agentic_flow.core.errors import AgenticFlowError, InvalidInput, Unavailable
 from agentic_flow.core.sql import SqlDatabase
 from agentic_flow.gateway.budgets.accounts import (
     NANO_USD_MAX,
+    Account,
     BudgetState,
     accounts_of,
     exceeded,
+    rule_identity,
     usd,
 )
 from agentic_flow.gateway.budgets.exchange import Exchange
@@ -38,7 +40,7 @@ from agentic_flow.gateway.budgets.ledger import (
     Reconciled,
     WorkerState,
 )
-from agentic_flow.gateway.budgets.slices import Plan, Purses, Refused, Reservation, Waiter
+from agentic_flow.gateway.budgets.slices import Plan, Purse, Purses, Refused, Reservation, Waiter
 from agentic_flow.gateway.policies import BudgetRule, Caller
 
 __all__ = ["TABLES", "BudgetState", "Budgets", "Reconciled", "Reservation", "WorkerState"]
@@ -171,34 +173,35 @@ class Budgets:
 
     def left(self, caller: Caller, rules: Sequence[BudgetRule]) -> list[BudgetState]:
         """What this worker knows of the caller's accounts now, without asking the ledger."""
-        states: list[BudgetState] = []
-        for account in accounts_of(caller, rules, self._clock.time_s()):
-            purse = self._purses.purses.get(account.id)
-            spent = reserved = 0
-            if purse is not None:
-                spent = purse.settled_nano + purse.spent_nano - purse.told_spent_nano
-                reserved = purse.reserved_nano + purse.others_held_nano
-            states.append(
-                BudgetState(
-                    rule=account.rule,
-                    account=account.name,
-                    account_id=account.id,
-                    limit_nano=account.rule.limit_nano_usd,
-                    spent_nano=spent,
-                    reserved_nano=reserved,
-                    period_start_s=account.start_s,
-                    period_end_s=account.end_s,
-                    as_of_s=purse.as_of_s if purse is not None else None,
-                )
-            )
-        return states
+        return [
+            _state(account, account.rule.limit_nano_usd, self._purses.purses.get(account.id))
+            for account in accounts_of(caller, rules, self._clock.time_s())
+        ]
 
-    async def report(self, rules: Sequence[BudgetRule]) -> list[BudgetState]:
+    def known(self, rules: Sequence[BudgetRule]) -> list[BudgetState]:
+        """What this worker knows of these rules' accounts that it used lately, without asking the ledger."""
+        time_s = self._clock.time_s()
+        limits: dict[str, int] = {}
+        for rule in rules:
+            rule_id, limit = rule_identity(rule), rule.limit_nano_usd
+            limits[rule_id] = min(limits.get(rule_id, limit), limit)
+        return [
+            _state(purse.account, limits[purse.account.rule_id], purse)
+            for purse in list(self._purses.purses.values())
+            if purse.account.rule_id in limits
+            and (purse.account.end_s is None or time_s < purse.account.end_s)
+        ]
+
+    async def report(self, rules: Sequence[BudgetRule], *, tenant: str | None = None) -> list[BudgetState]:
         """All accounts of these rules in the ledger whose periods have not ended, the fullest first.
 
         What workers have settled in the last `flush_s` shows as reserved.
+
+        Args:
+            rules: Those in force.
+            tenant: Only the accounts of this tenant; None: all.
         """
-        return await asyncio.to_thread(self._ledger.report, rules, self._clock.time_s())
+        return await asyncio.to_thread(self._ledger.report, rules, self._clock.time_s(), tenant)
 
     async def workers(self) -> list[WorkerState]:
         """All workers that the ledger knows, with what they hold."""
@@ -359,6 +362,25 @@ class Budgets:
 
     async def _in_thread(self, work: Callable[[], _Result]) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def _state(account: Account, limit_nano: int, purse: Purse | None) -> BudgetState:
+    spent = reserved = 0
+    if purse is not None:
+        spent = purse.settled_nano + purse.spent_nano - purse.told_spent_nano
+        reserved = purse.reserved_nano + purse.others_held_nano
+    return BudgetState(
+        rule=account.rule,
+        account=account.name,
+        account_id=account.id,
+        limit_nano=limit_nano,
+        spent_nano=spent,
+        reserved_nano=reserved,
+        period_start_s=account.start_s,
+        period_end_s=account.end_s,
+        as_of_s=purse.as_of_s if purse is not None else None,
+        tenant=account.tenant,
+    )
 
 
 def _exceeded(refused: Refused, nano: int, time_s: float) -> AgenticFlowError:

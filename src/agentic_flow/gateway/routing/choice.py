@@ -10,10 +10,11 @@ from agentic_flow.core.messages import Frozen
 from agentic_flow.core.settings import GatewaySettings
 from agentic_flow.gateway.models import Named
 from agentic_flow.gateway.policies import GatewayPolicies
-from agentic_flow.gateway.policy_store import PolicyStore, StoredPolicies, open_policy_database
+from agentic_flow.gateway.policy_store import PolicyStore, StoredPolicies
 from agentic_flow.gateway.prices import PriceList
-from agentic_flow.gateway.providers import HttpProvider, ProviderFactory, build_providers
+from agentic_flow.gateway.providers import HttpProvider, ProviderFactory, StoredSecrets, build_providers
 from agentic_flow.gateway.routing.plan import Considered, LearnedOrder, Plan, Router
+from agentic_flow.gateway.stores import gateway_database
 from agentic_flow.gateway.transport import HttpTransport
 from agentic_flow.gateway.wire.format import CHARS_PER_TOKEN
 
@@ -71,7 +72,7 @@ def stored_policies(settings: GatewaySettings, data_dir: Path) -> StoredPolicies
     Raises:
         Unavailable, DataCorrupted: they cannot be read.
     """
-    database = open_policy_database(settings, data_dir)
+    database = gateway_database(settings, data_dir)
     if database.file is not None and not database.file.exists():
         return StoredPolicies(0, GatewayPolicies(), 0.0, "", "")
     try:
@@ -89,6 +90,7 @@ def explain_choice(
     stored: StoredPolicies,
     extra_providers: Mapping[str, ProviderFactory] | None = None,
     learned: LearnedOrder | None = None,
+    stored_secrets: StoredSecrets | None = None,
     tokens_in: int | None = None,
     tokens_out: int = 1000,
     tenant: str = "",
@@ -102,6 +104,7 @@ def explain_choice(
         stored: The policies in force.
         extra_providers: Those of plug-ins.
         learned: What the strategy `learned` asks.
+        stored_secrets: The encrypted store, for keys that no setting gives.
         tokens_in, tokens_out: Expected size of the call.
         tenant: Whose call it would be.
 
@@ -115,7 +118,7 @@ def explain_choice(
     transport = HttpTransport(
         idle_timeout_s=settings.idle_timeout_s, response_max_bytes=settings.response_max_bytes
     )
-    providers = build_providers(settings, transport, extra_providers)
+    providers = build_providers(settings, transport, extra_providers, stored=stored_secrets)
     prices = PriceList(settings.prices_usd_per_mtok)
     router = Router(providers, prices, price_url=price_urls(providers), learned=learned)
     if tokens_in is None:
