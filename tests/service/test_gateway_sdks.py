@@ -378,6 +378,8 @@ async def test_bytes_pass_through_untouched(wire: str, stream: bool) -> None:
     reply = Reply.tool_calls(CALLS, body_text="ü", extra={"not_known_yet": {"a": [1.0, None]}}, chunk_bytes=3)
     model = f"{wire}:fake-model"
     new = '"speed": "fast",' if wire == "anthropic" else '"verbosity":"low", "logprobs" : true,'
+    if wire == "openai" and stream:
+        new += '"stream_options" :{"include_usage":true},'  # else the gateway asks for it
     sent = (
         f'{{ {new} "messages":[{{"role":"user","content":"\\u00fc \\"model\\": 1.0"}}],'
         f'"model"  :"{model}","max_tokens":5,"stream":{str(stream).lower()}\n}}'
@@ -407,21 +409,23 @@ async def test_bytes_pass_through_untouched(wire: str, stream: bool) -> None:
 async def test_what_passes_is_priced_from_what_was_billed() -> None:
     """Catches calls that pass through unrecorded, or recorded without their tokens and cost."""
     reply = Reply.text("four", input_tokens=1000, output_tokens=100)
+    replies = [reply, reply, reply, reply.but(omit_usage=True)]
     prices = {"fake-model": (1.0, 10.0)}
-    async with asking("openai", lambda seen: reply, prices_usd_per_mtok=prices) as (sdk, _):
+    async with asking("openai", replies, prices_usd_per_mtok=prices) as (sdk, _):
         with capture_logs() as logs:
             for stream in (False, True):
                 await sdk.ask("openai:fake-model", stream=stream)
-            async for _ in await sdk.openai.chat.completions.create(
-                model="openai:fake-model", messages=[{"role": "user", "content": "x" * 40}], stream=True
-            ):
-                pass
+            for _ in range(2):
+                async for chunk in await sdk.openai.chat.completions.create(
+                    model="openai:fake-model", messages=[{"role": "user", "content": "x" * 40}], stream=True
+                ):
+                    assert chunk.usage is None  # it was not asked for
     done = [entry for entry in logs if entry["event"] == "completion_finished"]
-    assert [(e["input_tokens"], e["output_tokens"]) for e in done[:2]] == [(1000, 100)] * 2
+    assert [(e["input_tokens"], e["output_tokens"]) for e in done[:3]] == [(1000, 100)] * 3
     assert done[0]["cost_usd"] == pytest.approx(0.002)
     assert sum(entry["event"] == "usage_estimated" for entry in logs) == 1
-    # Nobody asked the provider to count the third: forty characters in, four out.
-    assert (done[2]["input_tokens"], done[2]["output_tokens"]) == (10, 1)
+    # Nobody counted the last: forty characters in, four out.
+    assert (done[3]["input_tokens"], done[3]["output_tokens"]) == (10, 1)
 
 
 # Errors

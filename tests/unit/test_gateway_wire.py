@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import asdict
 from typing import Any
 
@@ -33,7 +34,14 @@ from agentic_flow.core.messages import (
 )
 from agentic_flow.gateway.wire.anthropic import AnthropicFormat
 from agentic_flow.gateway.wire.format import WireFormat
-from agentic_flow.gateway.wire.openai import COMPATIBLE, OPENAI, OPENROUTER, OpenAIFormat
+from agentic_flow.gateway.wire.openai import (
+    COMPATIBLE,
+    OPENAI,
+    OPENROUTER,
+    OpenAIFormat,
+    ask_usage,
+    wants_usage,
+)
 from agentic_flow.gateway.wire.sse import SseEvent, SseParser, encode_event
 from agentic_flow.testing.fake_provider import Reply
 from agentic_flow.testing.fake_wires import (
@@ -368,3 +376,21 @@ def test_openrouter_reports_its_own_price() -> None:
     routed = OpenAIFormat(OPENROUTER, provider="openrouter").decode(request_of(), orjson.dumps(body))
     assert routed.completion.usage.cost_usd == 0.25
     assert FORMATS["openai"].decode(request_of(), orjson.dumps(body)).completion.usage.cost_usd is None
+
+
+@given(
+    model=st.text(max_size=8),
+    more=st.dictionaries(st.text(max_size=4), st.none() | st.integers() | st.text(max_size=4), max_size=3),
+    options=st.none()
+    | st.dictionaries(st.sampled_from(["include_usage", "include_obfuscation"]), st.booleans()),
+    space=st.sampled_from([b"", b" ", b"\n\t"]),
+)
+def test_asking_for_usage_changes_nothing_else(
+    model: str, more: dict[str, Any], options: dict[str, bool] | None, space: bytes
+) -> None:
+    """Catches a request that is not the caller's any more once the usage is asked for."""
+    sent = {**more, "model": model} | ({} if options is None else {"stream_options": options})
+    body = space + json.dumps(sent).encode() + space
+    asked = json.loads(ask_usage(body, sent))
+    assert asked == {**sent, "stream_options": {**(options or {}), "include_usage": True}}
+    assert wants_usage(asked)

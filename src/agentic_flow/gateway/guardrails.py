@@ -273,7 +273,9 @@ async def _ask(guardrail: Guardrail, question: Any) -> None:
         async with asyncio.timeout(TIMEOUT_S):
             await question
     except PolicyDenied as error:
+        # Vendors' clients show the message and nothing else.
         error.details.setdefault("guardrail", guardrail.name)
+        error.message = f"the guardrail {guardrail.name!r} refuses: {error.message}"
         raise
     except AgenticFlowError:
         raise

@@ -35,7 +35,7 @@ from agentic_flow.gateway.onnx import onnx_provider
 from agentic_flow.gateway.transport import HttpAnswer, HttpTransport
 from agentic_flow.gateway.wire.anthropic import API_VERSION, AnthropicFormat
 from agentic_flow.gateway.wire.format import WireFormat, WireRequest, items, load_object, text_of
-from agentic_flow.gateway.wire.openai import COMPATIBLE, OPENAI, OPENROUTER, OpenAIFormat
+from agentic_flow.gateway.wire.openai import COMPATIBLE, OPENAI, OPENROUTER, OpenAIFormat, OpenAIPassing
 from agentic_flow.gateway.wire.passing import PassingReader, PassingRequest
 from agentic_flow.gateway.wire.responses_passing import reader_of
 
@@ -310,7 +310,12 @@ class HttpProvider:
     def reader(self, sent: PassingRequest) -> PassingReader:
         """What reads the answer to `sent` while it passes."""
         own = reader_of(sent.path, self.name, sent.sent)
-        return self._wire.passing(sent.sent) if own is None else own
+        if own is not None:
+            return own
+        reader = self._wire.passing(sent.sent)
+        if sent.hides_usage and isinstance(reader, OpenAIPassing):
+            reader.hides_usage = True
+        return reader
 
     async def pass_whole(
         self,

@@ -6,7 +6,9 @@ POST /v1/messages              Anthropic Messages, JSON and SSE
 POST /v1/messages/count_tokens exact where the model's provider counts, else an estimate; a header says which
 
 Where the model's provider speaks the caller's format, the request passes through with nothing but the model's
-name rewritten, and the answer untouched. Otherwise both are translated, and what cannot be is refused.
+name rewritten, and the answer untouched. Otherwise both are translated, and what cannot be is refused. One
+exception: a stream of Chat Completions is asked for its usage in any case, because what was billed must be
+known; callers who did not ask for it do not see it.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from agentic_flow.gateway.front.streaming import ModelStream, unless_gone
 from agentic_flow.gateway.questions import BodyQuestion, Destination, tokens_of
 from agentic_flow.gateway.service import Gateway
 from agentic_flow.gateway.walk import Walk
+from agentic_flow.gateway.wire.openai import ask_usage, wants_usage
 from agentic_flow.gateway.wire.passing import PassingRequest, rename_model
 
 SCOPE = "models:use"
@@ -193,11 +196,20 @@ class _VendorQuestion(BodyQuestion):
         return self.call().request
 
     def also(self) -> Mapping[str, str]:
-        return {**self._headers, "query": self._query}
+        told = {**self._headers, "query": self._query}
+        # A stream with its usage is another answer than one without.
+        return {**told, "usage": "hidden"} if self._hides_usage() else told
 
     def passing(self, destination: Destination) -> PassingRequest:
         self._front.check(self._sent)
-        return self.to_path(destination, self._front.path)
+        sent = self.to_path(destination, self._front.path)
+        if self._hides_usage():
+            return sent._replace(body=ask_usage(sent.body, self._sent), hides_usage=True)
+        return sent
+
+    def _hides_usage(self) -> bool:
+        """Whether the caller wants a stream without its usage, which the books need all the same."""
+        return self.stream and self.wire == CHAT.wire and not wants_usage(self._sent)
 
     def to_path(self, destination: Destination, path: str) -> PassingRequest:
         """The same, for another endpoint of the provider."""

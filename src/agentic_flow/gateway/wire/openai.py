@@ -6,6 +6,7 @@ that is an error is marked in its text, since a tool message has no such field.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -57,6 +58,8 @@ from agentic_flow.gateway.wire.format import (
 )
 from agentic_flow.gateway.wire.passing import PassingReader
 from agentic_flow.gateway.wire.sse import SseEvent, SseParser
+
+_EVENT = re.compile(rb".*?(?:\r\n\r\n|\n\n|\r\r)", re.DOTALL)
 
 TOOL_ERROR_PREFIX = "Error: "
 SCHEMA_NAME = "answer"
@@ -447,6 +450,16 @@ class OpenAIPassing(PassingReader):
         super().__init__(provider, sent)
         self._dialect = dialect
         self._finished = False
+        self.hides_usage = False
+        """Whether a chunk that holds nothing but the usage is kept back: the caller did not ask for it."""
+
+    def feed(self, chunk: bytes) -> bytes:
+        """See `PassingReader`."""
+        known = self.usage
+        whole = super().feed(chunk)
+        if not self.hides_usage or self.usage is known:
+            return whole
+        return b"".join(event for event in _EVENT.findall(whole) if not _only_usage(event))
 
     def take_event(self, sent: SseEvent) -> None:
         """See `PassingReader`."""
@@ -483,6 +496,33 @@ class OpenAIPassing(PassingReader):
             if isinstance(reason, str) and reason:
                 self._finished = True
                 self.stop_reason = _STOP_REASONS.get(reason, "end")
+
+
+def wants_usage(sent: JsonObject) -> bool:
+    """Whether a request for a stream asks for the usage at its end."""
+    return mapping(sent.get("stream_options")).get("include_usage") is True
+
+
+def ask_usage(body: bytes, sent: JsonObject) -> bytes:
+    """The request `body`, which is `sent` parsed, asking for the usage at the end of its stream.
+
+    Every byte stays as it was, except in a body that says of `stream_options` something else.
+    """
+    if sent.get("stream_options") is None and b"stream_options" not in body:
+        start = body.index(b"{") + 1
+        return body[:start] + b'"stream_options":{"include_usage":true},' + body[start:]
+    options = {**mapping(sent.get("stream_options")), "include_usage": True}
+    # The model's name may have been rewritten in the bytes, so these are read again.
+    return orjson.dumps({**orjson.loads(body), "stream_options": options})
+
+
+def _only_usage(event: bytes) -> bool:
+    """Whether an event is the chunk that `include_usage` adds: it has usage and no choice."""
+    for sent in SseParser().feed(event):
+        if b'"usage"' in sent.data:
+            chunk = mapping(orjson.loads(sent.data))
+            return isinstance(chunk.get("usage"), dict) and not chunk.get("choices")
+    return False
 
 
 def _embedded_error(provider: str, error: object) -> ProviderError:

@@ -41,6 +41,8 @@ class PassingRequest(NamedTuple):
         body: The bytes, the model's name in them rewritten.
         sent: The same, parsed.
         stream: Whether the answer is asked for as a stream.
+        hides_usage: Whether `body` asks for the usage at the end although the caller did not: what was billed
+            must be known, and is not passed on.
     """
 
     path: str
@@ -48,6 +50,7 @@ class PassingRequest(NamedTuple):
     body: bytes
     sent: JsonObject
     stream: bool
+    hides_usage: bool = False
 
 
 class PassingReader(ABC):
