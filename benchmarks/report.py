@@ -1,7 +1,7 @@
 """Writes RESULTS.md beside this file, a section for each benchmark; those that are not renewed keep theirs.
 
 Usage: python benchmarks/report.py [--only SECTION]… [--kept]
-       sections: answers ingest steps startup agentdb million http gateway
+       sections: answers ingest steps startup agentdb million http router gateway
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import cli_startup  # noqa: E402
 import gateway  # noqa: E402
 import http_search  # noqa: E402
 import ingest  # noqa: E402
+import router  # noqa: E402
 import steps  # noqa: E402
 
 RESULTS = HERE / "RESULTS.md"
@@ -40,6 +41,7 @@ SECTIONS: dict[str, tuple[str, Callable[[bool], str]]] = {
     "agentdb": (agentdb_report.TITLE, agentdb_report.section),
     "million": (agentdb_report.MILLION_TITLE, agentdb_report.million_section),
     "http": (http_search.TITLE, lambda _: http_search.section()),
+    "router": (router.TITLE, lambda _: router.section()),
     "gateway": (gateway.TITLE, lambda _: gateway.section()),
 }
 """Name → title and what measures and writes it, in the order of the document."""
