@@ -428,13 +428,13 @@ model at random, the checker's verdict) and then {tested} tested ones; six model
 70, twelve families of prompts. The checker is wrong in 10 % of its verdicts, costs what a small model costs,
 and is all that routers see of the truth. Intervals are 95 % over the seeds. "In hindsight": chosen on the
 test itself, which no real system could; the default cost weight, .9, was chosen on
-seeds 100 to 107. The world was not the first: with five models and gifts of .8 a cascade had been as good, see
-the other worlds below."""
+seeds 100 to 107. The world was not the first: with five models and gifts of .8 a cascade had been as good,
+see the other worlds below."""
 
-VARIED = """Other worlds. The router presumes 10 % wrong verdicts throughout. Gifts are how much models differ
-by family beyond their strength (log-odds; {gift} above). Where they hardly differ there is little to learn,
-and where the checker is wrong in 30 % there is little to learn from: there a fixed cascade, if one knew which,
-does as well or better."""
+VARIED = """Other worlds. The router presumes 10 % wrong verdicts throughout. Gifts are how much models
+differ by family beyond their strength (log-odds; {gift} above). Where they hardly differ there is little to
+learn, and where the checker is wrong in 30 % there is little to learn from: there a fixed cascade, if one knew
+which, does as well or better."""
 
 
 def section() -> str:
@@ -442,12 +442,13 @@ def section() -> str:
     scores = measure()
     missed = failures(scores)
     wanted = f"Wanted: quality {QUALITY_MIN} at cost {COST_MAX}; better than fixed cascade, k-NN and random"
+    cheaper = "At least as good as the full cascade, and surely cheaper, are these of the settings above"
     return "\n\n".join(
         [
             INTRODUCTION.format(seeds=SEEDS, logged=LOGGED, tested=TESTED),
             table(scores),
             f"{wanted}: {'not reached: ' + '; '.join(missed) if missed else 'reached'}.",
-            f"At least as good as the full cascade, and surely cheaper, are these of the settings above: {'; '.join(dominating(scores)) or 'none'}.",
+            f"{cheaper}: {'; '.join(dominating(scores)) or 'none'}.",
             VARIED.format(gift=GIFT),
             varied_table(vary()),
             f"One decision takes {decide_us():.0f} µs CPU.",
