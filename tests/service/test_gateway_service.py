@@ -177,6 +177,9 @@ async def test_routes_demand_their_scope_and_report_errors() -> None:
                     assert answer.status == 403
                 async with session.post(path, json={"model": "x", "nonsense": 1}, headers=good) as answer:
                     assert answer.status == 400
+                huge = {**request_for("grey").model_dump(mode="json"), "seed": 10**30}
+                async with session.post(path, json=huge, headers=good) as answer:
+                    assert answer.status == 400
             async with session.get("/v1/models", headers=good) as answer:
                 body = await answer.json()
             assert body["object"] == "list"

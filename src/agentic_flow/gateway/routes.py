@@ -9,16 +9,19 @@ POST /v1/complete/stream   CompletionRequest → StreamEvents as server-sent eve
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import cast
 
+import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from agentic_flow.core.auth import Principal
 from agentic_flow.core.clock import Deadline
+from agentic_flow.core.errors import InvalidInput
 from agentic_flow.core.messages import CompletionRequest, StreamEvent
 from agentic_flow.core.ports import Completer
 from agentic_flow.core.sse import ServerEvent
@@ -29,6 +32,7 @@ SCOPE = "models:use"
 IDEMPOTENCY_HEADER = "idempotency-key"
 # The gateway's own setting is the limit that matters; this one bounds a caller who names none.
 TIMEOUT_MAX_S = 3600.0
+_LONG_NUMBER = re.compile(rb"\d{19}")
 
 
 def build_routes(gateway: Completer) -> list[Route]:
@@ -52,7 +56,7 @@ def build_routes(gateway: Completer) -> list[Route]:
 
     async def complete(request: Request) -> Response:
         principal = require(request, SCOPE)
-        wanted = await parse(request, CompletionRequest)
+        wanted = await _wanted(request)
         completion = await gateway.complete(
             wanted,
             principal=principal,
@@ -63,7 +67,7 @@ def build_routes(gateway: Completer) -> list[Route]:
 
     async def stream(request: Request) -> Response:
         principal = require(request, SCOPE)
-        wanted = await parse(request, CompletionRequest)
+        wanted = await _wanted(request)
         deadline = deadline_of(request, TIMEOUT_MAX_S)
         key = request.headers.get(IDEMPOTENCY_HEADER)
         return event_stream(_events(gateway, wanted, principal, deadline, key))
@@ -75,6 +79,23 @@ def build_routes(gateway: Completer) -> list[Route]:
         Route("/v1/complete", complete, methods=["POST"]),
         Route("/v1/complete/stream", stream, methods=["POST"]),
     ]
+
+
+async def _wanted(request: Request) -> CompletionRequest:
+    """The request of a body.
+
+    Raises:
+        InvalidInput: it is none, or holds a number that no provider's JSON has a place for.
+    """
+    wanted = await parse(request, CompletionRequest)
+    if _LONG_NUMBER.search(await request.body()):
+        try:
+            orjson.dumps(wanted.model_dump(mode="json"))
+        except TypeError as error:
+            raise InvalidInput(
+                f"the body holds a number that does not fit: {error}", hint="use whole numbers of 64 bits"
+            ) from None
+    return wanted
 
 
 async def _events(

@@ -1,0 +1,152 @@
+"""The model routes of the real platform under requests made from its own OpenAPI document.
+
+The server is a process of its own, with the fake provider behind it; the document is the one that it serves.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import signal
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
+
+import pytest
+import requests
+import schemathesis
+from cli_process import Place
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from agentic_flow.gateway.front.openai_embeddings import build_embedding_routes
+from agentic_flow.gateway.front.routes import build_front_routes
+from agentic_flow.gateway.openapi import openapi_document
+from agentic_flow.gateway.routes import build_routes
+from agentic_flow.gateway.usage_routes import build_usage_routes
+from agentic_flow.testing.fake_provider import FakeProvider, Reply
+
+WAIT_S = 30.0
+EXAMPLES = 10
+"""Of each operation, as many that follow the document as that do not."""
+MODELS = [
+    "openai:fake-model",
+    "anthropic:fake-model",
+    "openrouter:fake/model",
+    "extractive",
+    "auto",
+    "onnx:no",
+]
+EMBEDDERS = ["local", "anthropic:fake-model", "extractive"]
+CHECKS = [status_code_conformance, content_type_conformance, response_schema_conformance]
+OPERATIONS = sorted(
+    operation["operationId"]
+    for methods in openapi_document()["paths"].values()
+    for operation in methods.values()
+)
+
+
+class Served(NamedTuple):
+    """A running platform and its document, in which models have names that exist."""
+
+    url: str
+    operations: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with FakeProvider(lambda seen: Reply.text("{}"), keyless=True) as fake:
+        place = Place(
+            tmp_path_factory.mktemp("platform"),
+            AGENTIC_FLOW_SERVE__REQUESTS_PER_MINUTE="1000000",
+            OPENAI_BASE_URL=fake.openai_url,
+            OPENROUTER_BASE_URL=fake.openai_url,
+            OPENROUTER_API_KEY="k",
+            ANTHROPIC_BASE_URL=fake.anthropic_url,
+            ANTHROPIC_API_KEY="k",
+        )
+        with place.start("serve", "platform") as server:
+            url = server.addresses(1)["platform"]
+            document = requests.get(f"{url}/openapi.json", timeout=WAIT_S).json()
+            assert document == json.loads(json.dumps(openapi_document()))
+            schema = schemathesis.openapi.from_dict(_with_models(document))
+            found = [result.ok() for result in schema.get_all_operations()]
+            yield Served(url, {operation.definition.raw["operationId"]: operation for operation in found})
+            assert requests.get(f"{url}/health/ready", timeout=WAIT_S).status_code == 200
+            server.signal(signal.SIGTERM)
+            done = server.end()
+        assert done.code == 0, done.err
+        assert "request_failed" not in done.err
+
+
+def _with_models(document: dict[str, Any]) -> dict[str, Any]:
+    """The document, in which most models are ones that somebody serves."""
+    document = copy.deepcopy(document)
+    for name, schema in document["components"]["schemas"].items():
+        if name.endswith("Request"):
+            schema["properties"]["model"] = {"enum": EMBEDDERS if name.startswith("Embeddings") else MODELS}
+    return document
+
+
+CASES = [
+    (name, mode)
+    for name in OPERATIONS
+    for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
+    # Whatever stands in a path is a name that a model could have.
+    if (name, mode) != ("show_model", GenerationMode.NEGATIVE)
+]
+
+
+@pytest.mark.parametrize(("name", "mode"), CASES, ids=lambda value: getattr(value, "value", value))
+def test_every_answer_is_one_that_the_document_allows(
+    platform: Served, name: str, mode: GenerationMode
+) -> None:
+    """Catches a 500, a hang, and an answer with a status, media type or shape that the document denies."""
+    operation = platform.operations[name]
+
+    @settings(
+        max_examples=EXAMPLES,
+        phases=[Phase.generate],
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def ask(case: Any) -> None:
+        response = case.call(base_url=platform.url, timeout=WAIT_S)
+        assert response.status_code < 500 or _excused(case, response), (case.body, response.text)
+        case.validate_response(response, checks=CHECKS)
+
+    ask()
+
+
+def _excused(case: Any, response: Any) -> bool:
+    """Whether a failure is not the server's: too short a deadline, or what the provider does not take."""
+    if response.status_code == 504:
+        return "x-deadline-s" in {key.lower() for key in case.headers or {}}
+    return response.status_code == 502 and '"provider_rejected"' in response.text
+
+
+def test_every_model_route_is_documented() -> None:
+    """Catches a route beside the document, and a reference in it that leads nowhere."""
+    served = {
+        (str(route.path).replace(":path}", "}"), method.lower())
+        for routes in (
+            build_routes(cast(Any, None)),
+            build_front_routes(cast(Any, None)),
+            build_embedding_routes(cast(Any, None), None),
+            build_usage_routes(cast(Any, None)),
+        )
+        for route in routes
+        for method in route.methods or ()
+        if method != "HEAD"
+    }
+    document = openapi_document()
+    assert served == {(path, method) for path, methods in document["paths"].items() for method in methods}
+    for reference in set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document))):
+        assert reference in document["components"]["schemas"]
