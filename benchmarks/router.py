@@ -433,8 +433,8 @@ see the other worlds below."""
 
 VARIED = """Other worlds. The router presumes 10 % wrong verdicts throughout. Gifts are how much models
 differ by family beyond their strength (log-odds; {gift} above). Where they hardly differ there is little to
-learn, and where the checker is wrong in 30 % there is little to learn from: there a fixed cascade, if one knew
-which, does as well or better."""
+learn, and where the checker is wrong in 30 % there is little to learn from: there a fixed cascade, if one
+knew which, does as well or better."""
 
 
 def section() -> str:
