@@ -131,9 +131,20 @@ def errors_page() -> str:
 
 def http_page() -> str:
     """The page about AgentDB's routes, from its OpenAPI document."""
-    from agentic_flow.agentdb.openapi import reference_page
+    from agentic_flow.agentdb.routes import openapi_document
+    from agentic_flow.core.openapi_page import reference_page
 
-    return f"{NOTICE}\n\n{reference_page()}"
+    errors = "Errors are problem+json (RFC 9457):"
+    return f"{NOTICE}\n\n{reference_page(openapi_document(), title='AgentDB over HTTP', errors=errors)}"
+
+
+def models_page() -> str:
+    """The page about the routes of models, likewise."""
+    from agentic_flow.core.openapi_page import reference_page
+    from agentic_flow.gateway.openapi import openapi_document
+
+    errors = "Errors have the vendor's shape on its routes, elsewhere they are problem+json (RFC 9457):"
+    return f"{NOTICE}\n\n{reference_page(openapi_document(), title='Models over HTTP', errors=errors)}"
 
 
 PAGES = {
@@ -141,6 +152,7 @@ PAGES = {
     "settings.md": settings_page,
     "errors.md": errors_page,
     "agentdb-http.md": http_page,
+    "models-http.md": models_page,
 }
 
 

@@ -158,7 +158,9 @@ class GatewaySettings(Section):
         default=5.0, description="First pause of a provider's key and model that fails; doubles up to 60 s."
     )
     slow_call_s: Positive = Field(
-        default=60.0, description="A first token that takes longer counts as a failure for the breaker."
+        default=60.0,
+        description="A first token that takes longer counts as a failure for the breaker, and a route then "
+        "asks its next target.",
     )
     prices_usd_per_mtok: dict[str, tuple[float, float]] = Field(
         default_factory=dict[str, tuple[float, float]],

@@ -1,4 +1,4 @@
-"""The OpenAPI document of AgentDB as a page to read: docs/reference/agentdb-http.md."""
+"""An OpenAPI document as a page to read, such as docs/reference/agentdb-http.md."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
-from agentic_flow.agentdb.routes import openapi_document
 from agentic_flow.core.messages import JsonObject
 
 _SCHEMAS = "#/components/schemas/"
 
 
-def reference_page() -> str:
-    """The page, without the notice that the writer puts above it."""
-    document = openapi_document()
+def reference_page(document: JsonObject, *, title: str, errors: str) -> str:
+    """The page, without the notice that the writer puts above it.
+
+    Args:
+        document: As `core.openapi.document` makes it.
+        title: Of the page.
+        errors: What errors look like.
+    """
     parts = [
-        "# AgentDB over HTTP",
+        f"# {title}",
         str(document["info"]["description"]),
-        "As OpenAPI 3.1: `GET /openapi.json`. Errors are problem+json (RFC 9457): [errors](errors.md).",
+        f"As OpenAPI 3.1: `GET /openapi.json`. {errors} [errors](errors.md).",
         *_operations(document),
         "## Schemas",
         *_schemas(document),
@@ -50,8 +54,8 @@ def _operations(document: JsonObject) -> Iterator[str]:
                 schema = content["schema"]
                 what = shown(schema) if "$ref" in schema else schema["description"]
                 yield f"Body `{media_type}`: {what}"
-            ((media_type, content),) = operation["responses"]["200"]["content"].items()
-            yield f"Answer `{media_type}`: {shown(content['schema'])}"
+            for media_type, content in operation["responses"]["200"]["content"].items():
+                yield f"Answer `{media_type}`: {shown(content['schema'])}"
             statuses = ", ".join(
                 f"{status} {response['description'].rstrip('.')}"
                 for status, response in operation["responses"].items()
@@ -61,11 +65,10 @@ def _operations(document: JsonObject) -> Iterator[str]:
 
 
 def _schemas(document: JsonObject) -> Iterator[str]:
-    parameters = {"VectorOptions", "SearchOptions", "BatchOptions", "ImportOptions"}
+    text_of_all = json.dumps(document)
     for name, schema in document["components"]["schemas"].items():
-        # Their fields stand with the operations as query parameters.
-        if name in parameters:
-            continue
+        if f'"{_SCHEMAS}{name}"' not in text_of_all:
+            continue  # its fields stand with the operations as query parameters
         yield f"### {name}"
         if text := schema.get("description"):
             yield str(text)
@@ -95,8 +98,9 @@ def shown(schema: Mapping[str, Any]) -> str:
     if "$ref" in schema:
         name = str(schema["$ref"]).removeprefix(_SCHEMAS)
         return f"[{name}](#{name.lower()})"
-    if "anyOf" in schema:
-        return " or ".join(shown(choice) for choice in cast(list[dict[str, Any]], schema["anyOf"]))
+    choices = schema.get("anyOf") or schema.get("oneOf")
+    if choices:
+        return " or ".join(shown(choice) for choice in cast(list[dict[str, Any]], choices))
     if "enum" in schema:
         return " or ".join(f"`{value}`" for value in schema["enum"])
     if "const" in schema:
