@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
@@ -17,9 +18,10 @@ pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
+def server() -> Generator[str]:
     """A PostgreSQL of this module's own."""
-    with postgres_server(tmp_path_factory.mktemp("postgres")) as url:
+    # Outside of pytest's folder, whose permissions another run of pytest may tighten meanwhile.
+    with tempfile.TemporaryDirectory(prefix="af") as folder, postgres_server(Path(folder)) as url:
         yield url
 
 
