@@ -5,9 +5,10 @@ hold over all of them, divide it by their number, or use a budget, which has one
 
 A rate limit is a bucket that holds one minute's allowance and refills evenly, so a rested caller may use it
 all at once: in any window of T seconds at most `limit x (1 + T / 60)` is admitted. The bookkeeping is that of
-GCRA (ITU-T I.371, the virtual scheduling algorithm) in whole numbers, so that `retry_after_s` is exact. The
-web floor's throttled-py was not enough: it is async (some 11 µs CPU a charge), cannot charge several
-buckets or none, and cannot correct an estimate by what was used.
+GCRA (ITU-T I.371, the virtual scheduling algorithm) in whole numbers, so that `retry_after_s` is exact.
+The library throttled-py was not enough: it is async (some 11 µs CPU a charge), cannot charge several buckets
+or none, and cannot correct an estimate by what was used. Nor is `core.request_rate`, which counts requests by
+one name and knows neither of these.
 """
 
 from __future__ import annotations
