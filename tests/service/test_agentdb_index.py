@@ -8,9 +8,11 @@ import itertools
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import apsw
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,13 +20,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from agentic_flow.agentdb.index.files import DamagedIndex, read_index, write_index
-from agentic_flow.agentdb.index.layout import Layout, widened
+from agentic_flow.agentdb.index.layout import Layout, newest_sequence, widened
 from agentic_flow.agentdb.index.matrix import Matrix
 from agentic_flow.agentdb.index.recent import Recent
 from agentic_flow.agentdb.index.sketch import TRAINING_ROWS, Sketch
-from agentic_flow.agentdb.service import INDEXES, AgentDB
+from agentic_flow.agentdb.index.tiers import Indexes
+from agentic_flow.agentdb.records import find_namespace
+from agentic_flow.agentdb.schema import MIGRATIONS
+from agentic_flow.agentdb.service import DATABASE, INDEXES, AgentDB
+from agentic_flow.core.db import Database
 from agentic_flow.core.settings import AgentDBSettings
-from agentic_flow.core.vectors import Item, SearchQuery
+from agentic_flow.core.vectors import IndexTier, Item, SearchQuery
 
 pytestmark = pytest.mark.anyio
 
@@ -383,6 +389,52 @@ def empty_sketch(layout: Layout) -> dict[str, bytes]:
 
 
 KEY_SETS = st.lists(st.integers(0, 300), min_size=1, max_size=60, unique=True)
+
+
+@pytest.mark.parametrize("first", [0, 300])
+async def test_tending_from_an_older_transaction_loses_nothing(first: int, tmp_path: Path) -> None:
+    """Catches a graph that is made of rows older than what a search has already told the index."""
+    vectors = clustered(first + 200)
+    stored = vectors if not first else np.vstack([-vectors[:1], vectors[1:]])
+    asked = settings_of("graph")
+    async with AgentDB(tmp_path, asked) as store:
+        await store.create_namespace(T, SPACE, dimension=DIMENSION, embedder_id="test")
+        if first:
+            await store.upsert(T, SPACE, items_of(vectors[:first]))
+        loop = asyncio.get_running_loop()
+        database = Database(tmp_path / DATABASE, MIGRATIONS)
+        layout = database.read_sync(lambda connection: find_namespace(connection, T, SPACE)).layout
+        moved = False
+
+        def read(job: Callable[[apsw.Connection], Any]) -> Any:
+            def after_others(connection: apsw.Connection) -> Any:
+                nonlocal moved
+                newest_sequence(connection, layout.namespace_id)  # from here on the transaction is what it is
+                if not moved:
+                    moved = True
+                    changed = items_of(vectors[first:], first) + (items_of(-vectors[:1]) if first else [])
+                    written = store.upsert(T, SPACE, changed)
+                    asyncio.run_coroutine_threadsafe(written, loop).result()
+                    database.read_sync(lambda newer: indexes.nearest(newer, layout, vectors[-1], 1))
+                return job(connection)
+
+            return database.read_sync(after_others)
+
+        indexes = Indexes(tmp_path / "other", asked, read)
+        try:
+            await asyncio.to_thread(indexes.tend, layout)
+            assert moved
+
+            def near(connection: apsw.Connection) -> list[IndexTier]:
+                assert indexes.check(connection, layout) == []
+                found = [indexes.nearest(connection, layout, vector, 1) for vector in stored]
+                return [answer.tier for answer in found if answer.scores[0] > 0.999]
+
+            tiers = await asyncio.to_thread(database.read_sync, near)
+            assert set(tiers) == {"graph"}
+            assert len(tiers) >= 0.98 * len(stored)
+        finally:
+            database.close()
 
 
 @pytest.mark.parametrize("metric", ["dot", "euclidean"])

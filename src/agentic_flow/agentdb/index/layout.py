@@ -156,3 +156,28 @@ def changes_since(connection: apsw.Connection, namespace_id: int, sequence: int)
 def bound_keys(keys: Keys) -> Any:
     """The keys as one binding for `carray`, which takes no empty array; no row has the key -1."""
     return cast(Any, apsw).carray(np.ascontiguousarray(keys) if len(keys) else np.array([-1]))
+
+
+def count_rows(connection: apsw.Connection, namespace_id: int) -> int:
+    """Items of a namespace; those that have expired and are still there included."""
+    return rows(connection, "SELECT count(*) FROM items WHERE namespace_id = ?", (namespace_id,))[0][0]
+
+
+def changed_rows_since(connection: apsw.Connection, namespace_id: int, sequence: int) -> int:
+    """Rows that the namespace's operations after `sequence` touched, each as often as it was."""
+    return rows(
+        connection,
+        "SELECT coalesce(sum(length(keys)) / 8, 0) FROM operations WHERE namespace_id = ? AND sequence > ?",
+        (namespace_id, sequence),
+    )[0][0]
+
+
+def operation_mark(connection: apsw.Connection, sequence: int) -> float:
+    """When the operation was made, seconds since the epoch, which tells it from others; 0.0 without one."""
+    found = rows(connection, "SELECT at_s FROM operations WHERE sequence = ?", (sequence,))
+    return found[0][0] if found else 0.0
+
+
+def spread(keys: Keys, count: int) -> Keys:
+    """At most `count` of the keys, evenly spread."""
+    return keys[np.unique(np.linspace(0, len(keys) - 1, min(count, len(keys))).astype(np.int64))]

@@ -33,11 +33,15 @@ from agentic_flow.agentdb.index.layout import (
     Layout,
     Scores,
     Vectors,
+    changed_rows_since,
     changes_since,
+    count_rows,
     namespace_keys,
     newest_sequence,
+    operation_mark,
     read_stored,
     read_vectors,
+    spread,
     walk_vectors,
 )
 from agentic_flow.agentdb.index.matrix import Matrix, best
@@ -218,6 +222,10 @@ class NamespaceIndex:
         return max(ef or -(-of_ten * max(count, 10) // 10), count)
 
 
+class _BehindIndex(Exception):
+    """Parts made of this transaction's rows would lack, for good, what the index has taken in since."""
+
+
 class Indexes:
     """The indexes of one database that this process has loaded.
 
@@ -376,7 +384,7 @@ class Indexes:
         with making:
             index = self._held.get(layout.namespace_id)
             if index is None or index.layout != layout:
-                count = _count(connection, layout.namespace_id)
+                count = count_rows(connection, layout.namespace_id)
                 if self._wanted_tier(layout, count) == "exact" and (
                     4 * layout.dimension * count > self._settings.index_memory_max_bytes
                 ):
@@ -442,7 +450,7 @@ class Indexes:
         """Make the parts of a tier anew from the rows of the transaction."""
         layout = index.layout
         index.sequence = newest_sequence(connection, layout.namespace_id)
-        index.mark = _mark(connection, index.sequence)
+        index.mark = operation_mark(connection, index.sequence)
         index.graph, index.pending, index.changes_while_fitting = None, set(), None
         if tier == "exact":
             index.codes, index.sketch, index.matrix = None, None, Matrix(layout)
@@ -461,8 +469,8 @@ class Indexes:
             for block, vectors in walk_vectors(connection, layout, keys):
                 codes.add(block, vectors)
             return codes, None, Fit(rows=len(keys))
-        sketch = Sketch(layout, read_vectors(connection, layout, _spread(keys, SKETCH_TRAINING_ROWS))[1])
-        trial = Trial(layout, *read_vectors(connection, layout, _spread(keys, SAMPLE)), GATHERED_MAX)
+        sketch = Sketch(layout, read_vectors(connection, layout, spread(keys, SKETCH_TRAINING_ROWS))[1])
+        trial = Trial(layout, *read_vectors(connection, layout, spread(keys, SAMPLE)), GATHERED_MAX)
         codes = make_codes(layout, library, min(CODE_LISTS))
         for block, vectors in walk_vectors(connection, layout, keys):
             codes.add(block, vectors)
@@ -493,7 +501,17 @@ class Indexes:
         for start in range(0, len(changed), BLOCK_ROWS):
             block = changed[start : start + BLOCK_ROWS]
             index.apply(block, *read_vectors(connection, index.layout, block))
-        index.sequence, index.mark = newest, _mark(connection, newest)
+        index.sequence, index.mark = newest, operation_mark(connection, newest)
+
+    def _draw_level(self, connection: apsw.Connection, index: NamespaceIndex) -> None:
+        """Make index and transaction be of one operation, before parts are made of the transaction's rows.
+
+        Raises:
+            _BehindIndex: A search has taken in operations that this transaction does not see.
+        """
+        self._catch_up(connection, index)
+        if index.sequence > newest_sequence(connection, index.layout.namespace_id):
+            raise _BehindIndex
 
     def _settle_tier(self, connection: apsw.Connection, index: NamespaceIndex) -> None:
         """Move to the tier that the number of rows asks for; a graph is left to the background."""
@@ -538,13 +556,19 @@ class Indexes:
             save: Write it if anything is new.
         """
         with self._tending:
-            index: NamespaceIndex | None = self._read(lambda connection: self._tended(connection, layout))
+            index: NamespaceIndex | None = None
+            while not self._stopped.is_set():
+                try:
+                    index = self._read(lambda connection: self._tended(connection, layout))
+                    break
+                except _BehindIndex:
+                    continue  # searches took in what came since: a newer transaction sees it too
         if index is not None and (save or index.unsaved > SAVED_SHARE * len(index)):
             self.save(index)
 
     def _tended(self, connection: apsw.Connection, layout: Layout) -> NamespaceIndex | None:
         if layout.namespace_id not in self._held:
-            count = _count(connection, layout.namespace_id)
+            count = count_rows(connection, layout.namespace_id)
             if self._wanted_tier(layout, count) == "exact":
                 return None  # made in a moment when somebody searches
         index = self.current(connection, layout)
@@ -571,7 +595,7 @@ class Indexes:
     def _refit(self, connection: apsw.Connection, index: NamespaceIndex) -> None:
         """Choose and make codes and sketch anew, while searches go on with those there are."""
         with index.lock:
-            self._catch_up(connection, index)
+            self._draw_level(connection, index)
             index.changes_while_fitting = []
         try:
             fresh = NamespaceIndex(index.layout)
@@ -590,13 +614,13 @@ class Indexes:
     def _build_graph(self, connection: apsw.Connection, index: NamespaceIndex) -> None:
         layout = index.layout
         with index.lock:
-            self._catch_up(connection, index)
+            self._draw_level(connection, index)
             index.changed_while_building = set()
         try:
             keys = namespace_keys(connection, layout.namespace_id)
-            graph = Graph(layout, read_vectors(connection, layout, _spread(keys, TRAINING_ROWS))[1])
+            graph = Graph(layout, read_vectors(connection, layout, spread(keys, TRAINING_ROWS))[1])
             # Some rows are linked last: until then they are queries that the graph has never seen.
-            held_out = read_vectors(connection, layout, _spread(keys, min(GRAPH_SAMPLE, len(keys) // 10)))
+            held_out = read_vectors(connection, layout, spread(keys, min(GRAPH_SAMPLE, len(keys) // 10)))
             for block, vectors in walk_vectors(connection, layout, np.setdiff1d(keys, held_out[0])):
                 for start in range(0, len(block), GRAPH_BLOCK):
                     if self._stopped.is_set():
@@ -657,12 +681,14 @@ class Indexes:
     def _link_pending(self, connection: apsw.Connection, index: NamespaceIndex) -> Graph | None:
         """Link what the graph lacks; the graph, if it was found to be of use."""
         while index.graph is not None and index.pending and not self._stopped.is_set():
+            with index.lock:
+                self._draw_level(connection, index)
             grown = index.graph.live >= REFITTED_GROWTH * index.beam_rows > 0
             if grown and GRAPH_SAMPLE <= len(index.pending) <= GRAPH_BLOCK + GRAPH_SAMPLE:
                 self._choose_beam(connection, index)
                 continue
             with index.lock:
-                self._catch_up(connection, index)
+                self._draw_level(connection, index)
                 block = np.array(sorted(index.pending)[:GRAPH_BLOCK], np.int64)
                 keys, vectors = read_vectors(connection, index.layout, block)
                 if not len(keys):
@@ -682,7 +708,7 @@ class Indexes:
         assert graph is not None
         with index.lock:
             unlinked = np.array(sorted(index.pending), np.int64)
-        queries = read_vectors(connection, index.layout, _spread(unlinked, GRAPH_SAMPLE))[1]
+        queries = read_vectors(connection, index.layout, spread(unlinked, GRAPH_SAMPLE))[1]
         beam = self._measured_beam(connection, index, graph, unlinked, queries)
         with index.lock:
             if index.graph is not graph:
@@ -759,15 +785,15 @@ class Indexes:
         if index is None:
             path = self._path(layout.namespace_id)
             size = path.stat().st_size if path.exists() else 0
-            count = _count(connection, layout.namespace_id)
+            count = count_rows(connection, layout.namespace_id)
             tier = self._wanted_tier(layout, count)
             if tier == "exact":
                 return IndexState(tier, 0, size)  # it has no file, and is made of all rows when it is asked
             sequence = _file_sequence(path) if size else 0
-            return IndexState(tier, _changes_since(connection, layout.namespace_id, sequence), size)
+            return IndexState(tier, changed_rows_since(connection, layout.namespace_id, sequence), size)
         with index.lock:
             lag = (
-                _changes_since(connection, layout.namespace_id, index.sequence)
+                changed_rows_since(connection, layout.namespace_id, index.sequence)
                 if index.sequence < newest
                 else 0
             )
@@ -802,7 +828,7 @@ class Indexes:
                 fresh.codes = make_codes(layout, index.codes.library, index.codes.bits)
                 for block, vectors in walk_vectors(connection, layout, keys):
                     fresh.codes.add(block, vectors)
-            picked = _spread(keys, 50)
+            picked = spread(keys, 50)
             for key, vector in zip(*read_vectors(connection, layout, picked), strict=True):
                 ours, theirs = (self._answer(connection, one, vector) for one in (index, fresh))
                 if len(ours) != len(theirs) or not np.allclose(ours, theirs, atol=1e-5, rtol=1e-4):
@@ -862,28 +888,6 @@ def _remove(path: Path) -> None:
     except OSError as error:
         # It is derived, and never used for anything but its namespace.
         _log.warning("index_unremoved", path=str(path), error=str(error))
-
-
-def _spread(keys: Keys, count: int) -> Keys:
-    """At most `count` of the keys, evenly spread."""
-    return keys[np.unique(np.linspace(0, len(keys) - 1, min(count, len(keys))).astype(np.int64))]
-
-
-def _mark(connection: apsw.Connection, sequence: int) -> float:
-    found = rows(connection, "SELECT at_s FROM operations WHERE sequence = ?", (sequence,))
-    return found[0][0] if found else 0.0
-
-
-def _count(connection: apsw.Connection, namespace_id: int) -> int:
-    return rows(connection, "SELECT count(*) FROM items WHERE namespace_id = ?", (namespace_id,))[0][0]
-
-
-def _changes_since(connection: apsw.Connection, namespace_id: int, sequence: int) -> int:
-    return rows(
-        connection,
-        "SELECT coalesce(sum(length(keys)) / 8, 0) FROM operations WHERE namespace_id = ? AND sequence > ?",
-        (namespace_id, sequence),
-    )[0][0]
 
 
 def _file_sequence(path: Path) -> int:
