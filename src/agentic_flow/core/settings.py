@@ -274,6 +274,42 @@ class SwarmSettings(Section):
     lease_s: Positive = Field(default=10.0, description="A process silent for this long has lost its runs.")
 
 
+class MemorySettings(Section):
+    """What agents learn from their runs."""
+
+    enabled: bool = Field(
+        default=True, description="Whether runs recall what was learned, and leave their trajectories."
+    )
+    judge_model: str | None = Field(
+        default=None,
+        description="Model that judges and distils. Unset: the run's own; mechanically if it writes nothing.",
+    )
+    items_recalled: Annotated[int, Field(ge=1, le=20)] = Field(
+        default=3, description="Items that a task is given at most."
+    )
+    context_tokens_max: Count = Field(default=1500, description="Tokens of the block that carries them.")
+    mmr_lambda: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        default=0.75, description="1 chooses items by relevance alone, less avoids items that say the same."
+    )
+    recency_half_life_days: Positive = Field(
+        default=60.0, description="Age at which an item's recency, and its old evidence, count half."
+    )
+    withheld_share: Annotated[float, Field(ge=0.0, le=0.5)] = Field(
+        default=0.0,
+        description="Chance that an item is kept back from a recall, which measures what it does.",
+    )
+    retention_days: Positive = Field(default=30.0, description="Age at which trajectories are removed.")
+    attempts_max: Count = Field(
+        default=5, description="Tries to learn from a trajectory before it is shelved and reported."
+    )
+    learners_max: Annotated[int, Field(ge=1, le=32)] = Field(
+        default=2, description="Trajectories of one process that are learned from at a time."
+    )
+    items_max: Count = Field(
+        default=100_000, description="Items of one tenant; past it the least believed and used go first."
+    )
+
+
 class TelemetrySettings(Section):
     """Logs and traces."""
 
@@ -317,6 +353,7 @@ class Settings(Section):
     gateway: GatewaySettings = GatewaySettings()
     agentdb: AgentDBSettings = AgentDBSettings()
     tools: ToolsSettings = ToolsSettings()
+    memory: MemorySettings = MemorySettings()
     swarm: SwarmSettings = SwarmSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
 
