@@ -211,3 +211,48 @@ def test_processes_that_open_a_new_file_together_all_write(tmp_path: Path) -> No
     counts = rows_of(database, "SELECT writer, count(*) FROM t GROUP BY 1 ORDER BY 1")
     database.close()
     assert counts == [("w0", 200), ("w1", 200), ("w2", 200)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_vacuum_leaves_no_copy_of_what_was_deleted(seed: int, tmp_path: Path) -> None:
+    """Catches text of deleted rows in the unused space of pages, where SQLite moved rows from, and writes
+    that are lost or never end beside a vacuum."""
+    chance = random.Random(seed)
+    database = Database(
+        tmp_path / "notes.db", ("CREATE TABLE notes (id INTEGER PRIMARY KEY, text TEXT NOT NULL) STRICT",)
+    )
+
+    def fill(connection: apsw.Connection) -> None:
+        rows(connection, "PRAGMA secure_delete=FAST")
+        for _ in range(20):
+            text = chance.choice(("aardvark", "badger")) * chance.randrange(1, 40)
+            rows(connection, "INSERT OR REPLACE INTO notes VALUES (?, ?)", (chance.randrange(500), text))
+
+    def add(connection: apsw.Connection) -> None:
+        rows(connection, "INSERT INTO notes VALUES (NULL, 'condor')")
+
+    def empty_log() -> None:
+        connection = apsw.Connection(str(database.path))
+        rows(connection, "PRAGMA wal_checkpoint(TRUNCATE)")
+        connection.close()
+
+    async def main() -> None:
+        for _ in range(60):
+            await database.write(fill)
+        await database.write(
+            lambda connection: rows(connection, "DELETE FROM notes WHERE text >= 'a' AND text < 'b'")
+        )
+        await asyncio.to_thread(empty_log)
+        assert b"aardvark" in database.path.read_bytes(), "there is nothing to be removed"
+        await asyncio.gather(
+            *(database.write(add) for _ in range(20)),
+            database.vacuum(),
+            *(database.write(add) for _ in range(20)),
+        )
+        await asyncio.to_thread(empty_log)
+        assert b"aardvark" not in database.path.read_bytes()
+        found = await database.read(lambda c: rows(c, "SELECT count(*) FROM notes WHERE text = 'condor'"))
+        assert found == [(40,)]
+
+    asyncio.run(main())
+    database.close()

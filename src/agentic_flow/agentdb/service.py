@@ -250,6 +250,12 @@ class AgentDB:
             ]
         )
 
+    async def tenants_with(self, namespace: str) -> list[str]:
+        """See VectorStore."""
+        check_namespace(namespace)
+        sql = "SELECT tenant FROM namespaces WHERE name = ? ORDER BY tenant"
+        return await self._db.read(lambda connection: [name for (name,) in rows(connection, sql, (namespace,))])
+
     async def stats(self, tenant: str) -> list[NamespaceStats]:
         """See VectorStore."""
         check_tenant(tenant)
@@ -258,10 +264,12 @@ class AgentDB:
 
     async def erase_tenant(self, tenant: str) -> int:
         """See VectorStore. Rows, full-text tables, operations and idempotency records all go, with what they
-        left in freed space, in the write-ahead log and in the history.
+        left in freed space, in the write-ahead log and in the history. The file is written anew: other writes
+        wait for as long as that takes, and the disk needs room for two more copies of it.
 
         Raises:
-            Unavailable: the history or the log still holds something and cannot be written now; erase again.
+            Unavailable: the file, the history or the log still holds something and cannot be written now:
+                erase again.
         """
         check_tenant(tenant)
         now_s = self._clock.time_s()
@@ -278,6 +286,7 @@ class AgentDB:
         for namespace_id in ids:
             await asyncio.to_thread(self._indexes.forget, namespace_id)
         await self._db.write(overwrite_free_space)
+        await self._db.vacuum()
         await asyncio.to_thread(lambda: empty_log(self._db.path, wait_s=LOG_WAIT_S))
         return removed
 

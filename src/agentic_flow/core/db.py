@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -56,6 +57,23 @@ def at_commit(connection: apsw.Connection, work: Callable[[apsw.Connection], Non
         connection.deferred.append(work)
     else:
         work(connection)
+
+
+@dataclass(frozen=True, slots=True)
+class _Queued:
+    """A job of the writer thread; `alone`: it runs outside of a transaction."""
+
+    job: Job
+    future: Future[Any]
+    alone: bool
+
+
+def _vacuum(connection: apsw.Connection) -> None:
+    rows(connection, "PRAGMA temp_store=FILE")  # the copy may be larger than memory
+    try:
+        rows(connection, "VACUUM")
+    finally:
+        rows(connection, "PRAGMA temp_store=MEMORY")
 
 
 class Database:
@@ -106,7 +124,7 @@ class Database:
                 raise
         except apsw.Error as error:
             raise self._explained(error) from error
-        self._jobs: queue.Queue[tuple[Job, Future[Any]] | None] = queue.Queue(_QUEUE_MAX)
+        self._jobs: queue.Queue[_Queued | None] = queue.Queue(_QUEUE_MAX)
         self._closed = False
         self._closing = threading.Lock()
         self._thread = threading.Thread(target=self._write_loop, name=f"db-writer-{path.name}", daemon=True)
@@ -128,13 +146,16 @@ class Database:
 
     def submit(self, job: Callable[[apsw.Connection], T]) -> Future[T]:
         """Queue a write; the future resolves after the commit."""
+        return self._queue(job)
+
+    def _queue(self, job: Callable[[apsw.Connection], T], *, alone: bool = False) -> Future[T]:
         future: Future[T] = Future()
         # Under the lock, so that no job can land behind the mark that ends the writer thread.
         with self._closing:
             if self._closed:
                 raise Unavailable(f"{self.path.name!r} is closed")
             try:
-                self._jobs.put_nowait((job, future))
+                self._jobs.put_nowait(_Queued(job, future, alone))
             except queue.Full:
                 raise Unavailable(
                     f"{self.path.name!r} has {_QUEUE_MAX} writes waiting",
@@ -142,6 +163,17 @@ class Database:
                     retry_after_s=1.0,
                 ) from None
         return future
+
+    async def vacuum(self) -> None:
+        """Write the file anew from its rows. SQLite overwrites what is deleted, but not the copies that stay
+        in the unused space of pages when it moves rows between them; after this there are none.
+
+        Writes wait meanwhile, and the disk needs room for two more copies.
+
+        Raises:
+            Unavailable: there is no room, or another process writes all the time; nothing has changed.
+        """
+        await asyncio.wrap_future(self._queue(_vacuum, alone=True))
 
     async def read(self, job: Callable[[apsw.Connection], T]) -> T:
         """Run `job` in a read transaction of a reader thread: one consistent snapshot."""
@@ -253,31 +285,48 @@ class Database:
             rows(connection, "ROLLBACK")
 
     def _write_loop(self) -> None:
-        while (first := self._jobs.get()) is not None:
+        following: _Queued | None = None
+        while (first := following or self._jobs.get()) is not None:
+            following = None
+            if first.alone:
+                self._run_alone(first)
+                continue
             group = [first]
             last = False
             while len(group) < _BATCH_MAX:
                 try:
-                    job = self._jobs.get_nowait()
+                    following = self._jobs.get_nowait()
                 except queue.Empty:
                     break
-                if job is None:
-                    last = True
+                last = following is None
+                if following is None or following.alone:
                     break
-                group.append(job)
+                group.append(following)
+                following = None
             self._commit_group(group)
             if last:
                 return
 
-    def _commit_group(self, group: list[tuple[Job, Future[Any]]]) -> None:
+    def _run_alone(self, queued: _Queued) -> None:
+        """A job that is no part of a transaction."""
+        if not queued.future.set_running_or_notify_cancel():
+            return
+        try:
+            queued.future.set_result(queued.job(self._writer))
+        except apsw.Error as error:
+            queued.future.set_exception(self._explained(error))
+        except BaseException as error:  # noqa: BLE001 - it belongs to the caller; the next job must go on
+            queued.future.set_exception(error)
+
+    def _commit_group(self, group: list[_Queued]) -> None:
         done: list[tuple[Future[Any], Any]] = []
         writer, deferred = self._writer, self._writer.deferred
         deferred.clear()
         try:
             rows(writer, "BEGIN IMMEDIATE")
-            for job, future in group:
-                if future.set_running_or_notify_cancel():
-                    self._run_job(job, future, done)
+            for queued in group:
+                if queued.future.set_running_or_notify_cancel():
+                    self._run_job(queued.job, queued.future, done)
             for work in deferred:
                 work(writer)
             rows(writer, "COMMIT")
@@ -286,9 +335,9 @@ class Database:
             failure = (
                 self._explained(error, "nothing was written: ") if isinstance(error, apsw.Error) else error
             )
-            for _, future in group:
-                if not future.done():
-                    future.set_exception(failure)
+            for queued in group:
+                if not queued.future.done():
+                    queued.future.set_exception(failure)
             return
         for future, result in done:
             future.set_result(result)
