@@ -79,7 +79,7 @@ def reasoningbank(path: Path) -> Path:
     with closing(sqlite3.connect(path)) as database:
         database.executescript(_REASONINGBANK)
         columns = "id, type, pattern_data, created_at"
-        add = f"INSERT INTO patterns ({columns}) VALUES (?, ?, ?, '2026-01-02 03:04:05')"  # noqa: S608 - ours
+        add = f"INSERT INTO patterns ({columns}) VALUES (?, ?, ?, '2026-01-02 03:04:05')"
         database.execute(add, ("p1", "reasoning_memory", pattern("Read the first error")))
         database.execute(
             add,
