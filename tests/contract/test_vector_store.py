@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from agentic_flow.agentdb.remote import RemoteAgentDB
@@ -23,19 +24,21 @@ pytestmark = pytest.mark.anyio
 
 
 class TenantTokens:
-    """Both ends of a trust between two processes: the token names the tenant."""
+    """Both ends of a trust between two processes: the token names the tenant, and if an operator asks."""
 
     async def token(self, principal: Principal) -> str | None:
-        return f"tenant.{principal.tenant}"
+        kind = "operator" if principal.allows("platform:admin") else "tenant"
+        return f"{kind}.{principal.tenant}"
 
     def forget(self, principal: Principal) -> None:
         raise AssertionError(f"the token of {principal.tenant!r} was refused")
 
     async def authenticate(self, credential: str) -> Principal:
         kind, _, tenant = credential.partition(".")
-        if kind != "tenant":
+        if kind not in ("tenant", "operator"):
             raise Unauthenticated("no token of ours")
-        return Principal(tenant, "service", frozenset({"memory:*"}))
+        scopes = {"memory:*"} | ({"platform:admin"} if kind == "operator" else set())
+        return Principal(tenant, "service", frozenset(scopes))
 
 
 @asynccontextmanager
@@ -77,3 +80,27 @@ async def test_tenants_never_meet(seed: int, far: bool, tmp_path: Path) -> None:
     """Catches a row of one tenant that another can read, find, count, change or erase."""
     async with near_or_far(tmp_path, far) as store:
         await vector_store_contract.tenants_never_meet(store, seed=seed)
+
+
+async def test_only_operators_learn_of_other_tenants(tmp_path: Path) -> None:
+    """Catches a tenant's caller that is told who else has a namespace."""
+    async with AgentDB(tmp_path, AgentDBSettings()) as store:
+
+        async def ready() -> dict[str, bool]:
+            return {"agentdb": True}
+
+        tokens = TenantTokens()
+        settings = Settings.model_validate({"auth": {"required": True}})
+        app = create_app("agentdb", build_routes(store), authenticator=tokens, settings=settings, ready=ready)
+        for tenant in ("one", "two"):
+            await store.create_namespace(tenant, "shared")
+        async with serving(app) as (url,), aiohttp.ClientSession() as session:
+
+            async def told(token: str) -> list[str]:
+                headers = {"Authorization": f"Bearer {token}"}
+                async with session.get(f"{url}/v1/tenants-with/shared", headers=headers) as response:
+                    return (await response.json())["tenants"]
+
+            assert await told("operator.one") == ["one", "two"]
+            assert await told("tenant.two") == ["two"]
+            assert await told("tenant.three") == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self, TypeVar, cast
 from urllib.parse import quote
 
@@ -12,7 +13,7 @@ import orjson
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from agentic_flow.agentdb.names import check_idempotency_key, check_namespace
-from agentic_flow.core.auth import Principal, TokenSource
+from agentic_flow.core.auth import DEFAULT_TENANT, Principal, TokenSource
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
 from agentic_flow.core.errors import InvalidInput, TooLarge, Unavailable
 from agentic_flow.core.http_twin import HttpTwin
@@ -44,6 +45,7 @@ _SEARCH = TypeAdapter(SearchResult)
 _SEARCHES = TypeAdapter(list[SearchResult])
 _STATS = TypeAdapter(list[NamespaceStats])
 _FINGERPRINTS = TypeAdapter(dict[str, Fingerprint])
+_NAMES = TypeAdapter(list[str])
 _COUNT = TypeAdapter(int)
 _FLAG = TypeAdapter(bool)
 
@@ -120,6 +122,14 @@ class RemoteAgentDB(HttpTwin):
 
     async def erase_tenant(self, tenant: str) -> int:
         return _read(_COUNT, await self._ask(tenant, "DELETE", "/v1/namespaces"), "items")
+
+    async def tenants_with(self, namespace: str) -> list[str]:
+        """See VectorStore. It asks in the name of the default tenant, as an operator where it may."""
+        path = f"/v1/tenants-with/{quote(check_namespace(namespace), safe='')}"
+        service = self._principal_of(DEFAULT_TENANT)
+        operator = replace(service, scopes=service.scopes | {"platform:admin"})
+        found = await self.call("GET", path, principal=operator, idempotent=True)
+        return _read(_NAMES, found, "tenants")
 
     # Items
 

@@ -39,6 +39,7 @@ from agentic_flow.agentdb.http.bodies import (
     SearchOptions,
     SearchResults,
     StatsList,
+    TenantList,
     Upsert,
     VectorOptions,
     WasDeleted,
@@ -330,6 +331,13 @@ class _Namespaces:
             found = [one.model_copy(update={"sequence": None}) for one in found]
         return answer(StatsList(stats=tuple(found)))
 
+    async def tenants_with(self, request: Request) -> Response:
+        caller, name = principal_of(request), str(request.path_params["namespace"])
+        if caller.allows(OPERATOR):
+            return answer(TenantList(tenants=tuple(await self._db.tenants_with(name))))
+        own = any(one.name == name for one in await self._db.namespaces(caller.tenant))
+        return answer(TenantList(tenants=(caller.tenant,) if own else ()))
+
     async def erase(self, request: Request) -> Response:
         return answer(Erased(items=await self._db.erase_tenant(principal_of(request).tenant)))
 
@@ -357,6 +365,16 @@ def _namespace_operations(faces: _Namespaces) -> list[Operation]:
             scope=READ,
             handler=faces.listed,
             answer=NamespaceList,
+        ),
+        Operation(
+            name="tenants_with",
+            method="GET",
+            path="/v1/tenants-with/{namespace}",
+            summary="The tenants that have a namespace of this name.",
+            notes="Without the scope `platform:admin` the caller is told of its own tenant alone.",
+            scope=READ,
+            handler=faces.tenants_with,
+            answer=TenantList,
         ),
         Operation(
             name="erase_tenant",

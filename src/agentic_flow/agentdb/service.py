@@ -254,7 +254,9 @@ class AgentDB:
         """See VectorStore."""
         check_namespace(namespace)
         sql = "SELECT tenant FROM namespaces WHERE name = ? ORDER BY tenant"
-        return await self._db.read(lambda connection: [name for (name,) in rows(connection, sql, (namespace,))])
+        return await self._db.read(
+            lambda connection: [name for (name,) in rows(connection, sql, (namespace,))]
+        )
 
     async def stats(self, tenant: str) -> list[NamespaceStats]:
         """See VectorStore."""

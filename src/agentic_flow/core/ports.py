@@ -214,6 +214,13 @@ class VectorStore(Protocol):
         """Remove everything of a tenant; returns the number of items removed."""
         ...
 
+    async def tenants_with(self, namespace: str) -> list[str]:
+        """Tenants that have a namespace of this name, by name: for a service that finds its work again.
+
+        Over HTTP only the operator (scope `platform:admin`) is told of other tenants than its own.
+        """
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class ToolScope:

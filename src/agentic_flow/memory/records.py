@@ -79,7 +79,7 @@ class Trajectory(Frozen):
     trusted (then the newest) of them counts. `recall_id` names the recall whose items the agent was
     shown; `cited` are the ids of those it said it used. `state`: open (steps still come), pending (waits
     to be learned from), learned, shelved (the judge failed too often: `problem` says how). `item_ids` are
-    what was distilled from it. A compressed trajectory has lost its steps.
+    what was distilled from it. A compressed trajectory has lost what its steps observed.
     """
 
     id: Id

@@ -22,7 +22,7 @@ from agentic_flow.core.ports import (
     VectorStore,
     WorkflowRecord,
 )
-from agentic_flow.core.settings import AgentDBSettings, SwarmSettings
+from agentic_flow.core.settings import AgentDBSettings, MemorySettings, SwarmSettings
 from agentic_flow.memory.trajectories import Trajectories
 from agentic_flow.swarm.agent_loop import AgentLoop, PydanticAgentLoop
 from agentic_flow.swarm.definitions import AgentDefinition, DefinitionCatalog
@@ -78,7 +78,7 @@ class Swarm:
         self._completer = completer
         self._engine = engine
         self._catalog = catalog
-        self._trajectories = Trajectories(store)
+        self._trajectories = Trajectories(store, MemorySettings())
         self._ingest_progress: dict[str, tuple[int, int]] = {}
         self._team = Team(
             settings,

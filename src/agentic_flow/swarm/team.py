@@ -35,7 +35,8 @@ from agentic_flow.core.messages import (
 )
 from agentic_flow.core.ports import Completer, RunEngine, StepContext, ToolBox, WorkflowContext
 from agentic_flow.core.settings import SwarmSettings
-from agentic_flow.memory.trajectories import Trajectories, Trajectory, TrajectoryStep
+from agentic_flow.memory.records import OBSERVATION_CHARS_MAX, Trajectory, TrajectoryStep
+from agentic_flow.memory.trajectories import Trajectories
 from agentic_flow.swarm import prompts
 from agentic_flow.swarm.agent_loop import AgentLoop, AgentTask
 from agentic_flow.swarm.budget import RunBudget
@@ -412,7 +413,7 @@ class Team:
                 TrajectoryStep(
                     agent=step.workflow_id.removeprefix(run_id).lstrip(".") or "run",
                     name=step.name,
-                    observation=orjson.dumps(step.output).decode()[:500] if step.output else "",
+                    observation=_head(step.output) if step.output else "",
                     error=str(step.error.get("detail")) if step.error else None,
                 )
                 for step in await self._engine.steps(run_id)
@@ -420,6 +421,7 @@ class Team:
             await self._trajectories.record(
                 payload.tenant,
                 Trajectory(
+                    id=run_id,
                     run_id=run_id,
                     task=payload.spec.goal,
                     model=payload.briefs["worker"].model,
@@ -429,7 +431,7 @@ class Team:
                     answer=result.answer if result else "",
                     error=failure.message if failure else None,
                     usage=result.usage.model_dump(mode="json") if result else {},
-                    recorded_at_s=time.time(),
+                    started_at_s=payload.started_at_s,
                 ),
             )
             return {"steps": len(steps)}
@@ -635,6 +637,10 @@ def _votes(claim: Claim, claims: Sequence[Claim]) -> int:
             and any((c.path, line) in places for c in other.citations for line in (c.line_start, c.line_end))
         }
     )
+
+
+def _head(output: JsonObject) -> str:
+    return orjson.dumps(output).decode()[:OBSERVATION_CHARS_MAX]
 
 
 def _without_evidence(progress: _Progress) -> str:

@@ -67,6 +67,18 @@ async def namespaces_are_made_once(store: VectorStore) -> None:
     assert (await store.search(tenant, SPACE, SearchQuery(vector=Vector((1.0, 0.0))))).hits == ()
 
 
+async def tenants_with_a_namespace_are_found(store: VectorStore) -> None:
+    """A service finds every tenant that it has work for, and none that it has not (any more)."""
+    for tenant in ("t-with-b", "t-with-a", "t-with-other"):
+        await store.create_namespace(tenant, "wanted" if tenant != "t-with-other" else "wanted2")
+    assert await store.tenants_with("wanted") == ["t-with-a", "t-with-b"]
+    await store.erase_tenant("t-with-a")
+    assert await store.tenants_with("wanted") == ["t-with-b"]
+    await store.delete_namespace("t-with-b", "wanted")
+    assert await store.tenants_with("wanted") == []
+    await fails(InvalidInput, store.tenants_with("a/b"))
+
+
 async def bad_names_are_refused(store: VectorStore) -> None:
     """Names that could leave their folder, table or URL are refused, never cleaned up silently."""
     for name in ("a b", "-a", "a/b", "x" * 129, "ä", "a\nb", 'a"b', "a\n"):
@@ -475,6 +487,7 @@ async def stats_tell_what_is_there(store: VectorStore) -> None:
 
 ALWAYS: tuple[Scenario, ...] = (
     namespaces_are_made_once,
+    tenants_with_a_namespace_are_found,
     bad_names_are_refused,
     unknown_namespaces_are_not_found,
     items_are_what_was_stored,

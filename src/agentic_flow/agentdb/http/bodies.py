@@ -159,6 +159,10 @@ class NamespaceList(Frozen):
     namespaces: tuple[Namespace, ...]
 
 
+class TenantList(Frozen):
+    tenants: tuple[str, ...]
+
+
 class StatsList(Frozen):
     stats: tuple[NamespaceStats, ...]
 

@@ -258,6 +258,20 @@ class PostgresAgentDB:
 
         return await self._db.read(EVERY_TENANT, job)
 
+    async def tenants_with(self, namespace: str) -> list[str]:
+        """See VectorStore."""
+        check_namespace(namespace)
+
+        async def job(connection: AsyncConnection) -> list[str]:
+            found = await fetch(
+                connection,
+                'SELECT tenant FROM agentic_flow.namespaces WHERE name = %s ORDER BY tenant COLLATE "C"',
+                (namespace,),
+            )
+            return [tenant for (tenant,) in found]
+
+        return await self._db.read(EVERY_TENANT, job)
+
     async def stats(self, tenant: str) -> list[NamespaceStats]:
         """See VectorStore. A graph index changes with its rows, so none lags."""
         check_tenant(tenant)
