@@ -29,6 +29,7 @@ from agentic_flow.core.web import create_app
 from agentic_flow.gateway.front.errors import ERROR_SHAPES
 from agentic_flow.gateway.front.openai_embeddings import INPUTS_MAX, SEMANTIC_HEADER, build_embedding_routes
 from agentic_flow.gateway.front.routes import build_front_routes
+from agentic_flow.gateway.policies import GatewayPolicies
 from agentic_flow.gateway.providers import HttpProvider, Provider, openai_provider
 from agentic_flow.gateway.service import Gateway
 from agentic_flow.testing.fake_provider import FakeProvider, Reply, Script
@@ -71,7 +72,12 @@ class Place(BaseModel):
 
 @asynccontextmanager
 async def gateway_at(
-    openai_url: str, anthropic_url: str = "http://127.0.0.1:9", *, responses: bool = False, **more: Any
+    openai_url: str,
+    anthropic_url: str = "http://127.0.0.1:9",
+    *,
+    responses: bool = False,
+    policies: GatewayPolicies | None = None,
+    **more: Any,
 ) -> AsyncIterator[str]:
     """A gateway over these endpoints, the first of which may speak Responses itself."""
     configured = GatewaySettings.model_validate(
@@ -95,7 +101,7 @@ async def gateway_at(
         return {}
 
     extra = {"openai": speaks_responses} if responses else {}
-    async with Gateway(configured, extra_providers=extra) as gateway:
+    async with Gateway(configured, extra_providers=extra, policies=policies) as gateway:
         app = create_app(
             "platform",
             [*build_front_routes(gateway), *build_embedding_routes(gateway, HashedNgramEmbedder())],
@@ -273,6 +279,86 @@ async def test_the_built_in_model_answers_too() -> None:
     assert fake.requests == []
 
 
+@pytest.mark.parametrize("chunk_bytes", [None, 1])
+@pytest.mark.parametrize("top", [0, 3])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_probabilities_of_tokens(stream: bool, top: int, chunk_bytes: int | None) -> None:
+    """Catches probabilities that are lost or beside the wrong token, and answers that cannot go back."""
+    text = "Grüße 🙂 of 4"
+    reply = Reply.text(text, chunk_chars=2, chunk_bytes=chunk_bytes)
+    wanted: dict[str, Any] = {"include": ["message.output_text.logprobs"], "top_logprobs": top}
+    async with asking([reply, reply, reply]) as (client, fake):
+        model = "openai:fake-model"
+        answer = await ask(client, model, stream=stream, **wanted)
+        history: list[Any] = [{"role": "user", "content": "hi"}, *answer.output]
+        again = await ask(client, model, input=[*history, {"role": "user", "content": "and now?"}])
+        deltas = [
+            event
+            async for event in await client.responses.create(model=model, input="hi", stream=True, **wanted)
+            if event.type == "response.output_text.delta"
+        ]
+    told = answer.output[0].content[0].logprobs
+    assert "".join(entry.token for entry in told) == answer.output_text == text
+    assert b"".join(bytes(entry.bytes) for entry in told).decode() == text
+    assert [entry.logprob for entry in told] == [-(n + 1) / 8 for n in range(len(told))]
+    assert [len(entry.top_logprobs) for entry in told] == [top] * len(told)
+    if top:
+        assert [entry.top_logprobs[0].token for entry in told] == [entry.token for entry in told]
+    assert answer.top_logprobs == top
+    assert [[entry.token for entry in event.logprobs] for event in deltas] == [
+        [event.delta] for event in deltas
+    ]
+    assert again.output[0].content[0].logprobs == []
+    assert [seen.body.get("logprobs") for seen in fake.requests] == [True, None, True]
+    assert [seen.body.get("top_logprobs") for seen in fake.requests] == [top or None, None, top or None]
+    assert fake.refused == []
+
+
+CHECKED = GatewayPolicies.model_validate(
+    {
+        "routes": {
+            "checked": {
+                "targets": [{"model": "openai:fake-model"}],
+                "escalation": {"checker": "length", "options": {"min_chars": 1}},
+            }
+        },
+        "cache": {"mode": "exact"},
+    }
+)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_probabilities_of_tokens_in_chat(stream: bool) -> None:
+    """Catches a checker, or the cache behind it, that costs an OpenAI client its probabilities."""
+    text = "Grüße 🙂 of 4"
+    async with asking([Reply.text(text, chunk_chars=2)], policies=CHECKED) as (client, fake):
+        told = [await _chat_logprobs(client, stream, top_logprobs=2) for _ in range(2)]
+        for wrong in ({"logprobs": False, "top_logprobs": 1}, {"top_logprobs": 21}):
+            with pytest.raises(openai.BadRequestError) as caught:
+                await _chat_logprobs(client, stream, **wrong)
+            assert caught.value.param == "top_logprobs"
+    assert told[0] == told[1], "the second one is the cache's"
+    assert "".join(entry.token for entry in told[0]) == text
+    assert [entry.logprob for entry in told[0]] == [-(n + 1) / 8 for n in range(len(told[0]))]
+    assert {len(entry.top_logprobs) for entry in told[0]} == {2}
+    assert [(seen.body["logprobs"], seen.body["top_logprobs"]) for seen in fake.requests] == [(True, 2)]
+    assert fake.refused == []
+
+
+async def _chat_logprobs(client: openai.AsyncOpenAI, stream: bool, **more: Any) -> list[Any]:
+    about: dict[str, Any] = {"model": "checked", "messages": [{"role": "user", "content": "hi"}]}
+    about |= {"logprobs": True, **more}
+    if not stream:
+        return (await client.chat.completions.create(**about)).choices[0].logprobs.content
+    return [
+        entry
+        async for chunk in await client.chat.completions.create(stream=True, **about)
+        for choice in chunk.choices
+        if choice.logprobs is not None
+        for entry in choice.logprobs.content
+    ]
+
+
 # Errors
 
 
@@ -328,6 +414,8 @@ async def test_errors_of_the_provider(back: str, stream: bool) -> None:
         ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
         ({"background": True}, "background"),
         ({"extra_body": {"not_known_yet": 1}}, "not_known_yet"),
+        ({"include": ["message.output_text.logprobs"]}, "logprobs"),
+        ({"top_logprobs": 2}, "logprobs"),
     ],
 )
 async def test_what_cannot_be_translated_is_refused_by_name(more: dict[str, Any], field: str) -> None:

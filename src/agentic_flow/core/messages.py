@@ -111,6 +111,9 @@ class ToolSpec(Frozen):
     strict: bool | None = None
 
 
+TOP_LOGPROBS_MAX = 20
+"""Most alternatives that a vendor gives beside each token."""
+
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
@@ -121,8 +124,9 @@ class CompletionRequest(Frozen):
     gateway to use the provider's streaming wire format even when the caller wants the whole answer, so that
     a stalled or truncated answer is noticed while it happens. `parallel_tool_calls` False asks for one call
     at a time; `reasoning_effort` None leaves thinking to the model; `end_user` is the caller's opaque name of
-    the person behind the request, for the provider's abuse checks. `agent` and `run` say who asks within the
-    caller's house, for budgets and the usage ledger; providers never see them.
+    the person behind the request, for the provider's abuse checks. `logprobs` asks for the probability of
+    each token of the text, with this many alternatives beside it; None asks for none. `agent` and `run` say
+    who asks within the caller's house, for budgets and the usage ledger; providers never see them.
     """
 
     model: str
@@ -139,6 +143,7 @@ class CompletionRequest(Frozen):
     parallel_tool_calls: bool | None = None
     reasoning_effort: ReasoningEffort | None = None
     end_user: str | None = None
+    logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS_MAX)] | None = None
     agent: Annotated[str, Field(max_length=128)] | None = None
     run: Annotated[str, Field(max_length=128)] | None = None
 
@@ -172,8 +177,25 @@ class Usage(Frozen):
 StopReason = Literal["end", "tool_calls", "length", "stop_sequence", "refusal"]
 
 
+class TokenLogprob(Frozen):
+    """A token of the text and the natural logarithm of its probability.
+
+    `utf8` are its bytes, None where the provider does not tell: a token may be part of a character. `top` are
+    the likeliest tokens at its place, which need not include it; they have no `top` of their own.
+    """
+
+    token: str
+    logprob: float
+    utf8: tuple[int, ...] | None = None
+    top: tuple[TokenLogprob, ...] = ()
+
+
 class Completion(Frozen):
-    """A finished model answer. `model` is the one that served, `provider` who ran it."""
+    """A finished model answer. `model` is the one that served, `provider` who ran it.
+
+    `logprobs` are those of the tokens of all text, in order; empty where nobody asked, or the provider told
+    none.
+    """
 
     model: str
     provider: str
@@ -181,6 +203,7 @@ class Completion(Frozen):
     stop_reason: StopReason
     usage: Usage
     latency_s: float = 0.0
+    logprobs: tuple[TokenLogprob, ...] = ()
 
     @property
     def text(self) -> str:
@@ -192,8 +215,11 @@ class Completion(Frozen):
 
 
 class TextDelta(Frozen):
+    """A piece of the text; `logprobs` are those of its tokens, where they were asked for."""
+
     kind: Literal["text_delta"] = "text_delta"
     text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class ThinkingDelta(Frozen):

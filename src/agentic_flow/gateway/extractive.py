@@ -37,6 +37,7 @@ from agentic_flow.gateway import passages as p
 from agentic_flow.gateway.models import EXTRACTIVE
 from agentic_flow.gateway.wire.format import (
     CHARS_PER_TOKEN,
+    check_no_logprobs,
     check_tool_choice,
     estimate_tokens,
     request_chars,
@@ -111,9 +112,10 @@ def answer(request: CompletionRequest) -> Completion:
 
     Raises:
         ProviderRejected: the request asks for what selecting cannot do.
-        InvalidInput: tool_choice names no tool of the request.
+        InvalidInput: tool_choice names no tool of the request, or logprobs are asked for.
     """
     check_tool_choice(request)
+    check_no_logprobs(request, "the extractive model")
     if request.output_schema is not None:
         raise ProviderRejected(
             "the extractive model selects passages and cannot fill a schema",

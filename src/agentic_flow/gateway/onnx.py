@@ -425,6 +425,8 @@ def _check_asked(request: CompletionRequest, folder: ModelFolder, tools: bool) -
         raise _cannot(folder, "output_schema", "an answer that is held to a schema can call no tools")
     if request.reasoning_effort not in (None, "none"):
         raise _cannot(folder, "reasoning_effort", f"there is no {request.reasoning_effort!r} effort to set")
+    if request.logprobs is not None:
+        raise _cannot(folder, "logprobs", "its runtime tells no probabilities of tokens")
     if request.temperature is not None and not 0 <= request.temperature <= 100:
         raise _cannot(folder, "temperature", f"{request.temperature!r} is not between 0 and 100")
     if request.top_p is not None and not 0 <= request.top_p <= 1:

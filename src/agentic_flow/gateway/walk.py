@@ -239,6 +239,7 @@ class Walk:
             if known is None and plan.escalation is not None:
                 async with self._house.door.enter(self._deadline, tenant=self._caller.tenant):
                     known = await self._answered(plan)  # a checker sees it before the caller does
+                self._remember(known)
             if known is not None:
                 completion = known.completion
                 for event in [known.body] if known.body is not None else events_of(completion):
@@ -731,11 +732,13 @@ def events_of(completion: Completion) -> list[StreamEvent]:
     import orjson
 
     events: list[StreamEvent] = []
-    calls = 0
+    calls, written = 0, False
     for part in completion.parts:
         match part:
             case TextPart():
-                events.append(TextDelta(text=part.text))
+                # Who tells probabilities of tokens writes one text.
+                events.append(TextDelta(text=part.text, logprobs=() if written else completion.logprobs))
+                written = True
             case ThinkingPart():
                 events.append(ThinkingDelta(text=part.text))
             case ToolCallPart():

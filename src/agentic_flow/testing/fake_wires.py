@@ -245,6 +245,11 @@ def check_openai(seen: SeenRequest) -> str | None:
         return "Invalid type for 'stream_options': expected an object."
     if "stream_options" in body and not seen.stream:
         return "The 'stream_options' parameter is only allowed when 'stream' is enabled."
+    top = body.get("top_logprobs")
+    if top is not None and not body.get("logprobs"):
+        return "The 'top_logprobs' parameter is only allowed when 'logprobs' is enabled."
+    if top is not None and not (isinstance(top, int) and 0 <= top <= 20):
+        return f"Invalid value for 'top_logprobs': must be between 0 and 20, got {top!r}."
     allowed = {"model", "messages", "max_tokens", "max_completion_tokens", "tools", "tool_choice",
                "response_format", "temperature", "top_p", "seed", "stop", "stream", "stream_options", "n",
                "parallel_tool_calls", "user", "logprobs", "top_logprobs", "reasoning_effort", "verbosity",
@@ -501,6 +506,22 @@ def _openai_usage(reply: Json) -> dict[str, Any]:
     }
 
 
+def openai_logprobs(seen: SeenRequest, pieces: Sequence[str], first: int = 0) -> dict[str, Any] | None:
+    """What a choice says of its tokens, where that was asked for; each piece of the text is a token here."""
+    if not seen.body.get("logprobs"):
+        return None
+
+    def token(text: str, logprob: float) -> dict[str, Any]:
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    told: list[dict[str, Any]] = []
+    for number, piece in enumerate(pieces, start=first):
+        logprob = -(number + 1) / 8
+        others = [token(piece, logprob), *(token(f"other {n}", logprob - n) for n in range(1, 20))]
+        told.append({**token(piece, logprob), "top_logprobs": others[: seen.body.get("top_logprobs") or 0]})
+    return {"content": told, "refusal": None}
+
+
 def openai_answer(seen: SeenRequest, reply: Json) -> dict[str, Any]:
     """A whole Chat Completions answer."""
     message: dict[str, Any] = {"role": "assistant", "content": reply["body_text"] or None, "refusal": None}
@@ -518,7 +539,12 @@ def openai_answer(seen: SeenRequest, reply: Json) -> dict[str, Any]:
         "created": 0,
         "model": reply["model"] or seen.model,
         "choices": [
-            {"index": 0, "message": message, "logprobs": None, "finish_reason": _stop(reply, _OPENAI_STOPS)}
+            {
+                "index": 0,
+                "message": message,
+                "logprobs": openai_logprobs(seen, _pieces(reply["body_text"], reply["chunk_chars"])),
+                "finish_reason": _stop(reply, _OPENAI_STOPS),
+            }
         ],
         **reply["extra"],
     }
@@ -542,13 +568,16 @@ def openai_events(seen: SeenRequest, reply: Json) -> list[bytes]:
         }
         return f"data: {json.dumps(body, ensure_ascii=False)}\n\n".encode()
 
-    def delta(content: Json, finish: str | None = None) -> bytes:
-        return chunk([{"index": 0, "delta": content, "logprobs": None, "finish_reason": finish}])
+    def delta(content: Json, finish: str | None = None, logprobs: Json | None = None) -> bytes:
+        return chunk([{"index": 0, "delta": content, "logprobs": logprobs, "finish_reason": finish}])
 
     size = reply["chunk_chars"]
     events = [delta({"role": "assistant", "content": ""})]
     events += [delta({"reasoning_content": piece}) for piece in _pieces(reply["thinking"], size)]
-    events += [delta({"content": piece}) for piece in _pieces(reply["body_text"], size)]
+    events += [
+        delta({"content": piece}, logprobs=openai_logprobs(seen, [piece], number))
+        for number, piece in enumerate(_pieces(reply["body_text"], size))
+    ]
     for index, call in enumerate(_calls(seen, reply)):
         function = {"name": call["name"], "arguments": ""}
         events.append(

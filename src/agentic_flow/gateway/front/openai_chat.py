@@ -7,13 +7,14 @@ which clients send back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
 
 from agentic_flow.core.errors import AgenticFlowError
 from agentic_flow.core.messages import (
+    TOP_LOGPROBS_MAX,
     Completion,
     CompletionRequest,
     ImagePart,
@@ -27,6 +28,7 @@ from agentic_flow.core.messages import (
     TextPart,
     ThinkingDelta,
     ThinkingPart,
+    TokenLogprob,
     ToolCallDelta,
     ToolCallPart,
     ToolResultPart,
@@ -82,12 +84,12 @@ def decode_chat(body: JsonObject) -> Call:
         parallel_tool_calls=fields.flag("parallel_tool_calls") if tools else None,
         reasoning_effort=effort_of(fields, "reasoning_effort"),
         end_user=fields.text("safety_identifier") or fields.text("user"),
+        logprobs=_logprobs(fields),
     )
     include_usage = _stream_options(fields)
     # What these ask for is what happens anyway.
     harmless: tuple[tuple[str, tuple[object, ...]], ...] = (
         ("n", (1,)),
-        ("logprobs", (False,)),
         ("frequency_penalty", (0, 0.0)),
         ("presence_penalty", (0, 0.0)),
         ("logit_bias", ({},)),
@@ -111,6 +113,16 @@ def _output_tokens_max(fields: Fields) -> int:
     if newer is not None and older is not None and newer != older:
         raise wrong("max_tokens", "contradicts max_completion_tokens", older)
     return newer or older or OUTPUT_TOKENS_DEFAULT
+
+
+def _logprobs(fields: Fields) -> int | None:
+    wanted = fields.flag("logprobs")
+    top = fields.integer("top_logprobs", least=0)
+    if top is not None and top > TOP_LOGPROBS_MAX:
+        raise wrong("top_logprobs", f"must be at most {TOP_LOGPROBS_MAX}", top)
+    if top is not None and not wanted:
+        raise wrong("top_logprobs", "needs logprobs to be true", top)
+    return (top or 0) if wanted else None
 
 
 def _stop(fields: Fields) -> tuple[str, ...]:
@@ -336,7 +348,7 @@ def encode_chat(completion: Completion, *, answer_id: str, created_s: int) -> by
     choice = {
         "index": 0,
         "message": message,
-        "logprobs": None,
+        "logprobs": _shown_logprobs(completion.logprobs),
         "finish_reason": _FINISH[completion.stop_reason],
     }
     return orjson.dumps(
@@ -349,6 +361,23 @@ def encode_chat(completion: Completion, *, answer_id: str, created_s: int) -> by
             "usage": encode_usage(completion.usage),
         }
     )
+
+
+def _shown_logprobs(logprobs: Sequence[TokenLogprob]) -> JsonObject | None:
+    """What a choice says of its tokens."""
+    return {"content": [_logprob(entry) for entry in logprobs], "refusal": None} if logprobs else None
+
+
+def _logprob(entry: TokenLogprob) -> JsonObject:
+    """A token and its alternatives, as both of OpenAI's formats write them."""
+    return {
+        "token": entry.token,
+        "logprob": entry.logprob,
+        "bytes": entry.utf8,
+        "top_logprobs": [
+            {"token": other.token, "logprob": other.logprob, "bytes": other.utf8} for other in entry.top
+        ],
+    }
 
 
 def _reasoning_details(completion: Completion) -> list[JsonObject]:
@@ -405,7 +434,7 @@ class ChatStream:
         self._begun = True
         match event:
             case TextDelta():
-                return begin + self._delta({"content": event.text})
+                return begin + self._delta({"content": event.text}, logprobs=event.logprobs)
             case ThinkingDelta():
                 return begin + self._delta({"reasoning_content": event.text})
             case ToolCallDelta():
@@ -441,8 +470,11 @@ class ChatStream:
             ends.append(_data({**self._head, "choices": [], "usage": encode_usage(completion.usage)}))
         return b"".join([*ends, b"data: [DONE]\n\n"])
 
-    def _delta(self, delta: JsonObject, finish: str | None = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+    def _delta(
+        self, delta: JsonObject, finish: str | None = None, logprobs: Sequence[TokenLogprob] = ()
+    ) -> bytes:
+        told = _shown_logprobs(logprobs)
+        choice = {"index": 0, "delta": delta, "logprobs": told, "finish_reason": finish}
         chunk: dict[str, Any] = {**self._head, "choices": [choice]}
         if self._include_usage:
             chunk["usage"] = None

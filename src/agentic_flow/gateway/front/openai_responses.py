@@ -14,6 +14,7 @@ import orjson
 
 from agentic_flow.core.errors import InvalidInput
 from agentic_flow.core.messages import (
+    TOP_LOGPROBS_MAX,
     CompletionRequest,
     JsonObject,
     Message,
@@ -38,6 +39,9 @@ from agentic_flow.gateway.front.format import (
 SIGNED = "agentic-flow:"
 """Begins the `encrypted_content` that this gateway wrote; only that can be read here."""
 
+LOGPROBS = "message.output_text.logprobs"
+"""What `include` calls the probabilities of the tokens of the text."""
+
 _METADATA_MAX = 16
 _METADATA_KEY_CHARS_MAX, _METADATA_VALUE_CHARS_MAX = 64, 512
 _STATUSES = ("in_progress", "completed", "incomplete")
@@ -60,6 +64,7 @@ def decode_responses(body: JsonObject) -> Call:
     parallel = fields.flag("parallel_tool_calls")
     form = _text(fields)
     thinking = _reasoning(fields)
+    logprobs = _logprobs(fields)
     user, safety_identifier = fields.text("user"), fields.text("safety_identifier")
     if user and safety_identifier and user != safety_identifier:
         raise untranslatable("user", "beside safety_identifier")
@@ -77,6 +82,7 @@ def decode_responses(body: JsonObject) -> Call:
         parallel_tool_calls=parallel if tools else None,
         reasoning_effort=thinking.effort,
         end_user=safety_identifier or user,
+        logprobs=logprobs,
     )
     metadata = _metadata(fields)
     cache_key = fields.text("prompt_cache_key")  # where a provider caches is its own affair
@@ -94,6 +100,7 @@ def decode_responses(body: JsonObject) -> Call:
         "text": form.shown,
         "tool_choice": "auto" if choice is None else choice,
         "tools": told or [],
+        "top_logprobs": logprobs or 0,
         "top_p": request.top_p,
         "user": user,
     }
@@ -137,19 +144,30 @@ def _not_stored(field: str, value: object) -> InvalidInput:
     )
 
 
+def _logprobs(fields: Fields) -> int | None:
+    """How many alternatives to each token are wanted; None: no probabilities at all."""
+    wanted = False
+    for position, name in enumerate(fields.texts("include")):
+        if name == LOGPROBS:
+            wanted = True
+        elif name != "reasoning.encrypted_content":
+            raise untranslatable(f"include.{position}", name)
+    top = fields.integer("top_logprobs", least=0) or 0
+    if top > TOP_LOGPROBS_MAX:
+        raise wrong("top_logprobs", f"must be at most {TOP_LOGPROBS_MAX}", top)
+    # Who names a number of alternatives wants to see them.
+    return top if wanted or top else None
+
+
 def _harmless(fields: Fields) -> None:
     """Fields that ask for what happens anyway."""
     options = fields.inner("stream_options")
     if options is not None:
         options.only("include_obfuscation", False, True)
         options.finish()
-    for position, name in enumerate(fields.texts("include")):
-        if name != "reasoning.encrypted_content":
-            raise untranslatable(f"include.{position}", name)
     harmless: tuple[tuple[str, tuple[object, ...]], ...] = (
         ("truncation", ("disabled",)),
         ("service_tier", ("auto", "default")),
-        ("top_logprobs", (0,)),
         ("prompt_cache_retention", ("in_memory",)),
         ("context_management", ([],)),
     )
@@ -399,9 +417,9 @@ def _said(fields: Fields) -> list[Part]:
         if kind not in ("output_text", "refusal"):
             raise untranslatable(part.name("type"), kind)
         parts.append(TextPart(text=_string(part, "text" if kind == "output_text" else "refusal")))
-        # Lists that clients echo from answers of ours and of others.
+        # Lists that clients echo from answers of ours and of others. How likely a token was changes nothing.
         part.only("annotations", [])
-        part.only("logprobs", [])
+        part.entries("logprobs")
         part.finish()
     return parts
 

@@ -26,6 +26,7 @@ from agentic_flow.core.messages import (
     TextPart,
     ThinkingDelta,
     ThinkingPart,
+    TokenLogprob,
     ToolCallDelta,
     ToolCallPart,
     Usage,
@@ -53,6 +54,7 @@ def encode_response(
         echo: What the answer repeats of the request (`Call.echo`).
     """
     items: list[_Item] = []
+    told = [_logprob(entry) for entry in completion.logprobs]
     for part in completion.parts:
         match part:
             case TextPart():
@@ -60,6 +62,9 @@ def encode_response(
                     items[-1].pieces.append(part.text)
                 else:
                     items.append(_Item("message", len(items), answer_id, pieces=[part.text]))
+                    # All of them: who tells probabilities of tokens writes one text.
+                    items[-1].logprobs += told
+                    told = []
             case ThinkingPart():
                 pieces = [part.text] if part.text else []
                 items.append(_Item("reasoning", len(items), answer_id, pieces=pieces, thoughts=[part]))
@@ -135,6 +140,7 @@ class _Item:
     answer_id: str
     pieces: list[str] = field(default_factory=list[str])
     thoughts: list[ThinkingPart] = field(default_factory=list[ThinkingPart])
+    logprobs: list[JsonObject] = field(default_factory=list[JsonObject])
     call_id: str = ""
     name: str = ""
     status: str = "completed"
@@ -168,7 +174,7 @@ class _Item:
         shown: JsonObject = {"id": self.id, "type": self.kind, "status": self.status}
         match self.kind:
             case "message":
-                return {**shown, "role": "assistant", "content": [_output_text(self.text)]}
+                return {**shown, "role": "assistant", "content": [_output_text(self.text, self.logprobs)]}
             case "reasoning":
                 summary = [_summary_text(self.text)] if self.pieces else []
                 return {**shown, "summary": summary, "encrypted_content": _sealed(self.thoughts)}
@@ -194,8 +200,24 @@ def _sealed(thoughts: Sequence[ThinkingPart]) -> str | None:
     return SIGNED + orjson.dumps([[thought.text, thought.signature] for thought in thoughts]).decode()
 
 
-def _output_text(text: str) -> JsonObject:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def _output_text(text: str, logprobs: Sequence[JsonObject] = ()) -> JsonObject:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
+
+
+def _logprob(entry: TokenLogprob) -> JsonObject:
+    """A token and its alternatives. Bytes are not left open in this format."""
+    return {
+        "token": entry.token,
+        "logprob": entry.logprob,
+        "bytes": _bytes_of(entry),
+        "top_logprobs": [
+            {"token": other.token, "logprob": other.logprob, "bytes": _bytes_of(other)} for other in entry.top
+        ],
+    }
+
+
+def _bytes_of(entry: TokenLogprob) -> Sequence[int]:
+    return list(entry.token.encode()) if entry.utf8 is None else entry.utf8
 
 
 def _summary_text(text: str) -> JsonObject:
@@ -234,7 +256,7 @@ class ResponseStream:
         begin = b"" if self._number else self._start()
         match event:
             case TextDelta():
-                return begin + self._piece("message", event.text)
+                return begin + self._piece("message", event.text, event.logprobs)
             case ThinkingDelta():
                 return begin + self._piece("reasoning", event.text)
             case ToolCallDelta():
@@ -317,7 +339,7 @@ class ResponseStream:
     def _at(self, item: _Item, **more: object) -> JsonObject:
         return {"item_id": item.id, "output_index": item.index, **more}
 
-    def _piece(self, kind: str, text: str) -> bytes:
+    def _piece(self, kind: str, text: str, logprobs: Sequence[TokenLogprob] = ()) -> bytes:
         opening = b""
         item = self._open
         if item is None or item.kind != kind:
@@ -333,11 +355,13 @@ class ResponseStream:
                 opening += self._event("response.reasoning_summary_part.added", at)
         item.pieces.append(text)
         if kind == "message":
-            return opening + self._text_delta(item.id, item.index, text)
+            told = [_logprob(entry) for entry in logprobs]
+            item.logprobs += told
+            return opening + self._text_delta(item.id, item.index, text, told)
         at = self._at(item, summary_index=0, delta=text)
         return opening + self._event("response.reasoning_summary_text.delta", at)
 
-    def _text_delta(self, item_id: str, output_index: int, text: str) -> bytes:
+    def _text_delta(self, item_id: str, output_index: int, text: str, told: Sequence[JsonObject]) -> bytes:
         # Nearly all events of a stream are of this kind, so it is written in one go.
         number, self._number = self._number, self._number + 1
         return b"event: response.output_text.delta\ndata: %b\n\n" % orjson.dumps(
@@ -348,7 +372,7 @@ class ResponseStream:
                 "output_index": output_index,
                 "content_index": 0,
                 "delta": text,
-                "logprobs": [],
+                "logprobs": told,
             }
         )
 
@@ -364,8 +388,8 @@ class ResponseStream:
             return self._event("response.reasoning_summary_text.done", done) + self._event(
                 "response.reasoning_summary_part.done", part
             )
-        done = self._at(item, content_index=0, text=text, logprobs=[])
-        part = self._at(item, content_index=0, part=_output_text(text))
+        done = self._at(item, content_index=0, text=text, logprobs=item.logprobs)
+        part = self._at(item, content_index=0, part=_output_text(text, item.logprobs))
         return self._event("response.output_text.done", done) + self._event(
             "response.content_part.done", part
         )

@@ -46,6 +46,7 @@ from agentic_flow.gateway.wire.format import (
     ToolCallDraft,
     WireRequest,
     check_image,
+    check_no_logprobs,
     check_structured,
     check_tool_choice,
     count,
@@ -88,6 +89,7 @@ class AnthropicFormat:
 
     def encode(self, request: CompletionRequest, *, stream: bool) -> WireRequest:
         check_tool_choice(request)
+        check_no_logprobs(request, "Anthropic Messages")
         if request.seed is not None:
             raise InvalidInput(
                 f"seed {request.seed!r} cannot be sent: Anthropic Messages has none",

@@ -242,6 +242,16 @@ def check_tool_choice(request: CompletionRequest) -> None:
         )
 
 
+def check_no_logprobs(request: CompletionRequest, provider: str) -> None:
+    """Refuse log probabilities where the provider has none to give."""
+    if request.logprobs is not None:
+        raise InvalidInput(
+            f"logprobs {request.logprobs!r} cannot be had: {provider} tells no probabilities of tokens",
+            hint="leave logprobs out, or ask a model of an OpenAI-compatible provider",
+            details={"field": "logprobs"},
+        )
+
+
 def check_structured(request: CompletionRequest, parts: Sequence[Part], stop_reason: StopReason) -> None:
     """An answer promised as JSON must be JSON, or the call failed."""
     if request.output_schema is None or stop_reason != "end":

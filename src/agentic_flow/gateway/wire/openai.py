@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import orjson
+from pydantic import ValidationError
 
 from agentic_flow.core.errors import (
     ProviderError,
@@ -34,6 +35,7 @@ from agentic_flow.core.messages import (
     TextPart,
     ThinkingDelta,
     ThinkingPart,
+    TokenLogprob,
     ToolCallDelta,
     ToolCallPart,
     ToolResultPart,
@@ -134,6 +136,8 @@ class OpenAIFormat:
             ("stop", list(request.stop) or None),
             ("reasoning_effort", request.reasoning_effort),
             ("user", request.end_user),
+            ("logprobs", None if request.logprobs is None else True),
+            ("top_logprobs", request.logprobs or None),
         ):
             if value is not None:
                 body[name] = value
@@ -150,7 +154,7 @@ class OpenAIFormat:
         if not choices:
             raise ProviderProtocol(f"the answer of {self._provider} has no choices")
         assembly.start(answer)
-        assembly.add(mapping(choices[0].get("message")))
+        assembly.add(mapping(choices[0].get("message")), choices[0].get("logprobs"))
         assembly.stop(choices[0].get("finish_reason"))
         assembly.set_usage(answer.get("usage"))
         return Answer(assembly.completion(), assembly.usage_estimated)
@@ -283,6 +287,8 @@ class _Assembly:
         self._slots: dict[int, int] = {}  # index on the wire → position in _calls
         self._usage: Mapping[str, Any] | None = None
         self._finish: str | None = None
+        self._logprobs: list[TokenLogprob] = []
+        self._early: list[TokenLogprob] = []  # of tokens whose text comes with a later piece
         self.usage_estimated = False
 
     @property
@@ -305,8 +311,8 @@ class _Assembly:
         if isinstance(usage, dict):
             self._usage = mapping(cast(object, usage))
 
-    def add(self, message: Mapping[str, Any]) -> list[StreamEvent]:
-        """A message, or a piece of one."""
+    def add(self, message: Mapping[str, Any], logprobs: object = None) -> list[StreamEvent]:
+        """A message, or a piece of one, and what is said of its tokens."""
         events: list[StreamEvent] = []
         thinking = text_of(message.get("reasoning_content")) or text_of(message.get("reasoning"))
         if thinking:
@@ -315,9 +321,15 @@ class _Assembly:
         refusal = text_of(message.get("refusal"))
         self._refused = self._refused or bool(refusal)
         text = text_of(message.get("content")) or refusal
+        if logprobs and self._request.logprobs is not None:
+            self._early += _logprobs(mapping(logprobs), self._provider)
         if text:
             self._text.append(text)
-            events.append(TextDelta(text=text))
+            self._logprobs += self._early
+            events.append(TextDelta(text=text, logprobs=tuple(self._early)))
+            self._early.clear()
+        elif thinking or message.get("tool_calls"):
+            self._early.clear()  # some servers tell of the tokens of thinking and calls, which are no text
         for position, call in enumerate(items(message.get("tool_calls"))):
             events.extend(self._add_call(position, call))
         return events
@@ -358,6 +370,7 @@ class _Assembly:
             parts=tuple(parts),
             stop_reason=reason,
             usage=self._final_usage(parts),
+            logprobs=tuple(self._logprobs),
         )
 
     def _stop_reason(self) -> StopReason:
@@ -378,6 +391,28 @@ class _Assembly:
             self.usage_estimated = True
             return estimated_usage(self._request, parts)
         return billed
+
+
+def _logprobs(told: Mapping[str, Any], provider: str) -> list[TokenLogprob]:
+    """The tokens of a `logprobs` object: of the text, or of the refusal that takes its place."""
+    return [
+        _token_logprob(entry, provider) for entry in items(told.get("content")) or items(told.get("refusal"))
+    ]
+
+
+def _token_logprob(entry: Mapping[str, Any], provider: str) -> TokenLogprob:
+    token, logprob, utf8 = entry.get("token"), entry.get("logprob"), entry.get("bytes")
+    if not isinstance(token, str) or isinstance(logprob, bool) or not isinstance(logprob, int | float):
+        raise ProviderProtocol(f"{provider} sent a log probability without its token or its number")
+    try:
+        return TokenLogprob(
+            token=token,
+            logprob=logprob,
+            utf8=tuple(cast(list[int], utf8)) if isinstance(utf8, list) else None,
+            top=tuple(_token_logprob(other, provider) for other in items(entry.get("top_logprobs"))),
+        )
+    except ValidationError:
+        raise ProviderProtocol(f"{provider} sent bytes of a token that are none: {utf8!r:.80}") from None
 
 
 def _billed(usage: Mapping[str, Any] | None, dialect: Dialect) -> Usage | None:
@@ -438,7 +473,7 @@ class OpenAIDecoder:
         self._assembly.set_usage(chunk.get("usage"))
         events: list[StreamEvent] = []
         for choice in items(chunk.get("choices"))[:1]:
-            events = self._assembly.add(mapping(choice.get("delta")))
+            events = self._assembly.add(mapping(choice.get("delta")), choice.get("logprobs"))
             self._assembly.stop(choice.get("finish_reason"))
         return events
 
