@@ -234,6 +234,22 @@ class Trajectories:
                 return
         raise AssertionError("the last attempt returns or raises")
 
+    async def keep(self, tenant: str, trajectory: Trajectory) -> bool:
+        """Store an ended trajectory that needs no learning, such as one of an import.
+
+        Returns:
+            False when there is one of its id; then nothing changes.
+        """
+        now_s = self._clock.time_s()
+        kept = bounded(trajectory).model_copy(
+            update={"state": "learned", "due_at_s": now_s, "ended_at_s": trajectory.ended_at_s or now_s}
+        )
+        try:
+            await self._put(tenant, _item(kept), expected_version=0)
+        except Conflict:
+            return False
+        return True
+
     async def add_verdict(self, tenant: str, trajectory_id: str, verdict: Verdict) -> Trajectory:
         """Say what became of a trajectory. If it was learned from already, it will be again.
 
