@@ -115,8 +115,8 @@ def test_every_connection_is_durable(tmp_path: Path) -> None:
     run_database.create()
     with run_database.reading() as one, run_database.reading() as two:
         for connection in (one, two):
-            assert connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == 2
-            assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar_one() == 30_000
+            assert connection.execute("PRAGMA synchronous").scalar_one() == 2
+            assert connection.execute("PRAGMA busy_timeout").scalar_one() == 30_000
     run_database.close()
 
 

@@ -13,12 +13,16 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Literal
 
 from agentic_flow.agentdb.analysis import STOP_WORDS, words
+from agentic_flow.core.later import Later
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+else:
+    np = Later("numpy")
 
 _NGRAM_SIZES = (3, 4, 5)
 _NGRAMS_WEIGHT = 0.7

@@ -10,10 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from agentic_flow.core.auth import Principal
 from agentic_flow.core.clock import Deadline
@@ -39,6 +36,10 @@ from agentic_flow.core.vectors import (
     SearchResult,
     UpsertResult,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Completer(Protocol):

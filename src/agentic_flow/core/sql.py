@@ -2,28 +2,79 @@
 
 For stores whose statements both understand. A transaction holds SQLite's write lock from its first statement,
 so that what it read is still true when it writes; on PostgreSQL lock rows with `FOR UPDATE` (`for_update`).
-Calls block: run them in a thread. SQLAlchemy is imported with this module, so import it where it is used.
+Calls block: run them in a thread.
+
+SQLite is asked through the standard library. SQLAlchemy, which takes half a second of CPU time and 15 MB to
+import, comes with PostgreSQL, and with the run engine whose library is made on it.
 """
 
 from __future__ import annotations
 
+import re
 import sqlite3
+import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 from zlib import crc32
-
-import sqlalchemy as sa
-from sqlalchemy import event
-from sqlalchemy.exc import SQLAlchemyError
 
 from agentic_flow.core.errors import AgenticFlowError, DataCorrupted, Unavailable
 
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+
 _POOL_SIZE = 10
+_CONNECTIONS_MAX = 20
 _BUSY_TIMEOUT_S = 30.0
 _WAL_RETRY_S = 0.02
+_NAME = re.compile(r"(?<![:\w]):([a-z_][a-z0-9_]*)", re.IGNORECASE)
+_NO_VALUES = "(SELECT 1 WHERE 1 != 1)"
+
+Bindings = Mapping[str, Any]
+Row = Sequence[Any]
+
+
+class Result:
+    """What one statement gave.
+
+    Args:
+        rows: Its rows; none for a statement that only changes.
+        rowcount: How many rows it changed.
+    """
+
+    def __init__(self, rows: Sequence[Row], rowcount: int) -> None:
+        self._rows = rows
+        self.rowcount = rowcount
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self._rows)
+
+    def first(self) -> Row | None:
+        """The first row, if there is one."""
+        return self._rows[0] if self._rows else None
+
+    def scalar_one(self) -> Any:
+        """The one value of the one row."""
+        ((value,),) = self._rows
+        return value
+
+
+class Connection(Protocol):
+    """A connection in use."""
+
+    def execute(self, statement: str, bindings: Bindings | Sequence[Bindings] = ()) -> Result:
+        """Run one statement with names like `:this`, or once for each of several bindings.
+
+        A list among the values of single bindings fills an `IN`.
+        """
+        ...
+
+    def exec_driver_sql(self, statement: str, rows: Sequence[Row] = ((),)) -> None:
+        """Run one statement for each row, with the driver's own marks (`?`, on PostgreSQL `%s`)."""
+        ...
 
 
 class SqlDatabase:
@@ -53,8 +104,10 @@ class SqlDatabase:
         self._name = name
         self._setting = setting
         self._create = tuple(create)
-        self._pool: dict[str, Any] = {"pool_size": _POOL_SIZE} if pooled else {"poolclass": sa.NullPool}
+        self._pooled = pooled
         self._engine: sa.Engine | None = None
+        self._files: _FilePool | None = None
+        self._opening = threading.Lock()
 
     @property
     def url(self) -> str:
@@ -75,68 +128,108 @@ class SqlDatabase:
 
     @property
     def engine(self) -> sa.Engine:
-        """The connection pool. On SQLite each connection is durable and waits for locks.
+        """SQLAlchemy's connection pool: ours on PostgreSQL, on SQLite one for a library that needs it.
+
+        On SQLite each connection is durable and waits for locks.
 
         Raises:
             Unavailable: the file cannot be opened.
             DataCorrupted: it is not a healthy SQLite file.
         """
-        if self._engine is None:
-            if self.file is None:
-                self._engine = sa.create_engine(self.url, pool_pre_ping=True, **self._pool)
-            else:
-                _prepare_file(self.file)
-                self._engine = sa.create_engine(self.url, **self._pool)
-                event.listen(self._engine, "connect", _prepare_connection)
-        return self._engine
+        with self._opening:
+            if self._engine is None:
+                import sqlalchemy as sa
+                from sqlalchemy import event
+
+                # Also its ORM, which nobody here uses: it hooks into the core in the middle of its import, so
+                # that statements fail which run while the run engine's library imports it in another thread.
+                import_module("sqlalchemy.orm")
+
+                pool: dict[str, Any] = (
+                    {"pool_size": _POOL_SIZE} if self._pooled else {"poolclass": sa.NullPool}
+                )
+                if self.file is None:
+                    self._engine = sa.create_engine(self.url, pool_pre_ping=True, **pool)
+                else:
+                    _prepare_file(self.file)
+                    self._engine = sa.create_engine(self.url, **pool)
+                    event.listen(self._engine, "connect", _prepare_connection)
+            return self._engine
+
+    def _file_pool(self, file: Path) -> _FilePool:
+        with self._opening:
+            if self._files is None:
+                _prepare_file(file)
+                self._files = _FilePool(file, idle_max=_POOL_SIZE if self._pooled else 0, name=self._name)
+            return self._files
 
     def create(self) -> None:
         """Make the tables. Idempotent, also when several processes do it together."""
         with self.transaction() as connection:
             if not self.is_sqlite:
                 # PostgreSQL serialises the making of one database's tables by this number.
-                lock = crc32(self._name.encode())
-                connection.execute(sa.text(f"SELECT pg_advisory_xact_lock({lock})"))
+                connection.execute(f"SELECT pg_advisory_xact_lock({crc32(self._name.encode())})")
             for statement in self._create:
-                connection.execute(sa.text(statement))
+                connection.execute(statement)
 
     def close(self) -> None:
-        if self._engine is not None:
-            self._engine.dispose()
-            self._engine = None
+        with self._opening:
+            if self._engine is not None:
+                self._engine.dispose()
+                self._engine = None
+            if self._files is not None:
+                self._files.close()
+                self._files = None
 
     @contextmanager
-    def transaction(self) -> Generator[sa.Connection]:
+    def transaction(self) -> Generator[Connection]:
         """A transaction that holds SQLite's write lock from its first statement.
 
         Raises:
             Unavailable: the database cannot be used now.
             DataCorrupted: the file is damaged.
         """
-        try:
-            with self.engine.begin() as connection:
-                if self.is_sqlite:
-                    connection.execute(sa.text("BEGIN IMMEDIATE"))
-                yield connection
-        except SQLAlchemyError as error:
-            raise self.translate(error) from error
+        if self.file is None:
+            with self._translated(), self.engine.begin() as connection:
+                yield _ServerConnection(connection)
+            return
+        with self._translated(), self._file_pool(self.file).connection() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield _FileConnection(connection)
+                connection.commit()
+            except BaseException:
+                connection.rollback()
+                raise
 
     @contextmanager
-    def reading(self) -> Generator[sa.Connection]:
+    def reading(self) -> Generator[Connection]:
         """A connection that takes no lock. Raises as `transaction` does."""
+        if self.file is None:
+            with self._translated(), self.engine.connect() as connection:
+                yield _ServerConnection(connection)
+            return
+        with self._translated(), self._file_pool(self.file).connection() as connection:
+            yield _FileConnection(connection)
+
+    @contextmanager
+    def _translated(self) -> Generator[None]:
         try:
-            with self.engine.connect() as connection:
-                yield connection
-        except SQLAlchemyError as error:
+            yield
+        except sqlite3.Error as error:
             raise self.translate(error) from error
+        except Exception as error:
+            if self.file is None and _is_of_sqlalchemy(error):
+                raise self.translate(error) from error
+            raise
 
     def rows(self, statement: str, **bindings: Any) -> list[Sequence[Any]]:
         """Read; a collection among the bindings fills an `IN`."""
         with self.reading() as connection:
             return [tuple(row) for row in execute(connection, statement, **bindings)]
 
-    def translate(self, error: SQLAlchemyError) -> AgenticFlowError:
-        """What a database error means to a caller."""
+    def translate(self, error: Exception) -> AgenticFlowError:
+        """What an error of SQLite or SQLAlchemy means to a caller."""
         place = repr(str(self.file)) if self.file else f"at {self._setting}"
         cause = " ".join(str(getattr(error, "orig", None) or error).split())
         if "not a database" in cause or "malformed" in cause:
@@ -148,22 +241,165 @@ class SqlDatabase:
         )
 
 
-def execute(connection: sa.Connection, statement: str, **bindings: Any) -> sa.CursorResult[Any]:
+def execute(connection: Connection, statement: str, **bindings: Any) -> Result:
     """Run one statement; a tuple, list or set among the bindings fills an `IN`."""
-    many = [key for key, value in bindings.items() if isinstance(value, list | tuple | set | frozenset)]
-    for key in many:
-        bindings[key] = list(bindings[key])
-    expanding: list[sa.BindParameter[Any]] = [sa.bindparam(key, expanding=True) for key in many]
-    return connection.execute(sa.text(statement).bindparams(*expanding), bindings)
+    return connection.execute(
+        statement,
+        {
+            key: list(value) if isinstance(value, tuple | set | frozenset) else value  # pyright: ignore[reportUnknownArgumentType]
+            for key, value in bindings.items()
+        },
+    )
 
 
-def _prepare_connection(connection: sqlite3.Connection, _: object) -> None:
-    connection.isolation_level = "IMMEDIATE"  # as DBOS sets it on engines of its own
+class _ServerConnection:
+    """Connection by SQLAlchemy."""
+
+    def __init__(self, connection: sa.Connection) -> None:
+        self._connection = connection
+
+    def execute(self, statement: str, bindings: Bindings | Sequence[Bindings] = ()) -> Result:
+        import sqlalchemy as sa
+
+        text = sa.text(statement)
+        if isinstance(bindings, Mapping):
+            many = [key for key, value in bindings.items() if isinstance(value, list)]
+            expanding: list[sa.BindParameter[Any]] = [sa.bindparam(key, expanding=True) for key in many]
+            text = text.bindparams(*expanding)
+        found = self._connection.execute(text, bindings or None)
+        return Result(
+            [tuple(row) for row in found] if found.returns_rows else (),
+            found.rowcount,
+        )
+
+    def exec_driver_sql(self, statement: str, rows: Sequence[Row] = ((),)) -> None:
+        self._connection.exec_driver_sql(statement, [tuple(row) for row in rows])
+
+
+class _FileConnection:
+    """Connection to SQLite."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def execute(self, statement: str, bindings: Bindings | Sequence[Bindings] = ()) -> Result:
+        if not isinstance(bindings, Mapping):
+            if not bindings:
+                return self._result(self._connection.execute(statement))
+            return self._result(self._connection.executemany(statement, bindings))
+        for key in [key for key, value in bindings.items() if isinstance(value, list)]:
+            statement, bindings = _expanded(statement, bindings, key)
+        return self._result(self._connection.execute(statement, dict(bindings)))
+
+    def exec_driver_sql(self, statement: str, rows: Sequence[Row] = ((),)) -> None:
+        self._connection.executemany(statement, rows).close()
+
+    def _result(self, cursor: sqlite3.Cursor) -> Result:
+        with closing(cursor):
+            # Read to the end at once: a statement half read holds the log back from being taken in.
+            rows = cursor.fetchall() if cursor.description is not None else []
+            return Result(rows, cursor.rowcount)
+
+
+def _expanded(statement: str, bindings: Bindings, key: str) -> tuple[str, Bindings]:
+    """The statement with one name for each value of a list."""
+    values = bindings[key]
+    rest = {name: value for name, value in bindings.items() if name != key}
+    rest |= {f"{key}_{index}": value for index, value in enumerate(values)}
+    marks = ", ".join(f":{key}_{index}" for index in range(len(values)))
+    filled = f"({marks})" if values else _NO_VALUES
+    return _NAME.sub(lambda found: filled if found[1] == key else found[0], statement), rest
+
+
+class _FilePool:
+    """Connections to one SQLite file, kept open between uses.
+
+    Args:
+        file: The file, prepared.
+        idle_max: As many are kept.
+        name: What the database is called in errors.
+    """
+
+    def __init__(self, file: Path, *, idle_max: int, name: str) -> None:
+        self._file = file
+        self._idle_max = idle_max
+        self._name = name
+        self._idle: list[sqlite3.Connection] = []
+        self._lock = threading.Lock()
+        self._places = threading.BoundedSemaphore(_CONNECTIONS_MAX)
+        self._closed = False
+
+    @contextmanager
+    def connection(self) -> Generator[sqlite3.Connection]:
+        """One for the caller alone.
+
+        Raises:
+            Unavailable: all are in use, and stay so.
+            sqlite3.Error: the file cannot be opened.
+        """
+        if not self._places.acquire(timeout=_BUSY_TIMEOUT_S):
+            raise Unavailable(
+                f"the {self._name} {str(self._file)!r} has {_CONNECTIONS_MAX} connections, all in use",
+                hint="try again later",
+            )
+        try:
+            with self._lock:
+                connection = self._idle.pop() if self._idle else None
+            if connection is None:
+                connection = self._opened()
+            try:
+                yield connection
+            finally:
+                self._give_back(connection)
+        finally:
+            self._places.release()
+
+    def close(self) -> None:
+        """Close those that are idle; one in use is closed after its use."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
+    def _opened(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            self._file, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+        )
+        try:
+            _set_up(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _give_back(self, connection: sqlite3.Connection) -> None:
+        with self._lock:
+            # One whose end of a transaction failed is of no use to anybody else.
+            if not (self._closed or connection.in_transaction) and len(self._idle) < self._idle_max:
+                self._idle.append(connection)
+                return
+        connection.close()
+
+
+def _is_of_sqlalchemy(error: Exception) -> bool:
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return isinstance(error, SQLAlchemyError)
+
+
+def _set_up(connection: sqlite3.Connection) -> None:
+    """Durable, and patient with locks."""
     for pragma in (f"busy_timeout={int(_BUSY_TIMEOUT_S * 1000)}", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}").fetchall()
     if sqlite3.sqlite_version_info < (3, 42):
         # DBOS asks for unixepoch('subsec') on Python 3.12 and newer, which older SQLite answers with NULL.
         connection.create_function("unixepoch", 1, _unixepoch)
+
+
+def _prepare_connection(connection: sqlite3.Connection, _: object) -> None:
+    connection.isolation_level = "IMMEDIATE"  # as DBOS sets it on engines of its own
+    _set_up(connection)
 
 
 def _unixepoch(modifier: str) -> float:

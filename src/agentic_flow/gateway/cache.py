@@ -18,14 +18,13 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-import numpy as np
 import orjson
-from numpy.typing import NDArray
 
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
 from agentic_flow.core.errors import InvalidSettings
+from agentic_flow.core.later import Later
 from agentic_flow.core.messages import (
     CompletionRequest,
     JsonObject,
@@ -35,6 +34,12 @@ from agentic_flow.core.messages import (
 )
 from agentic_flow.core.ports import Embedder
 from agentic_flow.gateway.policies import CacheRule
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+else:
+    np = Later("numpy")
 
 FIELDS_WITHOUT_INFLUENCE = frozenset(
     {

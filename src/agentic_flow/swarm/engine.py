@@ -6,14 +6,13 @@ take-over, JSON instead of pickle, and execution on the event loop of the proces
 
 DBOS is one per process, so one engine can be open per process. All workflows run through one registered DBOS
 workflow, `_entry`, which looks up our function by name; nothing of ours is pickled or registered with DBOS.
-Besides DBOS's public calls three inner ones of the pinned version are used, all in `_Library`: they execute a
-claimed workflow at once instead of through a polled queue.
+It is imported and launched when there is a workflow to execute: a process that only answers model calls has
+neither its modules in memory nor its threads, and looks for orphans with plain SQL.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 import socket
 import threading
@@ -21,31 +20,32 @@ import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, cast
 
 import orjson
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
 
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
 from agentic_flow.core.errors import (
     AgenticFlowError,
-    Cancelled,
     Conflict,
     Unavailable,
     as_problem,
-    from_problem,
 )
 from agentic_flow.core.messages import JsonObject
 from agentic_flow.core.ports import RunState, StepContext, StepFunction, StepRecord, Workflow, WorkflowRecord
+from agentic_flow.swarm.dbos_library import (
+    Encoded,
+    Library,
+    check_unused,
+    child_cancelled_error,
+    encode,
+    internal,
+)
 from agentic_flow.swarm.leases import (
-    APPLICATION_VERSION,
-    ERROR_KEY,
-    TAKEOVERS_MAX,
-    VALUE_KEY,
     Claim,
     Leases,
     RunDatabase,
@@ -63,12 +63,10 @@ _WATCH_S = 0.5
 _CHILD_POLL_S = 0.1
 _ACCEPT_ATTEMPTS, _ACCEPT_PAUSE_S = 20, 0.05
 _TEARDOWN_S = 30.0
-_THREADS_MAX = 64
 
 StopReason = Literal["closing", "cancelled", "lost"]
 
 _open_engine: DbosRunEngine | None = None
-_entry_workflow: Any = None
 
 
 class DbosRunEngine:
@@ -95,7 +93,7 @@ class DbosRunEngine:
         self._leases = Leases(self._database, lease_s=lease_s, clock=clock)
         self._open_reader = RunReader.on(self._database, self._leases)
         self._closed_reader = RunReader(database_url, data_dir, lease_s=lease_s, clock=clock)
-        self._library = _Library()
+        self._library = Library(_entry)
         self._lease_s = lease_s
         self._runs_parallel_max = runs_parallel_max
         self._workflows: dict[str, Workflow] = {}
@@ -110,6 +108,10 @@ class DbosRunEngine:
         self._done: dict[str, asyncio.Event] = {}
         self._accepting: dict[str, asyncio.Task[bool]] = {}
         self._unaccounted: set[str] = set()
+        self._keepers: list[asyncio.Task[None]] = []
+        self._launch: asyncio.Task[None] | None = None
+        self._heartbeat: _Heartbeat | None = None
+        self._present = ExitStack()
 
     # ---- life --------------------------------------------------------------------------------------------
 
@@ -130,58 +132,98 @@ class DbosRunEngine:
         global _open_engine
         if _open_engine is not None:
             raise Conflict("a run engine is already open in this process", hint="close it first, or share it")
+        check_unused()
         _open_engine = self
         self._reset()
-        heartbeat = _Heartbeat(self._leases, self._executor_id, self._lease_s / 4)
-        keepers: list[asyncio.Task[None]] = []
         try:
-            with self._leases.presence(self._executor_id):
-                try:
-                    await _unbroken(asyncio.to_thread(self._launch, heartbeat))
-                    self._library.adopt_running_loop()
-                    self._is_open = True
-                    keepers.append(asyncio.create_task(self._keep(_WATCH_S, self._watch)))
-                    if takeover:
-                        keepers.append(asyncio.create_task(self._keep(self._lease_s / 2, self._take_orphans)))
-                    yield
-                finally:
-                    await _unbroken(self._close(keepers, heartbeat))
+            try:
+                await _unbroken(asyncio.to_thread(self._prepare))
+                self._is_open = True
+                if takeover:
+                    self._keepers.append(self._keep(self._lease_s / 2, self._take_orphans))
+                yield
+            finally:
+                await _unbroken(self._close())
         finally:
             _open_engine = None
             self._database.close()
 
-    def _launch(self, heartbeat: _Heartbeat) -> None:
+    def _prepare(self) -> None:
+        """What is wrong with the database is said now, not when the first workflow comes."""
         self._database.create()
         self._leases.forget_the_dead()
-        heartbeat.start()  # before DBOS, whose launch on a slow disk can outlast a short lease
+
+    async def _launched(self) -> None:
+        """Be one of those that execute workflows: present, beating, with DBOS at work.
+
+        Whoever needs it first waits for it, and whoever comes meanwhile waits with them; the event loop goes
+        on. A launch that fails is tried again by the next.
+        """
+        self._check_open()
+        if self._launch is None:
+            self._launch = asyncio.create_task(self._launch_all())
+            self._launch.add_done_callback(self._launch_ended)
+        await asyncio.shield(self._launch)
+
+    def _launch_ended(self, launch: asyncio.Task[None]) -> None:
+        # Looked at here as well: all who waited may have gone.
+        if launch.cancelled() or launch.exception() is not None:
+            self._launch = None
+
+    async def _launch_all(self) -> None:
+        try:
+            await asyncio.to_thread(self._launch_library)
+            self._library.adopt_running_loop()
+        except BaseException:
+            await asyncio.to_thread(self._withdraw)
+            raise
+        self._keepers.append(self._keep(_WATCH_S, self._watch))
+
+    def _launch_library(self) -> None:
+        self._present.enter_context(self._leases.presence(self._executor_id))
+        self._heartbeat = _Heartbeat(self._leases, self._executor_id, self._lease_s / 4)
+        self._heartbeat.start()  # before DBOS, whose launch on a slow disk can outlast a short lease
         self._library.launch(self._database, self._executor_id)
 
-    async def _close(self, keepers: Sequence[asyncio.Task[None]], heartbeat: _Heartbeat) -> None:
+    def _withdraw(self) -> None:
+        """Others may have what was ours."""
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+            if self._heartbeat.has_begun:
+                try:
+                    self._leases.leave(self._executor_id)
+                except AgenticFlowError as error:  # others then wait for the lease to run out
+                    log.warning("leave_failed", error=error.message)
+            self._heartbeat = None
+        self._present.close()
+
+    async def _close(self) -> None:
         """Let go without recording anything: what was in flight runs again wherever it is resumed."""
         self._is_open = False
+        if self._launch is not None:
+            await asyncio.wait([self._launch])
         accepting = list(self._accepting.values())
         await asyncio.gather(*accepting, return_exceptions=True)
-        for keeper in keepers:
+        for keeper in self._keepers:
             keeper.cancel()
-        tasks = {*keepers, *self._stop(self._executions, "closing"), *self._library.cancel_tasks()}
+        tasks = {*self._keepers, *self._stop(self._executions, "closing"), *self._library.cancel_tasks()}
         if tasks:
             _, left = await asyncio.wait(tasks, timeout=_TEARDOWN_S)
             if left:
                 log.warning("steps_ignore_cancellation", count=len(left))
+        if self._launch is None:
+            return
         # DBOS put its own thread pool under this event loop and now shuts it down.
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(thread_name_prefix="agentic-flow"))
         await asyncio.to_thread(self._library.destroy)
-        await asyncio.to_thread(heartbeat.stop)
-        if not heartbeat.has_begun:
-            return
-        try:
-            await asyncio.to_thread(self._leases.leave, self._executor_id)
-        except AgenticFlowError as error:  # others then wait for the lease to run out
-            log.warning("leave_failed", error=error.message)
+        await asyncio.to_thread(self._withdraw)
 
     # ---- what runs beside the workflows ------------------------------------------------------------------
 
-    async def _keep(self, interval_s: float, action: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    def _keep(self, interval_s: float, action: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
+        return asyncio.create_task(self._repeat(interval_s, action))
+
+    async def _repeat(self, interval_s: float, action: Callable[[], Coroutine[Any, Any, None]]) -> None:
         while True:
             try:
                 await action()
@@ -237,6 +279,7 @@ class DbosRunEngine:
         Raises:
             Unavailable: another process is accepting the same id at this moment.
         """
+        await self._launched()
         self._check_open()
         assert name in self._workflows, name
         assert "." not in workflow_id, workflow_id
@@ -324,6 +367,7 @@ class DbosRunEngine:
                 f"workflow {workflow_id!r} needs {record.name!r}, which this process does not have",
                 hint="resume it with the version that started it",
             )
+        await self._launched()
         if record.state == "cancelled":
             # Its executions here may still be cleaning up; their steps must not run twice at once.
             old = self._stop_tree(workflow_id, "cancelled")
@@ -335,6 +379,8 @@ class DbosRunEngine:
         """See RunEngine. Takes only workflows whose name is registered here."""
         self._check_open()
         orphans = await asyncio.to_thread(self._leases.orphans, list(self._workflows))
+        if orphans:
+            await self._launched()
         return [each for each in orphans if await _unbroken(self._continue(each, asked=False))]
 
     async def cancel(self, workflow_id: str) -> bool:
@@ -412,12 +458,12 @@ class DbosRunEngine:
         except asyncio.CancelledError as error:
             if execution.is_being_stopped:
                 raise
-            failure = _internal(f"workflow {name!r}", error)
+            failure = internal(f"workflow {name!r}", error)
         except AgenticFlowError as error:
             failure = error
         except Exception as error:
             log.exception("workflow_failed", workflow_id=execution.workflow_id, workflow=name)
-            failure = _internal(f"workflow {name!r}", error)
+            failure = internal(f"workflow {name!r}", error)
         else:
             if execution.broken is None:
                 return result
@@ -522,7 +568,7 @@ class _Execution:
 class _Context:
     """WorkflowContext of one execution."""
 
-    def __init__(self, engine: DbosRunEngine, library: _Library, execution: _Execution) -> None:
+    def __init__(self, engine: DbosRunEngine, library: Library, execution: _Execution) -> None:
         self._engine = engine
         self._library = library
         self._execution = execution
@@ -542,17 +588,17 @@ class _Context:
         finally:
             self._busy = None
         # Live and replayed results are the same JSON: a tuple is a list on the first run already.
-        return decoded(recorded.text) if isinstance(recorded, _Encoded) else recorded
+        return decoded(recorded.text) if isinstance(recorded, Encoded) else recorded
 
-    async def _call(self, name: str, function: StepFunction) -> _Encoded:
+    async def _call(self, name: str, function: StepFunction) -> Encoded:
         execution = self._execution
         try:
             key = f"{execution.workflow_id}:{self._library.step_id}"
-            return _Encoded(_encode(await function(StepContext(key))))
+            return Encoded(encode(await function(StepContext(key))))
         except asyncio.CancelledError as error:
             if execution.is_being_stopped:
                 raise
-            raise _internal(f"step {name!r}", error) from error
+            raise internal(f"step {name!r}", error) from error
         except Exception as error:
             if execution.is_being_stopped:
                 # Whatever it says, it says it because it was interrupted: that is no result.
@@ -560,7 +606,7 @@ class _Context:
             if isinstance(error, AgenticFlowError):
                 raise
             log.exception("step_failed", workflow_id=execution.workflow_id, step=name)
-            raise _internal(f"step {name!r}", error) from error
+            raise internal(f"step {name!r}", error) from error
 
     async def children(self, name: str, payloads: Mapping[str, JsonObject]) -> dict[str, JsonObject]:
         """See WorkflowContext. When the parent gives up on them or fails, its children are cancelled."""
@@ -597,7 +643,7 @@ class _Context:
                 raise
             return {"error": as_problem(error)}
         except self._library.signals.child_cancelled:
-            return {"error": as_problem(_child_cancelled(child_id))}
+            return {"error": as_problem(child_cancelled_error(child_id))}
 
     async def _guarded(self, operation: Coroutine[Any, Any, Any], child_id: str | None = None) -> Any:
         """Await a call into DBOS and put its signals into our words."""
@@ -686,145 +732,6 @@ class _Heartbeat:
                 log.warning("heartbeat_failed", error=error.message)
 
 
-@dataclass(frozen=True, slots=True)
-class _Signals:
-    """Exceptions of DBOS that the engine understands."""
-
-    refused: type[BaseException]
-    cancelled: type[BaseException]
-    child_cancelled: type[Exception]
-    other_step: type[Exception]
-    other_outcome: type[Exception]
-
-
-class _Library:
-    """DBOS, imported when the engine opens. Everything the engine asks of it is here."""
-
-    signals: _Signals
-    _dbos: Any = None
-
-    def launch(self, database: RunDatabase, executor_id: str) -> None:
-        """Create or migrate DBOS's tables and start it.
-
-        Raises:
-            Conflict: something else in this process uses DBOS.
-            Unavailable: the database cannot be reached.
-        """
-        global _entry_workflow
-        from dbos import DBOS, _error
-        from dbos import _dbos as inner  # pyright: ignore[reportPrivateUsage] - no public way to ask
-
-        if inner._dbos_global_instance is not None:  # pyright: ignore[reportPrivateUsage]
-            raise Conflict("DBOS is already in use in this process", hint="run the engine in another process")
-        self.signals = _Signals(
-            _error.DBOSWorkflowConflictIDError,
-            _error.DBOSWorkflowCancelledError,
-            _error.DBOSAwaitedWorkflowCancelledError,
-            _error.DBOSUnexpectedStepError,
-            _error.DBOSStepNondeterminismError,
-        )
-        if _entry_workflow is None:
-            _entry_workflow = DBOS.workflow(name="agentic_flow", max_recovery_attempts=TAKEOVERS_MAX)(_entry)
-        logger = logging.getLogger("dbos")
-        logger.handlers = [_LogToStructlog(logging.WARNING)]
-        logger.propagate = False
-        try:
-            self._dbos = DBOS(
-                config={
-                    "name": "agentic-flow",
-                    "system_database_url": database.url,
-                    "system_database_engine": database.engine,
-                    "application_version": APPLICATION_VERSION,
-                    "executor_id": executor_id,
-                    "serializer": _serializer(),
-                    "log_level": "WARNING",
-                    "enable_otlp": False,
-                    "max_executor_threads": _THREADS_MAX,
-                    "notification_listener_polling_interval_sec": 0.1,  # close waits for it
-                }
-            )
-            DBOS.listen_queues([])  # what is to run here is started here, see execute_claimed
-            DBOS.launch()
-        except BaseException as error:
-            self.destroy()
-            if isinstance(error, SQLAlchemyError):
-                raise database.translate(error) from error
-            if isinstance(error, _error.DBOSException):
-                raise Unavailable(f"the run database cannot be used: {error.message}") from error
-            raise
-
-    def adopt_running_loop(self) -> None:
-        """Have claimed workflows run on this loop, not on a background loop of DBOS."""
-        self._dbos._background_event_loop.set_main_loop()
-
-    def cancel_tasks(self) -> list[asyncio.Task[Any]]:
-        """Cancel what DBOS still does on its own account, and return everything that is to end."""
-        if self._dbos is None:
-            return []
-        tasks: list[asyncio.Task[Any]] = [task for task in self._dbos._workflow_tasks if not task.done()]
-        for task in tasks:
-            if not task.cancelling():
-                task.cancel()
-        return tasks
-
-    def destroy(self) -> None:
-        """Stop what this object launched, and nothing else."""
-        if self._dbos is None:
-            return
-        from dbos import DBOS
-
-        self._dbos = None
-        DBOS.destroy()
-
-    @property
-    def workflow_id(self) -> str:
-        from dbos import DBOS
-
-        return cast(str, DBOS.workflow_id)
-
-    @property
-    def step_id(self) -> int:
-        from dbos import DBOS
-
-        return cast(int, DBOS.step_id)
-
-    async def start(self, workflow_id: str, name: str, payload: JsonObject) -> Any:
-        """Store a workflow, as a child when called by a workflow, and begin it on this loop."""
-        from dbos import DBOS, SetWorkflowID
-
-        with SetWorkflowID(workflow_id):
-            return await DBOS.start_workflow_async(_entry_workflow, name, payload)
-
-    async def step(self, name: str, call: Callable[[], Coroutine[Any, Any, _Encoded]]) -> Any:
-        from dbos import DBOS
-
-        async def run() -> _Encoded:
-            return await call()
-
-        return await DBOS.run_step_async({"name": name}, run)
-
-    def execute_claimed(self, workflow_id: str, owner_token: str) -> None:
-        """Execute a stored workflow on the adopted loop. Not to be called on that loop's thread."""
-        from dbos._core import execute_dequeued_workflow
-
-        status = self._dbos._sys_db.get_workflow_status(workflow_id)
-        execute_dequeued_workflow(self._dbos, status, owner_token)
-
-
-class _LogToStructlog(logging.Handler):
-    """What DBOS has to say. What happened to workflows is in the store and logged by the engine itself."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        log.info("durability_library_reported", severity=record.levelname, text=record.getMessage())
-
-
-@dataclass(frozen=True, slots=True)
-class _Encoded:
-    """A result that is JSON text already."""
-
-    text: str
-
-
 async def _entry(name: str, payload: JsonObject) -> JsonObject:
     """The one workflow that DBOS knows."""
     engine = _open_engine
@@ -833,56 +740,9 @@ async def _entry(name: str, payload: JsonObject) -> JsonObject:
     return await engine.execute(name, payload)
 
 
-def _internal(what: str, error: BaseException) -> AgenticFlowError:
-    return AgenticFlowError(
-        f"{what} failed unexpectedly: {type(error).__name__}: {error}",
-        hint="this is a bug of agentic-flow; the log has the traceback",
-    )
-
-
-def _child_cancelled(workflow_id: str) -> Cancelled:
-    return Cancelled(f"workflow {workflow_id!r} was cancelled")
-
-
 def _normal(value: JsonObject) -> JsonObject:
     """The value as it will come back from the store."""
     return orjson.loads(orjson.dumps(value))
-
-
-def _encode(value: Any) -> str:
-    marked = isinstance(value, dict) and list(cast(JsonObject, value)) in ([ERROR_KEY], [VALUE_KEY])
-    return orjson.dumps({VALUE_KEY: value} if marked else value).decode()
-
-
-def _serializer() -> Any:
-    """What DBOS stores, as JSON: readable by other languages, and nothing is executed by reading it."""
-    from dbos import Serializer
-    from dbos._error import DBOSAwaitedWorkflowCancelledError
-
-    class JsonSerializer(Serializer):
-        def serialize(self, data: Any) -> str:
-            if isinstance(data, _Encoded):
-                return data.text
-            if isinstance(data, DBOSAwaitedWorkflowCancelledError):
-                data = _child_cancelled(data.workflow_id)
-            if isinstance(data, AgenticFlowError):
-                return orjson.dumps({ERROR_KEY: as_problem(data)}).decode()
-            if isinstance(data, Exception):
-                return orjson.dumps({ERROR_KEY: as_problem(_internal("the run engine", data))}).decode()
-            return _encode(data)
-
-        def deserialize(self, serialized_data: str) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] - names its self "cls"
-            raw: Any = (
-                orjson.loads(serialized_data) if serialized_data.startswith(f'{{"{ERROR_KEY}"') else None
-            )
-            if isinstance(raw, dict) and len(cast(JsonObject, raw)) == 1:
-                return from_problem(cast(JsonObject, raw)[ERROR_KEY])
-            return decoded(serialized_data)
-
-        def name(self) -> str:
-            return "agentic-flow-json"
-
-    return JsonSerializer()
 
 
 async def _unbroken(operation: Coroutine[Any, Any, T]) -> T:

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import orjson
-import sqlalchemy as sa
 
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
 from agentic_flow.core.errors import (
@@ -37,7 +36,7 @@ from agentic_flow.core.errors import (
 )
 from agentic_flow.core.messages import JsonObject
 from agentic_flow.core.ports import RunState, StepRecord, WorkflowRecord
-from agentic_flow.core.sql import SqlDatabase
+from agentic_flow.core.sql import Connection, Result, SqlDatabase
 from agentic_flow.core.sql import execute as execute
 
 # ruff: noqa: S608 - what is interpolated into SQL here is the schema's prefix and constants; values are bound.
@@ -104,9 +103,11 @@ class RunDatabase(SqlDatabase):
         if self.file is not None and not self.file.exists():
             return False
         with self.reading() as connection:
-            tables = sa.inspect(connection)
-            schema = None if self.is_sqlite else "dbos"
-            return tables.has_table("af_leases") and tables.has_table("workflow_output", schema=schema)
+            if self.is_sqlite:
+                names = "SELECT COUNT(*) FROM sqlite_master WHERE name IN ('af_leases', 'workflow_output')"
+                return connection.execute(names).scalar_one() == 2
+            found = "SELECT to_regclass('af_leases'), to_regclass('dbos.workflow_output')"
+            return None not in (connection.execute(found).first() or (None,))
 
     def table(self, name: str) -> str:
         """A table of DBOS."""
@@ -135,6 +136,7 @@ class Leases:
         self._database = database
         self._lease_s = lease_s
         self._clock = clock
+        self._runs_seen = False
 
     # ---- processes ---------------------------------------------------------------------------------------
 
@@ -184,7 +186,7 @@ class Leases:
                 if not _is_locked(path):
                     path.unlink(missing_ok=True)
 
-    def alive(self, connection: sa.Connection, executors: Collection[str]) -> set[str]:
+    def alive(self, connection: Connection, executors: Collection[str]) -> set[str]:
         """Which of these processes still work."""
         if not executors:
             return set()
@@ -240,20 +242,30 @@ class Leases:
             )
             return True
 
-    def orphans(self, names: Collection[str]) -> list[str]:
-        """Unfinished top-level workflows with one of these names whose owner is dead, oldest first."""
-        if not names:
+    def has_orphans(self) -> bool:
+        """Whether any unfinished top-level workflow has a dead owner."""
+        return bool(self.orphans(None))
+
+    def orphans(self, names: Collection[str] | None) -> list[str]:
+        """Unfinished top-level workflows with one of these names whose owner is dead, oldest first.
+
+        Args:
+            names: Names of workflows; None: all.
+        """
+        if (names is not None and not names) or not self._has_runs():
             return []
+        named: dict[str, Any] = {} if names is None else {"names": names}
         with self._database.reading() as connection:
             found = execute(
                 connection,
                 "SELECT w.workflow_uuid, l.executor_id "
                 f"FROM {self._database.table('workflow_status')} w "
                 "JOIN af_leases l ON l.workflow_id = w.workflow_uuid "
-                "WHERE w.status IN :waiting AND l.name IN :names AND w.application_version = :version "
+                f"WHERE w.status IN :waiting {'AND l.name IN :names' if named else ''} "
+                "AND w.application_version = :version "
                 "ORDER BY l.accepted_at_s, w.workflow_uuid",
                 waiting=_WAITING,
-                names=names,
+                **named,
                 version=APPLICATION_VERSION,
             )
             rows: list[Sequence[Any]] = [tuple(row) for row in found]
@@ -368,6 +380,8 @@ class Leases:
         Returns:
             False when the workflow had already ended (or is not known).
         """
+        if not self._has_runs():
+            return False
         status = self._database.table("workflow_status")
         with self._database.transaction() as connection:
             lease = self._lease(connection, root_of(workflow_id))
@@ -399,7 +413,7 @@ class Leases:
         One that runs is removed as well: its owner finds the lease gone and stops, and what it still tries
         to record is refused.
         """
-        if not self._database.has_runs():
+        if not self._has_runs():
             return 0
         table = self._database.table
         roots = self._database.rows("SELECT workflow_id FROM af_leases WHERE tenant = :tenant", tenant=tenant)
@@ -415,7 +429,12 @@ class Leases:
 
     # ---- plumbing ----------------------------------------------------------------------------------------
 
-    def _lease(self, connection: sa.Connection, workflow_id: str) -> Sequence[Any] | None:
+    def _has_runs(self) -> bool:
+        """Whether DBOS has made its tables, which it does at its first launch."""
+        self._runs_seen = self._runs_seen or self._database.has_runs()
+        return self._runs_seen
+
+    def _lease(self, connection: Connection, workflow_id: str) -> Sequence[Any] | None:
         """Owner and epoch, locked until the transaction ends."""
         lock = "" if self._database.is_sqlite else " FOR UPDATE"
         return _first(
@@ -438,7 +457,7 @@ class Leases:
 
     def _hand_over(
         self,
-        connection: sa.Connection,
+        connection: Connection,
         workflow_ids: Collection[str],
         executor_id: str,
         owner_token: str,
@@ -459,10 +478,10 @@ class Leases:
             ids=workflow_ids,
         )
 
-    def _now_s(self, connection: sa.Connection) -> float:
+    def _now_s(self, connection: Connection) -> float:
         if self._database.is_sqlite:
             return self._clock.time_s()
-        return float(connection.execute(sa.text("SELECT EXTRACT(EPOCH FROM clock_timestamp())")).scalar_one())
+        return float(connection.execute("SELECT EXTRACT(EPOCH FROM clock_timestamp())").scalar_one())
 
     def _lock_path(self, executor_id: str) -> Path:
         return self._database.folder / "executors" / f"{executor_id}.lock"
@@ -564,7 +583,7 @@ class RunReader:
         return [_record(row, alive) for row in rows]
 
 
-def _first(result: sa.CursorResult[Any]) -> Sequence[Any] | None:
+def _first(result: Result) -> Sequence[Any] | None:
     row = result.first()
     return None if row is None else tuple(row)
 

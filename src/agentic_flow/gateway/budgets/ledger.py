@@ -10,18 +10,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
 from agentic_flow.core.errors import AgenticFlowError, Conflict, NotFound
-from agentic_flow.core.sql import SqlDatabase, execute
+from agentic_flow.core.sql import Connection, SqlDatabase, execute
 from agentic_flow.gateway.budgets.accounts import Account, BudgetState, account_name, rule_identity
 from agentic_flow.gateway.budgets.exchange import Answer, Ask, Books, Change, Exchange, Slice, decide
 from agentic_flow.gateway.budgets.periods import kept_until_s
 from agentic_flow.gateway.policies import BudgetRule
-
-if TYPE_CHECKING:
-    from sqlalchemy import Connection
 
 LIVE_S = 10.0
 """A worker that was silent for so long has no share, and nobody waits for its money."""
@@ -542,9 +539,7 @@ def _account_row(account: Account, limit_nano: int) -> dict[str, Any]:
 
 def _execute_many(connection: Connection, statement: str, rows: list[dict[str, Any]]) -> None:
     if rows:
-        import sqlalchemy as sa
-
-        connection.execute(sa.text(statement), rows)
+        connection.execute(statement, rows)
 
 
 def _stored(text: str) -> str:

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from typing import Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
-import numpy as np
 import orjson
 import structlog
-from numpy.typing import NDArray
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -39,6 +37,10 @@ from agentic_flow.gateway.service import Gateway
 from agentic_flow.gateway.wire.format import estimate_tokens
 from agentic_flow.gateway.wire.passing import PassingRequest, rename_model
 from agentic_flow.gateway.wire.responses_passing import EMBEDDINGS_PATH
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 LOCAL = "local"
 """The name of the platform's own embedder, whichever it is."""

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import structlog
-from sqlalchemy import text
 
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
 from agentic_flow.core.errors import AgenticFlowError
@@ -205,7 +204,7 @@ class OutcomeLog:
         rows = [self._row(outcome) for outcome in group]
         now_s = self._clock.time_s()
         with self._database.transaction() as connection:
-            connection.execute(text(_INSERT), rows)
+            connection.execute(_INSERT, rows)
             for tenant, count in Counter(outcome.tenant for outcome in group).items():
                 first = tenant not in self._written
                 self._written[tenant] += count
