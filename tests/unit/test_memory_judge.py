@@ -21,7 +21,6 @@ from agentic_flow.gateway.service import Gateway
 from agentic_flow.memory.distill import (
     Distiller,
     distill_request,
-    is_of_outcome,
     item_id,
     mechanical_items,
     read_items,
@@ -393,8 +392,8 @@ def test_item_ids_fit_and_tell_their_outcome(tail: str, outcome: Any) -> None:
     made = item_id(f"a{tail}", outcome, 1)
     assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,199}", made)
     assert made != item_id(f"b{tail}", outcome, 1)
-    assert is_of_outcome(made, outcome)
-    assert not is_of_outcome(made, "success" if outcome == "failure" else "failure")
+    assert made != item_id(f"a{tail}", "success" if outcome == "failure" else "failure", 1)
+    assert made != item_id(f"a{tail}", outcome, 2)
 
 
 @given(st.text(max_size=100), st.integers(1, 40))

@@ -180,11 +180,6 @@ def item_id(trajectory_id: str, outcome: Outcome, number: int) -> str:
     return f"{trajectory_id}.{outcome[0]}{number}"
 
 
-def is_of_outcome(item_id: str, outcome: Outcome) -> bool:
-    """Whether `item_id` made this id for that outcome."""
-    return item_id.rpartition(".")[2].startswith(outcome[0])
-
-
 # ---- reading and writing items -----------------------------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ from agentic_flow.core.errors import AgenticFlowError, LimitExceeded
 from agentic_flow.core.settings import MemorySettings
 from agentic_flow.memory.bank import Bank
 from agentic_flow.memory.confidence import Credit, credit_weight
-from agentic_flow.memory.distill import is_of_outcome
+from agentic_flow.memory.distill import ITEMS_MAX, item_id
 from agentic_flow.memory.records import VERDICT_RANK, MemoryItem, Trajectory, Verdict
 from agentic_flow.memory.trajectories import LEASE_S, Claim, Trajectories
 
@@ -308,28 +308,37 @@ class Learner:
         for hook in self._after:
             await hook(principal, trajectory, verdict)
         done = await self._trajectories.settle(
-            claim, item_ids=item_ids, verdict=verdict if judged else None, learned=True
+            claim, item_ids=item_ids, taught=verdict.outcome, verdict=verdict if judged else None
         )
         if done:
             self._learned += 1
             self._since[tenant] += 1
-        # Else it changed meanwhile: it is due again, or another worker has it.
+        else:
+            # It changed meanwhile: it is due again, or another worker has it.
+            await self._trajectories.note_items(tenant, trajectory.id, item_ids, verdict.outcome)
         return done
 
     async def _kept(
         self, principal: Principal, trajectory: Trajectory, verdict: Verdict, deadline: Deadline
     ) -> tuple[str, ...]:
-        """The ids of what it taught, kept in the bank. What it taught under another verdict is taken back."""
-        known = tuple(one for one in trajectory.item_ids if is_of_outcome(one, verdict.outcome))
-        wrong = [one for one in trajectory.item_ids if one not in known]
-        if wrong:
-            await self._bank.retract(principal.tenant, trajectory.id, wrong)
-        if known:
-            return known
+        """The items that carry what it taught. What it taught under another outcome is taken back."""
+        if trajectory.item_ids and trajectory.taught == verdict.outcome:
+            return trajectory.item_ids
+        if trajectory.item_ids or trajectory.attempts > 1 or trajectory.verdicts:
+            # An attempt that died may have left items under their own ids, of whatever outcome it was told.
+            own = [
+                item_id(trajectory.id, outcome, number)
+                for outcome in ("success", "failure")
+                if outcome != verdict.outcome
+                for number in range(1, ITEMS_MAX + 1)
+            ]
+            wrong = dict.fromkeys((*trajectory.item_ids, *own))
+            await self._bank.retract(principal.tenant, trajectory.id, list(wrong))
         items = await self._distiller.distill(principal, trajectory, verdict, deadline)
-        if items:
-            await self._bank.add(principal.tenant, items, idempotency_key=_key(trajectory, items))
-        return tuple(item.id for item in items)
+        if not items:
+            return ()
+        added = await self._bank.add(principal.tenant, items, idempotency_key=_key(trajectory, items))
+        return tuple(dict.fromkeys(one.merged_into or one.id for one in added))
 
     async def _shown_to(self, claim: Claim) -> Sequence[str]:
         recall_id = claim.trajectory.recall_id

@@ -79,7 +79,8 @@ class Trajectory(Frozen):
     trusted (then the newest) of them counts. `recall_id` names the recall whose items the agent was
     shown; `cited` are the ids of those it said it used. `state`: open (steps still come), pending (waits
     to be learned from), learned, shelved (the judge failed too often: `problem` says how). `item_ids` are
-    what was distilled from it. A compressed trajectory has lost what its steps observed.
+    the items that carry what was distilled from it, under the outcome `taught`. A compressed trajectory has
+    lost what its steps observed.
     """
 
     id: Id
@@ -102,6 +103,7 @@ class Trajectory(Frozen):
     problem: str | None = None
     due_at_s: float = 0.0
     item_ids: tuple[str, ...] = ()
+    taught: Outcome | None = None
     started_at_s: float = 0.0
     ended_at_s: float | None = None
     compressed: bool = False

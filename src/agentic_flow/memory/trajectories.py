@@ -219,6 +219,7 @@ class Trajectories:
                         update={
                             "verdicts": ended.verdicts or stored.verdicts,
                             "item_ids": stored.item_ids,
+                            "taught": stored.taught,
                             "attempts": stored.attempts,
                         }
                     )
@@ -371,6 +372,7 @@ class Trajectories:
         claim: Claim,
         *,
         item_ids: Sequence[str] = (),
+        taught: Outcome | None = None,
         verdict: Verdict | None = None,
         learned: bool = True,
         problem: str | None = None,
@@ -381,7 +383,8 @@ class Trajectories:
         What was learned from is compressed: it keeps which steps it took, not what they observed.
 
         Args:
-            item_ids: What was distilled from it.
+            item_ids: The items that carry what was distilled from it.
+            taught: The outcome under which that was.
             verdict: What the judge said, to be kept.
             learned: False when it failed, with the `problem`; it is due again at `retry_at_s`, or shelved
                 without that.
@@ -402,6 +405,7 @@ class Trajectories:
                 update={
                     "state": "learned",
                     "item_ids": tuple(item_ids),
+                    "taught": taught,
                     "problem": None,
                     "due_at_s": now_s,
                 }
@@ -421,6 +425,20 @@ class Trajectories:
         except Conflict:
             return False
         return True
+
+    async def note_items(
+        self, tenant: str, trajectory_id: str, item_ids: Sequence[str], taught: Outcome
+    ) -> None:
+        """Keep which items carry what was distilled from a trajectory that changed meanwhile, so that they
+        can be taken back.
+        """
+
+        def change(stored: Trajectory) -> Trajectory:
+            known = stored.item_ids if stored.taught in (taught, None) else ()
+            ids = tuple(dict.fromkeys((*known, *item_ids)))
+            return stored.model_copy(update={"item_ids": ids, "taught": taught})
+
+        await self._change(tenant, trajectory_id, change)
 
     async def retry_shelved(self, tenant: str) -> list[str]:
         """Make every shelved trajectory due again; their ids."""
