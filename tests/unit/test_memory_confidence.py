@@ -22,7 +22,15 @@ from agentic_flow.memory.confidence import (
     quantile,
 )
 from agentic_flow.memory.ledger import ENTRIES_MAX, Ledger, absorbed, credited, retracted, taught, totals
-from agentic_flow.memory.likeness import like_pairs, near_pairs, opposed, same_lesson, sketch, term_vectors
+from agentic_flow.memory.likeness import (
+    confirms,
+    like_pairs,
+    near_pairs,
+    opposed,
+    same_lesson,
+    sketch,
+    term_vectors,
+)
 from agentic_flow.memory.records import MemoryItem, Source
 
 HALF_LIFE_DAYS = 60.0
@@ -203,6 +211,7 @@ def test_teaching_is_less_than_using_and_can_be_taken_back() -> None:
         ("Retry after a timeout.", "Never retry after a timeout.", False),
         ("Retry the request after a timeout.", "Retry the request only after a timeout.", False),
         ("Press the lever beside the altar.", "Press the button beside the altar.", False),
+        ("Take `bodefi` for the mill.", "Take `gumote` for the mill.", False),
         ("Use the cache.", "Write the report.", False),
     ],
 )
@@ -221,6 +230,17 @@ def test_a_semantic_embedder_may_join_paraphrases_but_not_colours() -> None:
     assert same_lesson(one, other, 0.95)
     red, blue = (an_item(name, content=f"Take the {name} key of the API.") for name in ("red", "blue"))
     assert not same_lesson(red, blue, 0.99)
+
+
+def test_a_run_confirms_what_it_used_only_if_the_decisive_words_agree() -> None:
+    """Catches a bank that grows with every reuse, and one that takes another action for a confirmation."""
+    used = an_item("a", title="Mill", content="Take `north` for the old mill gate and wait for the bell.")
+    again = an_item("b", title="Mill", content="Take `north` for the old mill door and wait for the bell.")
+    other = an_item("c", title="Mill", content="Take `south` for the old mill gate and wait for the bell.")
+    assert not same_lesson(again, used)
+    assert confirms(again, used)
+    assert not confirms(other, used)
+    assert not confirms(again.model_copy(update={"lesson": "avoid"}), used)
 
 
 def test_opposite_lessons_of_the_same_words_oppose() -> None:
@@ -334,6 +354,60 @@ def test_identifiers_are_what_names_something_exactly() -> None:
     task = "Why does parseConfig fail with E1042 in settings.toml after 2025 in the Great Hall of NASA?"
     assert ranking.identifiers(task) == "parseConfig E1042"
     assert ranking.identifiers("open file_reader.py and report") == "file_reader.py"
+
+
+def a_claim(says: str, lesson: str, s: float, f: float, similarity: float = 0.8) -> ranking.Claim:
+    return ranking.Claim(
+        lesson=lesson,
+        says=sketch(says),
+        similarity=similarity,
+        alpha=1.0 + s,
+        beta=1.0 + f,
+        successes=s,
+        failures=f,
+    )
+
+
+def test_evidence_for_one_side_speaks_against_the_other() -> None:
+    """Catches a recall that tells an agent to do a thing and to avoid it, or that forgets who was right."""
+    do = a_claim("Take `north` for the old mill gate", "do", 5.0, 1.0)
+    avoid = a_claim("Avoid `north` for the old mill gate", "avoid", 0.5, 0.0)
+    other = a_claim("Take `south` for the old mill gate", "do", 0.5, 0.0)
+    believed = ranking.pooled([do, avoid, other])
+    assert believed[0] == (pytest.approx(6 / 8.5), True)
+    assert believed[1] == (pytest.approx(2.5 / 8.5), True)
+    assert believed[2] == (pytest.approx(1.5 / 2.5), False)
+
+
+def test_what_is_far_from_the_task_says_nothing_of_what_is_near() -> None:
+    """Catches evidence from another kind of task that outvotes what was learned at this one."""
+    near = a_claim("Avoid `north` for the old mill gate", "avoid", 0.5, 0.0, similarity=0.9)
+    far = a_claim(
+        "Take `north` for the old mill gate", "do", 40.0, 0.0, similarity=0.9 * ranking.RELATIVE_MIN
+    )
+    assert ranking.pooled([near, far])[0][0] == pytest.approx(0.6)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["do", "avoid"]), weights, weights, st.floats(0.01, 1.0)),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_sides_of_one_matter_are_never_both_believed(parts: list[tuple[str, float, float, float]]) -> None:
+    """Catches opposite items that are both more likely than not, when they are equally near to the task."""
+    claims = [a_claim("`x` at the mill", lesson, s, f) for lesson, s, f, _ in parts]
+    believed = ranking.pooled(claims)
+    sides = {
+        lesson: [mean for (mean, _), claim in zip(believed, claims, strict=True) if claim.lesson == lesson]
+        for lesson in ("do", "avoid")
+    }
+    for one in sides["do"]:
+        for other in sides["avoid"]:
+            assert one + other == pytest.approx(1.0)
+    spread = [a_claim("`x` at the mill", lesson, s, f, near) for lesson, s, f, near in parts]
+    assert all(0.0 < mean < 1.0 for mean, _ in ranking.pooled(spread))
 
 
 # The block of notes

@@ -28,11 +28,12 @@ from agentic_flow.memory.bank_rows import (
     searched_text,
 )
 from agentic_flow.memory.beliefs import BankStats, Explanation, explanation, tallied
-from agentic_flow.memory.confidence import BELIEF_MIN, Credit, fading, weighed
+from agentic_flow.memory.confidence import BELIEF_MIN, PRIORS, Credit, fading, weighed
 from agentic_flow.memory.consolidation import ConsolidationReport, consolidate
 from agentic_flow.memory.ledger import LEDGERS, Ledger, absorbed, credited, retracted, taught
 from agentic_flow.memory.likeness import (
     Sketch,
+    confirms,
     lesson_text,
     same_lesson,
     same_words,
@@ -54,6 +55,9 @@ ADDED_AT_ONCE = 128
 TASK_CHARS_SEARCHED = 4000
 ITEMS_PER_CALL_MAX = 10_000
 
+_HEARD = ("active", "contradicted")
+"""States of items whose evidence counts, whether or not they are recalled."""
+
 
 @dataclass(frozen=True, slots=True)
 class Added:
@@ -67,6 +71,17 @@ class Added:
 class _Scored:
     hit: Hit
     candidate: ranking.Candidate
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a search gave: hits whose evidence counts, the ids of those that may be recalled, and the names of
+    the task that only few items have."""
+
+    result: SearchResult
+    hits: list[Hit]
+    may: set[str]
+    names: str
 
 
 class Bank:
@@ -87,7 +102,14 @@ class Bank:
 
     # Writing
 
-    async def add(self, tenant: str, items: Sequence[MemoryItem], *, idempotency_key: str) -> list[Added]:
+    async def add(
+        self,
+        tenant: str,
+        items: Sequence[MemoryItem],
+        *,
+        idempotency_key: str,
+        used: Collection[str] = (),
+    ) -> list[Added]:
         """Store items, one for each lesson: what teaches the same as a stored item becomes evidence for that.
 
         An item whose id is stored with the same words is not stored again. With other words it replaces the
@@ -98,6 +120,8 @@ class Bank:
             tenant: Whose.
             items: In the order of preference; at most 10,000.
             idempotency_key: The same for a repeated call; at most 200 characters.
+            used: Ids of stored items that the run which taught these used: what only says again what one of
+                them says is merged into it.
 
         Returns:
             One a given item, in the order given.
@@ -115,12 +139,18 @@ class Bank:
             await self._rows.make(tenant)
             for start in range(0, len(items), ADDED_AT_ONCE):
                 part = items[start : start + ADDED_AT_ONCE]
-                done += await self._added(tenant, part, f"{idempotency_key}:{start}")
+                done += await self._added(tenant, part, f"{idempotency_key}:{start}", used)
         return done
 
-    async def _added(self, tenant: str, items: Sequence[MemoryItem], key: str) -> list[Added]:
+    async def _added(
+        self, tenant: str, items: Sequence[MemoryItem], key: str, used: Collection[str] = ()
+    ) -> list[Added]:
         stored = await self._rows.items(tenant, [item.id for item in items])
         matches = await self._matches(tenant, items)
+        for item in items:
+            again = await self._confirmed(tenant, item, used) if item.id not in matches else None
+            if again is not None:
+                matches[item.id] = again
         fresh = _Batch()
         done: dict[str, Added] = {}
         for item in items:
@@ -176,7 +206,11 @@ class Bank:
             SearchQuery(text=searched_text(item)[:TASK_CHARS_SEARCHED], k=NEIGHBOURS, mode="vector")
             for item in items
         ]
-        results = await self._store.search_many(tenant, ITEMS, queries)
+        try:
+            results = await self._store.search_many(tenant, ITEMS, queries)
+        except NotFound:
+            # The tenant was erased since its namespaces were made.
+            return {}
         found: dict[str, str] = {}
         for item, result in zip(items, results, strict=True):
             for hit in result.hits:
@@ -190,6 +224,14 @@ class Bank:
                     found[item.id] = other.id
                     break
         return found
+
+    async def _confirmed(self, tenant: str, item: MemoryItem, used: Collection[str]) -> str | None:
+        """The id of an item that the run used and that this one only says again."""
+        for item_id in used:
+            other = await self._rows.survivor(tenant, item_id)
+            if other is not None and other.state in ("active", "contradicted") and confirms(item, other):
+                return other.id
+        return None
 
     async def _insert(self, tenant: str, items: Sequence[MemoryItem], key: str) -> None:
         if not items:
@@ -389,11 +431,11 @@ class Bank:
         if not ranking.has_words(text):
             return empty
         try:
-            result, hits = await self._candidates(tenant, text, count, exclude, tags)
+            found = await self._candidates(tenant, text, count, exclude, tags)
         except NotFound:
             return empty
-        scored = self._scored(text, hits, result.semantic, now_s)
-        picked = self._picked(scored, count, result.semantic)
+        scored = self._scored(text, found, now_s)
+        picked = self._picked(scored, count, found.result.semantic)
         recalled = [
             RecalledItem(
                 item=as_item(one.hit.item), score=one.candidate.score, score_parts=_parts(one, explain)
@@ -412,66 +454,63 @@ class Bank:
             items=tuple(item for item in recalled if item.item.id in carried),
             context=packed.context,
             tokens=packed.tokens,
-            embedder_id=result.embedder_id,
-            semantic=result.semantic,
+            embedder_id=found.result.embedder_id,
+            semantic=found.result.semantic,
             at_s=now_s,
         )
 
     async def _candidates(
         self, tenant: str, text: str, k: int, exclude: Collection[str], tags: Collection[str]
-    ) -> tuple[SearchResult, list[Hit]]:
-        """What may answer. Filters are applied here, not by the store, as long as enough is left over:
+    ) -> _Found:
+        """What speaks of the task. Filters are applied here, not by the store, as long as enough is left:
         most items are active, and an unfiltered search is the cheapest."""
         names = ranking.identifiers(text)
         wanted = max(CANDIDATES, 2 * k)
         state: dict[str, str] | None = None
+        hits: dict[str, Hit] = {}
         while True:
             queries = [SearchQuery(text=text, k=wanted, mode="vector", filter=state)]
             if names:
                 queries.append(SearchQuery(text=names, k=NAMED, mode="text", filter=state))
-            results = await self._store.search_many(tenant, ITEMS, queries)
-            hits = {hit.item.id: hit for result in reversed(results) for hit in result.hits}
-            kept = [
-                hit
-                for hit in hits.values()
-                if hit.item.metadata["state"] == "active"
-                and hit.item.id not in exclude
-                and all(tag in hit.item.metadata["tags"] for tag in tags)
-            ]
-            exhausted = len(results[0].hits) < wanted or wanted >= CANDIDATES_MAX
-            if exhausted or len(kept) >= min(wanted, CANDIDATES) // 2:
-                return results[0], kept
+            near, *by_name = await self._store.search_many(tenant, ITEMS, queries)
+            named = [hit for result in by_name for hit in result.hits]
+            hits |= {hit.item.id: hit for hit in (*named, *near.hits)}
+            may = {one for one, hit in hits.items() if _eligible(hit, exclude, tags)}
+            if len(near.hits) < wanted or wanted >= CANDIDATES_MAX or len(may) >= wanted // 2:
+                heard = [hit for hit in hits.values() if hit.item.metadata["state"] in _HEARD]
+                # A name that many items have tells nothing.
+                return _Found(near, heard, may, names if len(named) < NAMED else "")
             wanted, state = min(CANDIDATES_MAX, wanted * 8), {"state": "active"}
 
-    def _scored(self, task: str, hits: Sequence[Hit], semantic: bool, now_s: float) -> list[_Scored]:
+    def _scored(self, task: str, found: _Found, now_s: float) -> list[_Scored]:
         """Believed and similar enough candidates, the best first."""
         half_life_days = self._settings.recency_half_life_days
-        covered = ranking.coverages(task, [hit.item.text for hit in hits])
-        cosines = [hit.score_parts.get("vector", 0.0) for hit in hits]
+        texts = [hit.item.text for hit in found.hits]
+        likeness = ranking.similarities(
+            [hit.score_parts.get("vector", 0.0) for hit in found.hits],
+            ranking.coverages(task, texts),
+            ranking.coverages(found.names, texts),
+            found.result.semantic,
+        )
+        floor = ranking.similarity_min(found.result.semantic)
+        near = [pair for pair in zip(found.hits, likeness, strict=True) if pair[1] >= floor]
+        near.sort(key=lambda pair: (-pair[1], pair[0].item.id))
+        able = [pair for pair in near if pair[0].item.id in found.may][:CANDIDATES]
+        near = able + [pair for pair in near if pair[0].item.id not in found.may][:CANDIDATES]
+        believed = ranking.pooled([_claim(*pair, now_s, half_life_days) for pair in near])
         scored: list[_Scored] = []
-        floor = ranking.similarity_min(semantic)
-        for hit, similarity in zip(hits, ranking.similarities(cosines, covered, semantic), strict=True):
-            # From the bare row: to validate every candidate costs more than the search.
-            stored = hit.item.metadata
-            belief = weighed(
-                stored["origin"],
-                stored["successes"],
-                stored["failures"],
-                now_s - stored["updated_at_s"],
-                half_life_days,
-            )
-            if belief.mean < BELIEF_MIN or similarity < floor:
+        for (hit, similarity), (mean, disputed) in zip(able, believed, strict=False):
+            if mean < BELIEF_MIN or (disputed and mean == BELIEF_MIN):
                 continue
+            stored = hit.item.metadata
             fresh_s = max(stored["created_at_s"], stored["used_at_s"] or 0.0)
             recency = fading(now_s - fresh_s, half_life_days)
-            scored.append(_Scored(hit, ranking.Candidate(hit.item.id, similarity, recency, belief.mean)))
+            scored.append(_Scored(hit, ranking.Candidate(hit.item.id, similarity, recency, mean)))
         scored.sort(key=lambda one: (-one.candidate.score, one.candidate.id))
         return scored
 
     def _picked(self, scored: Sequence[_Scored], k: int, semantic: bool) -> list[_Scored]:
-        finalists = list(scored[: max(FINALISTS, 2 * k)])
-        if len(finalists) > 1:
-            finalists = _undisputed(finalists)
+        finalists = scored[: max(FINALISTS, 2 * k)]
         vectors = term_vectors(_said(one.hit) for one in finalists)
         order = ranking.select(
             [one.candidate for one in finalists],
@@ -548,18 +587,31 @@ class _Batch:
         self.items[item.id] = item
 
 
-def _undisputed(scored: Sequence[_Scored]) -> list[_Scored]:
-    """Without those that a better believed one contradicts: to be told both is worse than either."""
-    sketches = [sketch(_said(one.hit)) for one in scored]
-    lost: set[int] = set()
-    for index, one in enumerate(scored):
-        for other in range(index):
-            if one.hit.item.metadata["lesson"] == scored[other].hit.item.metadata["lesson"]:
-                continue
-            if same_words(sketches[index], sketches[other]):
-                believed = one.candidate.confidence > scored[other].candidate.confidence
-                lost.add(other if believed else index)
-    return [one for index, one in enumerate(scored) if index not in lost]
+def _claim(hit: Hit, similarity: float, now_s: float, half_life_days: float) -> ranking.Claim:
+    """What an item says, from its bare row: to validate every candidate costs more than to search."""
+    stored = hit.item.metadata
+    age_s = now_s - stored["updated_at_s"]
+    origin, successes, failures = stored["origin"], stored["successes"], stored["failures"]
+    belief = weighed(origin, successes, failures, age_s, half_life_days)
+    alpha, beta = PRIORS[origin]
+    return ranking.Claim(
+        lesson=stored["lesson"],
+        says=sketch(_said(hit)),
+        similarity=similarity,
+        alpha=belief.alpha,
+        beta=belief.beta,
+        successes=belief.alpha - alpha,
+        failures=belief.beta - beta,
+    )
+
+
+def _eligible(hit: Hit, exclude: Collection[str], tags: Collection[str]) -> bool:
+    stored = hit.item.metadata
+    return (
+        stored["state"] == "active"
+        and hit.item.id not in exclude
+        and all(tag in stored["tags"] for tag in tags)
+    )
 
 
 def _said(hit: Hit) -> str:

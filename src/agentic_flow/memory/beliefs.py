@@ -11,7 +11,6 @@ from agentic_flow.core.messages import Frozen
 from agentic_flow.memory.confidence import (
     BELIEF_MIN,
     INTERVAL,
-    REFUTED_HIGH,
     Belief,
     fading,
     posterior,
@@ -177,7 +176,7 @@ def _verdict(item: MemoryItem, belief: Belief) -> str:
         why = (
             "a better believed item says the opposite"
             if item.contradicts
-            else (f"outcomes refute it: its interval ends below {REFUTED_HIGH:.0%}")
+            else (f"outcomes refute it: it is believed less than {BELIEF_MIN:.0%}")
         )
         return f"it is not recalled: {why}"
     if belief.mean < BELIEF_MIN:

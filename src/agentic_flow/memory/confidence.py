@@ -28,11 +28,9 @@ PRIORS: dict[Origin, tuple[float, float]] = {
 TAUGHT_WEIGHT = 0.5
 """What one trajectory adds to the belief in an item it taught: less than half a use would."""
 
-BELIEF_MIN = 0.4
-"""An item whose posterior mean is below this is not recalled."""
-
-REFUTED_HIGH = 0.5
-"""An item whose interval ends below this is refuted by outcomes."""
+BELIEF_MIN = 0.5
+"""An item whose posterior mean is below this is refuted, and not recalled: it is more likely to fail than to
+help. As evidence fades towards a prior of one half, it takes new evidence to bring it back."""
 
 INTERVAL = 0.9
 """Mass of the credible interval between `low` and `high`."""
@@ -69,9 +67,8 @@ class Belief:
 
     @property
     def refuted(self) -> bool:
-        """Whether outcomes speak against it beyond chance."""
-        # The interval is the dear part, and a mean above its end decides without it.
-        return self.mean < REFUTED_HIGH and self.high < REFUTED_HIGH
+        """Whether it is more likely to fail than to help."""
+        return self.mean < BELIEF_MIN
 
 
 def prior(origin: Origin) -> Belief:

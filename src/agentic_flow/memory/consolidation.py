@@ -300,7 +300,7 @@ async def _review(
     for entry in by_id.values():
         against = [by_id[one] for one in rivals.get(entry.id, ()) if one in by_id]
         beaten = any(
-            other.state == "active" and other.belief.mean >= entry.belief.mean + MARGIN for other in against
+            not other.belief.refuted and other.belief.mean >= entry.belief.mean + MARGIN for other in against
         )
         if entry.state == "contradicted" and not beaten and not entry.belief.refuted:
             keep = tuple(sorted(other.id for other in against))[:CONTRADICTS_MAX]

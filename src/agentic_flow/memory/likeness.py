@@ -30,6 +30,8 @@ SAME_SHARE_MIN = 0.7
 MEANING_MIN = 0.93
 """Cosine of a semantic embedder from which two wordings of one lesson are taken as the same."""
 MEANING_SHARE_MIN = 0.3
+MATTER_SHARE_MIN = 0.5
+"""Share of the words of both from which two texts with the same decisive words speak of the same matter."""
 
 HASHES, BANDS = 64, 16
 """16 bands of 4: a pair that shares 70 % of its words is missed once in 80, one that shares 85 % never."""
@@ -54,6 +56,7 @@ _CLOSED_CLASSES = frozenset(
     """.split()
 )
 _WORD = re.compile(r"[^\W_]+(?:['_.:/-][^\W_]+)*")
+_QUOTED = re.compile(r"`([^`\n]{1,80})`|\"([^\"\n]{1,40})\"")
 _ORDINARY = re.compile(r"[a-z]+\Z")
 _PUNCTUATION = re.compile(r"['’]")
 
@@ -77,6 +80,8 @@ def sketch(text: str) -> Sketch:
     stems: set[str] = set()
     marks: set[str] = set()
     negations: set[str] = set()
+    for code, quoted in _QUOTED.findall(text):
+        marks.add((code or quoted).casefold())
     for word in _WORD.findall(text):
         plain = _PUNCTUATION.sub("", word)
         folded = plain.casefold()
@@ -135,6 +140,24 @@ def same_lesson(one: MemoryItem, other: MemoryItem, meaning: float | None = None
         return False
     ours, theirs = sketch(lesson_text(one)), sketch(lesson_text(other))
     return ours.negations == theirs.negations and same_words(ours, theirs, meaning)
+
+
+def same_matter(one: Sketch, other: Sketch) -> bool:
+    """Whether both speak of the same thing to do, for or against it: the same decisive words and many of the
+    others; without decisive words, the same words."""
+    if not one.marks or not other.marks:
+        return same_words(one, other)
+    return one.marks == other.marks and share(one, other) >= MATTER_SHARE_MIN
+
+
+def confirms(one: MemoryItem, used: MemoryItem) -> bool:
+    """Whether what a run taught says again what an item says that the run used."""
+    if one.lesson != used.lesson:
+        return False
+    ours, theirs = sketch(lesson_text(one)), sketch(lesson_text(used))
+    if ours.negations != theirs.negations or not same_matter(ours, theirs):
+        return False
+    return share(ours, theirs) >= SAME_SHARE_MIN
 
 
 def opposed(one: MemoryItem, other: MemoryItem, meaning: float | None = None) -> bool:

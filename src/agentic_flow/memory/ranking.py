@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 
 from agentic_flow.agentdb.analysis import query_words
 from agentic_flow.agentdb.ranking import mmr
+from agentic_flow.memory.likeness import Sketch, same_matter
 from agentic_flow.memory.records import MemoryItem
 
 SIMILARITY_MIN_SPELLING = 0.18
 SIMILARITY_MIN_MEANING = 0.30
 """Floors of similarity below which nothing is recalled, under embedders of either kind."""
 
-RELATIVE_MIN = 0.6
+RELATIVE_MIN = 0.7
 """An item whose similarity is below this share of the best one's is not picked for its novelty."""
 
 RECENCY_WEIGHT = 0.15
@@ -33,6 +34,9 @@ CONFIDENCE_WEIGHT = 0.6
 
 MEANING_WEIGHT, SPELLING_WEIGHT = 0.7, 0.5
 """Weight of the vector's similarity beside that of the words, by what the embedder understands."""
+
+NAMED_WEIGHT = 0.5
+"""Likeness of an item that has all rare names of a task and nothing else of it."""
 
 CHARS_PER_TOKEN = 4
 ITEMS_RECALLED_MAX = 20
@@ -112,12 +116,21 @@ def coverages(task: str, texts: Sequence[str]) -> list[float]:
     return [float(value) for value in has @ weights / weights.sum()]
 
 
-def similarities(cosines: Sequence[float], covered: Sequence[float], semantic: bool) -> list[float]:
-    """One number of likeness to the task a candidate, 0 to 1, from its vector's cosine and its words."""
+def similarities(
+    cosines: Sequence[float], covered: Sequence[float], named: Sequence[float], semantic: bool
+) -> list[float]:
+    """One number of likeness to the task a candidate, 0 to 1.
+
+    Args:
+        cosines: Of the vectors.
+        covered: Shares of the task's words, see `coverages`.
+        named: Shares of the rare names in the task: having them is likeness, however long the task is.
+        semantic: Whether the embedder understands meaning.
+    """
     weight = MEANING_WEIGHT if semantic else SPELLING_WEIGHT
     return [
-        weight * min(1.0, max(0.0, cosine)) + (1 - weight) * words
-        for cosine, words in zip(cosines, covered, strict=True)
+        max(NAMED_WEIGHT * names, weight * min(1.0, max(0.0, cosine)) + (1 - weight) * words)
+        for cosine, words, names in zip(cosines, covered, named, strict=True)
     ]
 
 
@@ -169,6 +182,58 @@ def select(
     relevance = scores / top if top > 0 else np.ones_like(scores)
     unit = vectors[kept]
     return [kept[pick] for pick in mmr(relevance, lambda index: unit @ unit[index], k, mmr_lambda)]
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What one item says and how far it is borne out.
+
+    Args:
+        lesson: Whether it says to do it or to avoid it.
+        says: Its words.
+        similarity: To the task, 0 to 1.
+        alpha: Weight of what speaks for it, with its prior.
+        beta: Weight of what speaks against it, with its prior.
+        successes: The part of `alpha` that is evidence.
+        failures: The part of `beta` that is evidence.
+    """
+
+    lesson: str
+    says: Sketch
+    similarity: float
+    alpha: float
+    beta: float
+    successes: float
+    failures: float
+
+
+def pooled(claims: Sequence[Claim]) -> list[tuple[float, bool]]:
+    """For each claim, how far it is believed given all of them, and whether another says the opposite.
+
+    Items often speak of one matter in other words, or for and against it. What bears out one bears out its
+    like and speaks against its opposite: the more, the nearer the other is to the task.
+
+    Args:
+        claims: Of the candidates for one task.
+    """
+    best = max((claim.similarity for claim in claims), default=0.0)
+    nearness = [
+        max(0.0, (claim.similarity / best - RELATIVE_MIN) / (1.0 - RELATIVE_MIN)) if best > 0 else 0.0
+        for claim in claims
+    ]
+    believed: list[tuple[float, bool]] = []
+    for index, claim in enumerate(claims):
+        alpha, beta, disputed = claim.alpha, claim.beta, False
+        for other_index, other in enumerate(claims):
+            weight = nearness[other_index]
+            if other_index == index or weight == 0.0 or not same_matter(claim.says, other.says):
+                continue
+            same = claim.lesson == other.lesson
+            disputed |= not same
+            alpha += weight * (other.successes if same else other.failures)
+            beta += weight * (other.failures if same else other.successes)
+        believed.append((alpha / (alpha + beta), disputed))
+    return believed
 
 
 @dataclass(frozen=True, slots=True)
