@@ -122,9 +122,12 @@ def test_wrong_options_are_refused_by_name(
 
 def test_a_gateway_elsewhere_is_not_answered_from_here(place: Place) -> None:
     """Catches an empty table of this machine shown for a gateway that runs on another."""
-    done = place.run("models", "usage", AGENTIC_FLOW_PEERS__PLATFORM_URL="http://127.0.0.1:1")
-    assert done.code == 2
-    assert "service" in done.problem
+    for done in (
+        place.run("models", "usage", AGENTIC_FLOW_PEERS__PLATFORM_URL="http://127.0.0.1:1"),
+        place.run("models", "usage", "--url", "http://127.0.0.1:1"),
+    ):
+        assert done.code == 7
+        assert "http://127.0.0.1:1" in done.problem
 
 
 def test_pictures_hold_what_the_table_says(used: Place) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import random
 import re
 import signal
 import sqlite3
@@ -19,9 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_process import COMMAND, TIMEOUT_S, Place
+from cli_process import COMMAND, TIMEOUT_S, Place, Process
 from scripted_team import GOAL, make_folder, team
 
+from agentic_flow.core.settings import GatewaySettings
+from agentic_flow.gateway.routing.learned import embedding, packed
+from agentic_flow.gateway.routing.outcomes import Outcome, OutcomeLog
+from agentic_flow.gateway.stores import gateway_database
 from agentic_flow.testing.fake_provider import FakeProvider, Reply
 from agentic_flow.testing.fake_wires import SeenRequest
 
@@ -80,16 +86,21 @@ class Platform:
 
 
 @contextmanager
-def running(place: Place) -> Generator[Platform]:
-    """A platform process that asks for keys; it ends in order."""
+def running(place: Place, owner: str | None = None) -> Generator[Platform]:
+    """A platform process that asks for keys; it ends in order. The first one of a place tells the owner's."""
     with place.start("serve", "platform", AGENTIC_FLOW_AUTH__REQUIRED="true") as server:
         url = server.addresses(1)["platform"]
-        (line,) = [line for line in server.err if "owner key" in line]
-        yield Platform(url, line.split()[-1])
+        yield Platform(url, owner or owner_key(server))
         server.signal(signal.SIGTERM)
         done = server.end()
         assert done.code == 0, done.err
         assert "Traceback" not in done.err, done.err
+
+
+def owner_key(server: Process) -> str:
+    """What a first start said."""
+    (line,) = [line for line in server.err if "owner key" in line]
+    return line.split()[-1]
 
 
 @pytest.fixture
@@ -232,6 +243,7 @@ def test_the_books_of_a_killed_gateway_are_closed_by_hand(tmp_path: Path) -> Non
         assert place.run("policies", "set", file, "--reason", "test").code == 0
         with place.start("serve", "platform") as server:
             platform = Platform(server.addresses(1)["platform"], "")
+            owner = owner_key(server)
             with ThreadPoolExecutor(1) as pool:
                 waiting = pool.submit(platform.call, "")
                 assert asked.wait(TIMEOUT_S)
@@ -249,6 +261,7 @@ def test_the_books_of_a_killed_gateway_are_closed_by_hand(tmp_path: Path) -> Non
         connection.close()
         assert place.run("budgets", "workers", "--json").data[0]["dead"] is True
         assert place.run("budgets", "reconcile").code == 2
+        reconcile_from_elsewhere(place, owner, worker)
         for wrong in ("-1", "much", "NaN", "0.0000000001"):
             refused = place.run("budgets", "reconcile", "--yes", "--spent-usd", wrong)
             assert (refused.code, repr(wrong) in refused.problem) == (2, True)
@@ -261,6 +274,28 @@ def test_the_books_of_a_killed_gateway_are_closed_by_hand(tmp_path: Path) -> Non
         assert (after["spent_usd"], after["reserved_usd"], after["left_usd"]) == (0.0001, 0, 0.9999)
         assert "$0.0001" in place.run("budgets", "show").out
         assert place.run("budgets", "workers", "--json").data == []
+
+
+def reconcile_from_elsewhere(place: Place, owner: str, worker: dict[str, Any]) -> None:
+    """Find the dead worker over a new platform's address, and give nothing of it back yet."""
+    with running(place, owner) as platform:
+        _, reader = made_key(place, "reader", "usage:read", "models:use", tenant="default")
+        paths = (("GET", "/v1/budgets/workers", None), ("POST", "/v1/budgets/reconcile", {}))
+        for method, path, body in paths:
+            assert platform.ask(method, path, reader, body)[0] == 403
+        for wrong in ({"spent_nano_usd": -1}, {"spent_nano_usd": "1"}, {"workers": "all"}):
+            assert platform.ask("POST", "/v1/budgets/reconcile", platform.owner, wrong)[0] == 400
+        elsewhere = Place(place.folder / "elsewhere", AGENTIC_FLOW_PEERS__TOKEN=platform.owner)
+        elsewhere.folder.mkdir()
+        there = ("--url", platform.url)
+        found = {one["id"]: one for one in elsewhere.run("budgets", "workers", *there, "--json").data}
+        assert found.pop(worker["id"])["dead"] is True
+        (alive,) = found
+        refused = elsewhere.run("budgets", "reconcile", alive, "--yes", *there)
+        assert (refused.code, alive in refused.problem) == (5, True)
+        unknown = elsewhere.run("budgets", "reconcile", worker["id"], "--yes", "--account", "none", *there)
+        assert (unknown.code, unknown.out) == (0, "nothing was held by a dead worker\n"), unknown.err
+        assert not elsewhere.data_dir.joinpath("gateway.db").exists()
 
 
 def test_policies_are_changed_over_http(tmp_path: Path, provider: FakeProvider) -> None:
@@ -322,7 +357,8 @@ def test_policies_are_changed_over_http(tmp_path: Path, provider: FakeProvider) 
         assert platform.call(alice)[0] == 200
         (account,) = elsewhere.run("budgets", "show", "--json").data
         assert (account["account"], account["limit_usd"]) == ("platform", 5.0)
-        assert elsewhere.run("budgets", "workers").code == 2
+        (worker,) = elsewhere.run("budgets", "workers", "--json").data
+        assert (worker["dead"], worker["held_nano"]) == (False, 0)
         assert elsewhere.run("policies", "restore", "1", "--reason", "none again").code == 0
         assert platform.call(alice)[0] == 402
         history = elsewhere.run("policies", "history", "--json").data
@@ -333,6 +369,138 @@ def test_policies_are_changed_over_http(tmp_path: Path, provider: FakeProvider) 
         ]
         assert all(re.fullmatch(r"\S+ of tenant \S+, key [0-9a-f]+", one["by"]) for one in history), history
         assert not elsewhere.data_dir.joinpath("gateway.db").exists()
+
+
+def test_usage_is_read_from_a_platform_elsewhere(tmp_path: Path, provider: FakeProvider) -> None:
+    """Catches a table, CSV or picture over an address that differs from the one beside the database, and
+    a key that sees more than its tenant."""
+    place = place_of(tmp_path, provider, OPENAI_API_KEY="test-key")
+    with running(place) as platform:
+        assert place.run("tenants", "create", "acme").code == 0
+        _, alice = made_key(place, "alice", "models:use", "usage:read")
+        for _ in range(3):
+            assert platform.call(alice)[0] == 200
+        assert platform.call(platform.owner)[0] == 200
+        elsewhere = Place(tmp_path / "elsewhere", AGENTIC_FLOW_PEERS__TOKEN=platform.owner)
+        elsewhere.folder.mkdir()
+        there = ("--url", platform.url)
+        words = ("models", "usage", "--all-tenants", "--by", "tenant,model", "--since", "2026-01-01")
+        span = ("--until", "2126-01-01")
+        shown = until(
+            lambda: elsewhere.run(*words, *span, *there, "--json").data,
+            lambda report: report["totals"] is not None and report["totals"]["calls"] == 4,
+        )
+        assert {row["tenant"]: row["calls"] for row in shown["rows"]} == {"acme": 3, "default": 1}
+        for more in (("--json",), ("--csv",), ()):
+            near, far = place.run(*words, *span, *more), elsewhere.run(*words, *span, *there, *more)
+            assert (far.code, far.out) == (0, near.out), far.err
+        drawn = elsewhere.run(*words, *span, *there, "--plot", "usage.svg", "--json")
+        assert (drawn.code, drawn.data["calls"]) == (0, 4), drawn.err
+        assert (elsewhere.folder / "usage.svg").read_bytes().startswith(b"<?xml")
+
+        own = ("models", "usage", *there, "--json")
+        as_alice = {"AGENTIC_FLOW_PEERS__TOKEN": alice}
+        mine = elsewhere.run(*own, **as_alice)
+        assert (mine.data["tenant"], mine.data["totals"]["calls"]) == ("acme", 3)
+        for more in (("--all-tenants",), ("--tenant", "default")):
+            denied = elsewhere.run(*own, *more, **as_alice)
+            assert (denied.code, "platform:admin" in denied.problem) == (3, True), denied.err
+        assert elsewhere.run(*own, "--by", "colour").code == 2
+        assert not elsewhere.data_dir.joinpath("gateway.db").exists()
+
+
+LEARNED = """
+[routes.wise]
+strategy = "learned"
+targets = [{model = "openai:good"}, {model = "openai:cheap"}]
+escalation = {checker = "length", options = {min_chars = 1}, tries_max = 2}
+"""
+SUMS, POEMS = "What is {} plus {}?", "Write a poem about autumn, number {}, verse {}."
+
+
+def log_outcomes(place: Place) -> None:
+    """Both models can add, and only the good one writes poems."""
+    database = gateway_database(GatewaySettings(), place.data_dir)
+    draw = random.Random(7)
+
+    async def fill() -> None:
+        log = OutcomeLog(database)
+        for number in range(240):
+            model, poem = draw.choice(("good", "cheap")), draw.random() < 0.5
+            prompt = (POEMS if poem else SUMS).format(draw.randrange(999), draw.randrange(999))
+            verdict = float(not poem or model == "good")
+            seen = packed(embedding(prompt))
+            at_s = time.time() - 240 + number
+            log.add(Outcome(at_s, "default", seen, "openai", model, 0.5, verdict, 1000, 0.1))
+        await log.flush()
+
+    database.create()
+    asyncio.run(fill())
+    database.close()
+
+
+def test_a_learned_choice_is_explained_here_and_elsewhere(tmp_path: Path, provider: FakeProvider) -> None:
+    """Catches an explanation of a learned route without what was learned, one that differs from the running
+    gateway's, and a tenant that sees into another's outcomes."""
+    prices = json.dumps({"openai:good": [10, 10], "openai:cheap": [1, 1]})
+    place = place_of(tmp_path, provider, OPENAI_API_KEY="test-key")
+    place.environment["AGENTIC_FLOW_GATEWAY__PRICES_USD_PER_MTOK"] = prices
+    file = tmp_path / "policies.toml"
+    for wrong in ("-1", "101", "'much'"):
+        file.write_text(f"{LEARNED}cost_weight = {wrong}\n", "utf-8")
+        refused = place.run("policies", "set", file, "--reason", "test")
+        assert (refused.code, "routes.wise.cost_weight" in refused.problem) == (2, True), refused.err
+    file.write_text(LEARNED.replace("learned", "cost") + "cost_weight = 1\n", "utf-8")
+    misplaced = place.run("policies", "set", file, "--reason", "test")
+    assert (misplaced.code, "strategy 'learned'" in misplaced.problem) == (2, True), misplaced.err
+    file.write_text(f"{LEARNED}cost_weight = 0.5\n", "utf-8")
+    assert place.run("policies", "set", file, "--reason", "test").code == 0
+    poem = ("models", "route", POEMS.format(5, 6), "--route", "wise")
+    cold = place.run(*poem, "--json").data
+    assert [target["predicted"] for target in cold["targets"]] == [None, None]
+    assert "0 of 50 outcomes known" in cold["reason"]
+
+    log_outcomes(place)
+    told = place.run(*poem, "--json").data
+    good, cheap = told["targets"]
+    assert (good["model"], cheap["model"], told["chosen"]) == (
+        "good",
+        "cheap",
+        ["openai:good", "openai:cheap"],
+    )
+    assert good["predicted"] > 0.7 > 0.5 > cheap["predicted"]
+    assert good["propensity"] + cheap["propensity"] == pytest.approx(1)
+    assert good["propensity"] > 0.9
+    assert "240 outcomes, cost weight 0.5" in told["reason"]
+    assert good["cost_usd"] == pytest.approx(10 * cheap["cost_usd"])
+    table = place.run(*poem)
+    assert {"predicted", "first in"} <= {*re.split(r" {2,}", table.out.splitlines()[0].strip())}, table.out
+    sums = ("models", "route", SUMS.format(5, 6), "--route", "wise", "--json")
+    assert place.run(*sums).data["chosen"][0] == "openai:cheap"
+    assert [place.run(*poem, "--json").data["chosen"][0] for _ in range(2)] == ["openai:good"] * 2
+
+    with running(place) as platform:
+        assert place.run("tenants", "create", "acme").code == 0
+        _, alice = made_key(place, "alice", "models:use")
+        elsewhere = Place(tmp_path / "elsewhere", AGENTIC_FLOW_PEERS__TOKEN=platform.owner)
+        elsewhere.folder.mkdir()
+        far = until(
+            lambda: elsewhere.run(*poem, "--url", platform.url, "--json").data,
+            lambda answer: answer["targets"][0]["predicted"] is not None,
+        )
+        assert far == told
+        assert elsewhere.run(*poem, "--url", platform.url).out == table.out
+        body = {"prompt": POEMS.format(5, 6), "model": "wise"}
+        status, hers, _ = platform.ask("POST", "/v1/route", alice, body)
+        assert (status, hers["targets"][0]["predicted"]) == (200, None)
+        assert platform.ask("POST", "/v1/route", alice, {**body, "tenant": "default"})[0] == 403
+        status, his, _ = platform.ask("POST", "/v1/route", platform.owner, {**body, "tenant": "acme"})
+        assert (status, his["targets"]) == (200, hers["targets"])
+        assert platform.ask("POST", "/v1/route", "", body)[0] == 401
+        assert platform.ask("POST", "/v1/route", alice, {**body, "model": "openrouter:x"})[0] == 404
+        private = elsewhere.run("models", "route", "x", "--route", "auto:privacy", "--url", platform.url)
+        assert private.code == 0, private.err
+    assert provider.requests == []
 
 
 def rows_that_name(file: Path, word: str) -> dict[str, int]:

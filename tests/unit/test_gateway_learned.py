@@ -142,6 +142,25 @@ def test_propensities_are_the_frequencies() -> None:
         assert learned.propensity(MODELS, prompt, model, costs_usd=COSTS, tenant="t") == said[model]
     assert learned.propensity(MODELS, prompt, Candidate("x", "y"), costs_usd=COSTS) == 0.0
     assert any("drawn to explore" in decision.reason for decision in decisions)
+    told = [
+        learned.decide(MODELS, prompt, costs_usd=COSTS, tenant="t", explore=False) for _ in range(count // 40)
+    ]
+    assert {(decision.order, decision.explored) for decision in told} == {(told[0].order, False)}
+    assert dict(zip(told[0].order, told[0].propensities, strict=True)) == said
+
+
+def test_a_route_can_weigh_costs_by_itself() -> None:
+    """Catches a cost weight of the policies that changes nothing."""
+    learned = router()
+    learned.learn(history())
+    prompt = POEMS.format(5, 6)
+
+    def first(weight: float | None) -> Candidate:
+        costs = (0.001, 0.002, 0.0095)
+        return learned.decide(MODELS, prompt, costs_usd=costs, tenant="t", cost_weight=weight).order[0]
+
+    assert (first(0.0), first(50.0)) == (DEAR, CHEAP)
+    assert first(None) == first(0.9)
 
 
 def test_a_new_model_counts_as_an_average_one() -> None:

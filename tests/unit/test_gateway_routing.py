@@ -321,6 +321,8 @@ def test_the_learned_strategy_asks_and_is_held_to_the_rules() -> None:
         reason: str
         propensity: float
         tries: int = 1
+        predicted: tuple[float, ...] = (0.8, 0.1, 0.7)
+        propensities: tuple[float, ...] = (0.2, 0.1, 0.9)
 
     class Learned:
         def decide(
@@ -331,13 +333,18 @@ def test_the_learned_strategy_asks_and_is_held_to_the_rules() -> None:
             costs_usd: Sequence[float | None],
             tenant: str = "",
             tries_max: int = 1,
+            cost_weight: float | None = None,
+            explore: bool = True,
         ) -> Decided:
             seen.append((prompt, tenant, list(costs_usd)))
+            weights.append((cost_weight, explore))
             last = candidates[-1]
             return Decided((last, Candidate("other", ""), last), f"learned from {tenant}", 0.9)
 
     seen: list[tuple[str, str, list[float | None]]] = []
-    given_policies = policies(routes={"r": route("big:", "other:", "big:mini", strategy="learned")})
+    weights: list[tuple[float | None, bool]] = []
+    weighed = route("big:", "other:", "big:mini", strategy="learned", cost_weight=0.25)
+    given_policies = policies(routes={"r": weighed})
     plans = router(providers(other=False), learned=Learned())
     plan = plans.plan("r", given_policies, prompt="why?", tenant="t", tokens_in=1000, tokens_out=1000)
     assert shown(plan.candidates) == ["big:mini", "big:"]
@@ -345,6 +352,12 @@ def test_the_learned_strategy_asks_and_is_held_to_the_rules() -> None:
     assert plan.propensity == 0.9
     assert plan.escalation is None
     assert seen == [("why?", "t", [pytest.approx(0.06), pytest.approx(0.006)])]
+    rows = plans.explain("r", given_policies, prompt="why?", tenant="t")
+    assert [(row.model, row.position, row.predicted, row.propensity) for row in rows[:2]] == [
+        ("mini", 1, 0.7, 0.9),
+        ("pro", 2, None, 0.0),
+    ]
+    assert weights == [(0.25, True), (0.25, False)]
     with pytest.raises(InvalidInput, match="learned"):
         router().plan("r", given_policies)
 
@@ -358,6 +371,8 @@ def test_a_learned_order_says_how_many_to_try(worth_trying: int, tries_max: int)
         reason: str = "learned"
         propensity: float = 1.0
         tries: int = worth_trying
+        predicted: tuple[float, ...] = ()
+        propensities: tuple[float, ...] = ()
 
     class Learned:
         def decide(self, candidates: Sequence[Candidate], prompt: str, **_: object) -> Decided:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from agentic_flow.cli.session import Session, command, new_app
-
-if TYPE_CHECKING:
-    from agentic_flow.core.settings import Settings
+from agentic_flow.cli.session import Session, UrlOption, command, new_app
 
 app = new_app("See what is left of the budgets, and close the books of dead workers.")
 
@@ -23,6 +20,7 @@ def show(
         str | None,
         typer.Option("--tenant", help="Only this tenant's accounts. [default: all]", metavar="NAME"),
     ] = None,
+    url: UrlOption = None,
 ) -> None:
     """Show the accounts of the budget rules in force, in their current periods, the fullest first.
 
@@ -32,7 +30,7 @@ def show(
     from agentic_flow.cli.output import local_time, print_table, talk
     from agentic_flow.runtime.operations import operations
 
-    with operations(session.start()) as place:
+    with operations(session.start(), url) as place:
         found = place.budgets(tenant)
 
     def human() -> None:
@@ -56,17 +54,25 @@ def show(
     session.show(found, human)
 
 
-@command(app, "workers", examples=("agentic-flow budgets workers", "agentic-flow budgets workers --json"))
-def workers(session: Session) -> None:
+@command(
+    app,
+    "workers",
+    examples=(
+        "agentic-flow budgets workers",
+        "agentic-flow budgets workers --url http://127.0.0.1:3000 --json",
+    ),
+)
+def workers(session: Session, url: UrlOption = None) -> None:
     """List the workers that share the budgets: when each was last heard, and what it holds.
 
     A dead one was silent for so long that it may be reconciled; what it holds is gone for the others until
     then, or until the period ends.
     """
     from agentic_flow.cli.output import print_table, talk
-    from agentic_flow.runtime.operations import budget_workers
+    from agentic_flow.runtime.operations import operations
 
-    found = budget_workers(_own(session))
+    with operations(session.start(), url) as place:
+        found = place.workers()
 
     def human() -> None:
         if not found:
@@ -118,6 +124,7 @@ def reconcile(
         ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    url: UrlOption = None,
 ) -> None:
     """Close the books of dead workers, and print what was released and what counts as spent.
 
@@ -129,17 +136,19 @@ def reconcile(
 
     from agentic_flow.cli.output import print_table
     from agentic_flow.core.errors import InvalidInput
-    from agentic_flow.runtime.operations import budget_workers, reconcile_budgets
+    from agentic_flow.runtime.operations import operations
 
-    settings = _own(session)
+    settings = session.start()
     spent_nano = None if spent_usd is None else _nano(spent_usd)
     if not yes:
         whose = "all dead workers" if worker is None else f"worker {worker!r}"
         if not sys.stdin.isatty():
             raise InvalidInput(f"reconciling {whose} needs a yes and there is no terminal", hint="add --yes")
-        dead = sum(found.dead for found in budget_workers(settings))
+        with operations(settings, url) as place:
+            dead = sum(found.dead for found in place.workers())
         typer.confirm(f"Close the books of {whose} ({dead} dead now)?", abort=True, err=True)
-    done = reconcile_budgets(settings, worker, spent_nano=spent_nano, account_id=account)
+    with operations(settings, url) as place:
+        done = place.reconcile(worker, spent_nano=spent_nano, account_id=account)
 
     def human() -> None:
         if not done:
@@ -157,19 +166,6 @@ def reconcile(
 
 
 _AMOUNTS = ("limit", "spent", "reserved", "left")
-
-
-def _own(session: Session) -> Settings:
-    """The settings, when the ledger is ours to open."""
-    from agentic_flow.core.errors import InvalidInput
-
-    settings = session.start()
-    if settings.peers.platform_url and settings.gateway.database_url is None:
-        raise InvalidInput(
-            f"the ledger of the budgets is kept where the platform runs, {settings.peers.platform_url!r}",
-            hint="run this there, or set gateway.database_url to its database",
-        )
-    return settings
 
 
 def _rule(rule: dict[str, Any]) -> str:

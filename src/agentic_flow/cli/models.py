@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from agentic_flow.cli import usage
-from agentic_flow.cli.session import Session, command, new_app
+from agentic_flow.cli.session import Session, UrlOption, command, new_app
 
 app = new_app("Show the models that can be asked, and what they cost.")
 
@@ -114,6 +114,7 @@ def compare_models(
         'agentic-flow models route "Summarise this contract"',
         'agentic-flow models route "Summarise this contract" --route auto:privacy',
         'agentic-flow models route "Why is the sky blue?" --route cheap --tokens-out 200 --json',
+        'agentic-flow models route "Summarise this contract" --url http://127.0.0.1:3000',
     ),
 )
 def route(
@@ -137,38 +138,39 @@ def route(
         ),
     ] = None,
     tenant: Annotated[
-        str | None, typer.Option("--tenant", help="Whose call it is. [default: the owner's]", metavar="NAME")
+        str | None,
+        typer.Option(
+            "--tenant", help="Whose call it is. [default: the owner's, or the key's]", metavar="NAME"
+        ),
     ] = None,
+    url: UrlOption = None,
 ) -> None:
     """Explain which model a prompt would go to, and why not to the others.
 
-    Uses this machine's settings and the policies in force. No provider is asked, so a running gateway, which
-    has seen how soon each answers, can order the strategy `latency` differently.
+    Uses this machine's settings, the policies in force and the outcomes logged, or asks a running platform.
+    No provider is asked, so a running gateway, which has seen how soon each answers, can order the strategy
+    `latency` differently. Of the strategy `learned` it shows the quality predicted for this prompt, and how
+    often each model comes first.
     """
     from agentic_flow.cli.output import print_table, talk
-    from agentic_flow.core import plugins
-    from agentic_flow.core.auth import DEFAULT_TENANT
-    from agentic_flow.gateway.routing.choice import explain_choice, stored_policies
-    from agentic_flow.runtime.build import stored_secrets, with_stored_secrets
+    from agentic_flow.core.errors import from_problem
+    from agentic_flow.gateway.routing.choice import ChoiceRequest
+    from agentic_flow.runtime.operations import explained_choice
 
-    settings = with_stored_secrets(session.start())
-    explained, refused = explain_choice(
-        prompt,
-        asked=route,
-        settings=settings.gateway,
-        stored=stored_policies(settings.gateway, settings.data_dir),
-        extra_providers=plugins.load_all("agentic_flow.providers"),
-        stored_secrets=stored_secrets(settings.data_dir),
-        tokens_in=tokens_in,
-        tokens_out=tokens_out,
-        tenant=tenant or DEFAULT_TENANT,
+    wanted = ChoiceRequest(
+        prompt=prompt, model=route, tokens_in=tokens_in, tokens_out=tokens_out, tenant=tenant
     )
+    explained = explained_choice(session.start(), wanted, url)
+    learned = any(target.predicted is not None for target in explained.targets)
+    drawn = any(target.propensity is not None for target in explained.targets)
     rows = [
         (
             target.position,
             f"{target.provider}:{target.model}" if target.provider else target.model,
             _dollars(target.cost_usd),
             target.quality,
+            *([_two_digits(target.predicted)] if learned else []),
+            *([_percent(target.propensity)] if drawn else []),
             "local" if target.local else "remote" if target.provider else None,
             target.reason,
         )
@@ -178,12 +180,13 @@ def route(
     def human() -> None:
         size = f"{explained.tokens_in} tokens in, {explained.tokens_out} out"
         talk(f"{explained.reason} ({size}; policies version {explained.policies_version})")
-        print_table(("", "model", "cost", "quality", "where", "why"), rows)
+        columns = [*(["predicted"] if learned else []), *(["first in"] if drawn else [])]
+        print_table(("", "model", "cost", "quality", *columns, "where", "why"), rows)
 
-    if refused is not None:
+    if explained.refused is not None:
         if not session.as_json:
             human()
-        raise refused
+        raise from_problem(explained.refused)
     session.show(explained, human)
 
 
@@ -194,6 +197,14 @@ def _dollars(cost_usd: float | None) -> str:
     if cost_usd is None:
         return "no price"
     return money(cost_usd) if cost_usd == 0 or cost_usd >= 0.001 else f"${cost_usd:.3g}"
+
+
+def _two_digits(share: float | None) -> str | None:
+    return None if share is None else f"{share:.2f}"
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{100 * share:.3g} %"
 
 
 usage.register(app)

@@ -37,6 +37,13 @@ JsonOption = Annotated[
     bool, typer.Option("--json", help="Print data as JSON on stdout; talk goes to stderr.")
 ]
 
+UrlOption = Annotated[
+    str | None,
+    typer.Option(
+        "--url", help="Ask the platform at this address. [default: peers.platform_url]", metavar="URL"
+    ),
+]
+
 
 @dataclass
 class Session:

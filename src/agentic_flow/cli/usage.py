@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agentic_flow.cli.session import Session, command
+from agentic_flow.cli.session import Session, UrlOption, command
 
 if TYPE_CHECKING:
-    from agentic_flow.core.settings import Settings
     from agentic_flow.gateway.usage_table import UsageReport, UsageRow
 
 _PLOT_ROWS_MAX = 10_000
@@ -27,6 +26,7 @@ def register(app: typer.Typer) -> None:
             "agentic-flow models usage --by day --since 2026-11-01 --until 2026-12-01 --csv",
             "agentic-flow models usage --all-tenants --by tenant,model --json",
             "agentic-flow models usage --since 30d --plot usage.png",
+            "agentic-flow models usage --url http://127.0.0.1:3000 --by key",
         ),
     )(usage)
 
@@ -48,7 +48,8 @@ def usage(
         str | None, typer.Option("--until", help="The same, not included. [default: now]", metavar="TIME")
     ] = None,
     tenant: Annotated[
-        str | None, typer.Option("--tenant", help="Whose calls. [default: the owner's]", metavar="NAME")
+        str | None,
+        typer.Option("--tenant", help="Whose calls. [default: the owner's, or the key's]", metavar="NAME"),
     ] = None,
     all_tenants: Annotated[bool, typer.Option("--all-tenants", help="Everybody's calls.")] = False,
     limit: Annotated[
@@ -66,33 +67,25 @@ def usage(
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a plot that exists.")] = False,
+    url: UrlOption = None,
 ) -> None:
     """Show what model calls used and cost: from the gateway's usage ledger, not from a provider's bill.
 
-    Reads the database of this machine's settings; the last half second of a running gateway may be missing.
+    Reads the database of this machine's settings, or asks a platform that runs elsewhere; the last half
+    second of a running gateway may be missing.
     A cost is a sum of known costs: calls without a known price are counted in a column of their own.
     Percentiles are exact, of calls that succeeded.
     """
-    from agentic_flow.core.auth import DEFAULT_TENANT
-    from agentic_flow.core.clock import SYSTEM_CLOCK
-    from agentic_flow.gateway.stores import gateway_database
-    from agentic_flow.gateway.usage_table import read_keys, read_moment, usage_report
+    from agentic_flow.gateway.usage_table import EVERYBODY
+    from agentic_flow.runtime.operations import operations
 
     settings = session.start()
-    _check_options(session, settings, tenant, all_tenants, as_csv, plot, measure)
-    now_s = SYSTEM_CLOCK.time_s()
-    since_s = read_moment(since, "--since", now_s)
-    until_s = now_s if until is None else read_moment(until, "--until", now_s)
-    whose = None if all_tenants else tenant or DEFAULT_TENANT
-    keys = read_keys("day,model" if plot is not None else by)
+    _check_options(session, tenant, all_tenants, as_csv, plot, measure)
+    whose = EVERYBODY if all_tenants else tenant
+    keys = "day,model" if plot is not None else by
     most = _PLOT_ROWS_MAX - 1 if plot is not None else limit
-    # A data folder without a database gets one: no calls and no table are the same to see.
-    database = gateway_database(settings.gateway, settings.data_dir)
-    try:
-        database.create()
-        report = usage_report(database, whose, keys, since_s, until_s, most)
-    finally:
-        database.close()
+    with operations(settings, url) as place:
+        report = place.usage(whose, keys, since, until, most)
     if plot is not None:
         _plot(session, report, plot, measure, overwrite)
     elif as_csv:
@@ -103,7 +96,6 @@ def usage(
 
 def _check_options(
     session: Session,
-    settings: Settings,
     tenant: str | None,
     all_tenants: bool,
     as_csv: bool,
@@ -113,10 +105,6 @@ def _check_options(
     from agentic_flow.core.errors import InvalidInput
     from agentic_flow.gateway.usage_plot import plot_kind
 
-    if settings.peers.platform_url is not None:
-        raise InvalidInput(
-            "the gateway is a service", hint="ask its route GET /v1/usage, or run the command where it runs"
-        )
     if tenant is not None and all_tenants:
         raise InvalidInput(f"--tenant {tenant!r} and --all-tenants contradict each other", hint="give one")
     if session.as_json and as_csv:

@@ -29,8 +29,9 @@ from agentic_flow.core.errors import (
 )
 from agentic_flow.core.messages import Completion, CompletionRequest, JsonObject, ModelInfo, StreamEvent
 from agentic_flow.core.openapi import JSON, PROBLEM, Operation, Problem, document, document_route
-from agentic_flow.gateway import routes, usage_routes
+from agentic_flow.gateway import choice_routes, routes, usage_routes
 from agentic_flow.gateway.front.routes import SCOPE
+from agentic_flow.gateway.routing.choice import ChoiceRequest, ExplainedChoice
 from agentic_flow.gateway.usage_table import USAGE_KEYS
 
 EVENTS = "text/event-stream"
@@ -379,6 +380,10 @@ def _operations() -> list[Operation]:
         Operation(
             "resolve", "GET", "/v1/resolve", "The model that would serve a name now.", None, routes.SCOPE,
             ModelInfo, query=ResolveQuery,
+        ),
+        Operation(
+            "route", "POST", "/v1/route", "Explain where a call would go. No provider is asked.", None,
+            choice_routes.SCOPE, ExplainedChoice, body=ChoiceRequest,
         ),
         Operation(
             "complete", "POST", "/v1/complete", "Answer in the gateway's own vocabulary.", None, routes.SCOPE,

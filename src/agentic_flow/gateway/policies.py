@@ -75,6 +75,9 @@ class Route(Frozen):
         quality_min: Of `cost` and `latency`: targets below this quality (0 to 1) are left out.
         sticky: A conversation stays with the target that answered it first.
         escalation: Whether, and by whom, answers are checked.
+        cost_weight: Of `learned`: what the dearest target's price is worth in quality. At 0.9 a model for
+            that price must be right 90 % of the time to be worth asking; 0 asks for quality at any price.
+            None: 0.9.
     """
 
     targets: Annotated[tuple[Target, ...], Field(max_length=64)] = ()
@@ -82,6 +85,13 @@ class Route(Frozen):
     quality_min: Annotated[float, Field(ge=0, le=1)] = 0.0
     sticky: bool = False
     escalation: Escalation | None = None
+    cost_weight: Annotated[float, Field(ge=0, le=100)] | None = None
+
+    @model_validator(mode="after")
+    def _weighs_what_was_learned(self) -> Self:
+        if self.cost_weight is not None and self.strategy != "learned":
+            raise ValueError(f"cost_weight is of the strategy 'learned', and this one is {self.strategy!r}")
+        return self
 
 
 class BudgetRule(Frozen):

@@ -34,6 +34,7 @@ from agentic_flow.gateway.providers import (
 )
 from agentic_flow.gateway.questions import Destination, Question, TypedQuestion
 from agentic_flow.gateway.retries import RetryPolicy
+from agentic_flow.gateway.routing.choice import ChoiceRequest, ExplainedChoice, explained
 from agentic_flow.gateway.routing.plan import Candidate, Plan, Router
 from agentic_flow.gateway.stores import GatewayStores
 from agentic_flow.gateway.transport import HttpTransport
@@ -422,6 +423,13 @@ class Gateway:
         if self._house.open is not None:
             await self._house.open()
         return self._router.plan(model or self.default_model(), self._policies.policies)
+
+    async def explain(self, wanted: ChoiceRequest) -> ExplainedChoice:
+        """Where a call would go now, and why not elsewhere; no provider is asked. Raises as `explained`."""
+        if self._house.open is not None:
+            await self._house.open()
+        version = 0 if self._stores is None else self._stores.watch.version
+        return explained(self._router, wanted, self._policies.policies, version)
 
     async def pass_count(
         self, destination: Destination, sent: PassingRequest, *, principal: Principal, deadline: Deadline

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 from agentic_flow.core.errors import InvalidInput
 from agentic_flow.core.sql import SqlDatabase
@@ -94,6 +94,14 @@ class UsageRow:
         )  # fmt: skip
         return {**self.keys, **dict(zip(NUMBERS, numbers, strict=True))}
 
+    @classmethod
+    def from_json(cls, shown: Mapping[str, Any], by: Sequence[UsageKey]) -> Self:
+        """The row that `as_json` wrote. Raises KeyError for one that it did not."""
+        numbers = {name: shown[name] for name in NUMBERS if name != "cost_usd"}
+        estimated, unpriced = numbers.pop("estimated_calls"), numbers.pop("unpriced_calls")
+        keys = {key: str(shown[key]) for key in by}
+        return cls(keys=keys, estimated=estimated, unpriced=unpriced, **numbers)
+
 
 @dataclass(frozen=True, slots=True)
 class UsageReport:
@@ -123,6 +131,25 @@ class UsageReport:
             "totals": None if self.totals is None else self.totals.as_json(),
             "truncated": self.truncated,
         }
+
+    @classmethod
+    def from_json(cls, shown: Mapping[str, Any]) -> Self:
+        """The report that `as_json` wrote.
+
+        Raises:
+            KeyError, TypeError, InvalidInput: it wrote something else.
+        """
+        by = read_keys(",".join(shown["by"]))
+        totals = shown["totals"]
+        return cls(
+            tenant=None if shown["tenant"] == EVERYBODY else str(shown["tenant"]),
+            since_s=float(shown["since_s"]),
+            until_s=float(shown["until_s"]),
+            by=by,
+            rows=[UsageRow.from_json(row, by) for row in shown["rows"]],
+            totals=None if totals is None else UsageRow.from_json(totals, ()),
+            truncated=bool(shown["truncated"]),
+        )
 
 
 def usage_report(

@@ -156,6 +156,7 @@ class _Apps:
         from agentic_flow.agentdb.routes import build_routes as memory_routes
         from agentic_flow.core.openapi import DOCUMENT_PATH
         from agentic_flow.gateway.budget_routes import build_budget_routes
+        from agentic_flow.gateway.choice_routes import build_choice_routes
         from agentic_flow.gateway.front.errors import ERROR_SHAPES
         from agentic_flow.gateway.front.openai_embeddings import build_embedding_routes
         from agentic_flow.gateway.front.routes import build_front_routes
@@ -177,6 +178,7 @@ class _Apps:
         routes: list[BaseRoute] = [
             *model_routes(completer),
             *build_front_routes(completer),
+            *build_choice_routes(completer),
             *build_embedding_routes(completer, await runtime.embedder()),
             *build_usage_routes(kept.usage),
             build_document_route(),

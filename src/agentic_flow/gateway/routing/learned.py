@@ -106,6 +106,7 @@ class Decision(NamedTuple):
         tries: How many of `order` are worth trying; 1 without a checker.
         reason: One sentence with the numbers.
         propensity: Probability with which the first came first.
+        propensities: The same of each of `order`.
         explored: The first was drawn, not chosen.
         predicted: Predicted verdict of each of `order`; empty before enough outcomes are known.
         embedding: For the Outcome.
@@ -118,6 +119,7 @@ class Decision(NamedTuple):
     explored: bool
     predicted: tuple[float, ...]
     embedding: bytes
+    propensities: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +165,10 @@ class LearnedRouter:
 
     Args:
         epsilon: Probability that the first model is drawn, cheap ones more often, so that all stay known.
-        cost_weight: What the dearest candidate's price is worth in quality: at .9 a model for that price
-            must be right 90 % of the time to be worth asking. The default was chosen on other seeds of the
-            benchmark than those reported, for a quarter of the best model's cost.
+        cost_weight: What the dearest candidate's price is worth in quality, where a route does not say: at
+            .9 a model for that price must be right 90 % of the time to be worth asking. The default was
+            chosen on other seeds of the benchmark than those reported, for a quarter of the best model's
+            cost.
         false_verdicts: How often the checker is presumed wrong, either way; 0 to below .5.
         outcomes_min: Fewer outcomes of a tenant than this: its models go by cost.
         rows_max: Newest outcomes of a tenant that are learned from; bounds time and memory (1 KiB each).
@@ -231,6 +234,8 @@ class LearnedRouter:
         costs_usd: Sequence[float | None],
         tenant: str = "",
         tries_max: int = 1,
+        cost_weight: float | None = None,
+        explore: bool = True,
     ) -> Decision:
         """Choose for one prompt.
 
@@ -240,32 +245,36 @@ class LearnedRouter:
             costs_usd: What each candidate would cost for this call; an unknown price counts as the dearest.
             tenant: Whose outcomes to go by.
             tries_max: How many may be tried under a checker; 1 when nobody checks the answer.
+            cost_weight: Instead of the router's own.
+            explore: False: nothing is drawn, to tell what would be chosen; propensities are as ever.
 
         Raises:
             InvalidInput: no candidates, or not one cost for each.
         """
         costs = _costs(candidates, costs_usd)
+        weight = self._cost_weight if cost_weight is None else cost_weight
         vector = embedding(prompt)
         predicted = self._predict(candidates, vector, tenant)
-        chosen = self._choose(costs, predicted, tries_max)
-        choice = chosen[0]
-        explored = self._random.random() < self._epsilon
+        chosen = self._choose(costs, predicted, tries_max, weight)
+        chances = self._chances(costs, chosen[0])
+        explored = explore and self._random.random() < self._epsilon
         if explored:
             drawn = self._random.choices(range(len(costs)), _draws(costs))[0]
             chosen = [drawn, *(index for index in chosen if index != drawn)][: max(tries_max, 1)]
         others = [index for index in range(len(candidates)) if index not in chosen]
         others.sort(
-            key=lambda index: costs[index] if predicted is None else -self._net(predicted, costs, index)
+            key=lambda index: costs[index] if predicted is None else -_net(predicted, costs, index, weight)
         )
         order = [*chosen, *others]
         return Decision(
             order=tuple(candidates[index] for index in order),
             tries=len(chosen),
-            reason=self._reason(candidates, costs_usd, order, predicted, tenant, explored),
-            propensity=self._chance(costs, order[0], choice),
+            reason=self._reason(candidates, costs_usd, order, predicted, tenant, explored, weight),
+            propensity=chances[order[0]],
             explored=explored,
             predicted=() if predicted is None else tuple(predicted[index] for index in order),
             embedding=packed(vector),
+            propensities=tuple(chances[index] for index in order),
         )
 
     def propensity(
@@ -283,8 +292,8 @@ class LearnedRouter:
             return 0.0
         costs = _costs(candidates, costs_usd)
         predicted = self._predict(candidates, embedding(prompt), tenant)
-        choice = self._choose(costs, predicted, tries_max)[0]
-        return self._chance(costs, list(candidates).index(first), choice)
+        choice = self._choose(costs, predicted, tries_max, self._cost_weight)[0]
+        return self._chances(costs, choice)[list(candidates).index(first)]
 
     def learn(self, outcomes: Iterable[Outcome]) -> None:
         """Learn each tenant anew from these outcomes, all that shall count. Blocks: call it in a thread.
@@ -299,24 +308,30 @@ class LearnedRouter:
             kept = Kept(len(own), max(outcome.at_s for outcome in own))
             self._learn_tenant(tenant, own, kept)
 
-    async def refit(self, log: OutcomeLog) -> int:
+    async def refit(self, log: OutcomeLog, *, tenant: str | None = None) -> int:
         """Learn the tenants whose outcomes in the log have changed, forget those that have none; how many.
 
         Call it now and then, in every worker: each learns from what all of them logged. Raises as the
         database does.
+
+        Args:
+            log: Where the outcomes are.
+            tenant: Learn this one only, and forget the others; None: all.
         """
         stored = await log.tenants()
-        for tenant in [tenant for tenant in self._fits if tenant not in stored]:
-            self.forget(tenant)
+        if tenant is not None:
+            stored = {tenant: stored[tenant]} if tenant in stored else {}
+        for gone in [known for known in self._fits if known not in stored]:
+            self.forget(gone)
         changed = 0
-        for tenant, kept in stored.items():
-            known = self._fits.get(tenant)
+        for name, kept in stored.items():
+            known = self._fits.get(name)
             if known is not None and known.kept == kept:
                 continue
-            recent = await log.recent(tenant, self._rows_max)
+            recent = await log.recent(name, self._rows_max)
             usable = [outcome for outcome in recent if len(outcome.embedding) == DIMENSION * 2]
             if usable:
-                await asyncio.to_thread(self._learn_tenant, tenant, usable, kept)
+                await asyncio.to_thread(self._learn_tenant, name, usable, kept)
                 changed += 1
         return changed
 
@@ -344,27 +359,25 @@ class LearnedRouter:
             for candidate in candidates
         ]
 
-    def _net(self, predicted: Sequence[float], costs: Sequence[float], index: int) -> float:
-        """Predicted quality less what the model costs."""
-        dearest = max(costs)
-        return predicted[index] - (self._cost_weight * costs[index] / dearest if dearest else 0.0)
-
-    def _choose(self, costs: Sequence[float], predicted: Sequence[float] | None, tries_max: int) -> list[int]:
+    def _choose(
+        self, costs: Sequence[float], predicted: Sequence[float] | None, tries_max: int, weight: float
+    ) -> list[int]:
         """Whom to try, in which order."""
         tries_max = max(tries_max, 1)
         if predicted is None:
             by_cost = sorted(range(len(costs)), key=lambda index: costs[index])
             return by_cost[:tries_max]
         if tries_max == 1:
-            return [max(range(len(costs)), key=lambda index: self._net(predicted, costs, index))]
+            return [max(range(len(costs)), key=lambda index: _net(predicted, costs, index, weight))]
         dearest = max(costs)
-        prices = [self._cost_weight * cost / dearest if dearest else 0.0 for cost in costs]
+        prices = [weight * cost / dearest if dearest else 0.0 for cost in costs]
         return best_sequence(predicted, prices, tries_max, false_verdicts=self._false_verdicts)
 
-    def _chance(self, costs: Sequence[float], first: int, choice: int) -> float:
-        """Probability that `first` comes first when `choice` is the choice."""
-        drawn = self._epsilon * _draws(costs)[first]
-        return 1 - self._epsilon + drawn if first == choice else drawn
+    def _chances(self, costs: Sequence[float], choice: int) -> list[float]:
+        """Probability of each to come first when `choice` is the choice."""
+        chances = [self._epsilon * share for share in _draws(costs)]
+        chances[choice] += 1 - self._epsilon
+        return chances
 
     def _reason(
         self,
@@ -374,6 +387,7 @@ class LearnedRouter:
         predicted: Sequence[float] | None,
         tenant: str,
         explored: bool,
+        weight: float,
     ) -> str:
         fit = self._fits.get(tenant)
         known = fit.kept.outcomes if fit else 0
@@ -390,7 +404,7 @@ class LearnedRouter:
             return f"{shown(order[0])}{drawn}: cheapest first ({few})"
         rival = max(order, key=lambda index: predicted[index])
         against = f", against {shown(rival)}" if rival != order[0] else ", the best predicted"
-        return f"{shown(order[0])}{against}{drawn} ({known} outcomes, cost weight {self._cost_weight:g})"
+        return f"{shown(order[0])}{against}{drawn} ({known} outcomes, cost weight {weight:g})"
 
 
 def best_sequence(
@@ -469,6 +483,12 @@ def _costs(candidates: Sequence[Candidate], costs_usd: Sequence[float | None]) -
         )
     dearest = max((cost for cost in costs_usd if cost is not None), default=0.0)
     return [dearest if cost is None else cost for cost in costs_usd]
+
+
+def _net(predicted: Sequence[float], costs: Sequence[float], index: int, weight: float) -> float:
+    """Predicted quality less what the model costs."""
+    dearest = max(costs)
+    return predicted[index] - (weight * costs[index] / dearest if dearest else 0.0)
 
 
 def _draws(costs: Sequence[float]) -> list[float]:

@@ -71,6 +71,8 @@ class Considered(NamedTuple):
         configured: Whether its provider can be asked.
         position: From 1; None when it was left out.
         reason: Why it stands there, or why it was left out.
+        predicted: What the strategy `learned` expects of its answer, 0 to 1; None before enough is known.
+        propensity: Probability with which that strategy, or `weighted`, has it come first.
     """
 
     model: str
@@ -82,6 +84,8 @@ class Considered(NamedTuple):
     configured: bool
     position: int | None
     reason: str
+    predicted: float | None = None
+    propensity: float | None = None
 
 
 class Decided(Protocol):
@@ -101,6 +105,16 @@ class Decided(Protocol):
         """How many of `order` are worth trying under a checker; the others wait for failures."""
         ...
 
+    @property
+    def predicted(self) -> tuple[float, ...]:
+        """The verdict expected of each of `order`; empty before enough is known."""
+        ...
+
+    @property
+    def propensities(self) -> tuple[float, ...]:
+        """Probability of each of `order` to come first."""
+        ...
+
 
 class LearnedOrder(Protocol):
     """A router that learns from outcomes."""
@@ -113,8 +127,10 @@ class LearnedOrder(Protocol):
         costs_usd: Sequence[float | None],
         tenant: str = "",
         tries_max: int = 1,
+        cost_weight: float | None = None,
+        explore: bool = True,
     ) -> Decided:
-        """The candidates in the order to try them, why, and how likely that was."""
+        """The candidates in the order to try them, why, and how likely that was; see `learned`."""
         ...
 
 
@@ -158,7 +174,8 @@ class _Targets(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """What is known of the call that is planned. `draw` is its conversation's own number, if it has one."""
+    """What is known of the call that is planned. `draw` is its conversation's own number, if it has one;
+    `explore` says whether something may be tried out with it."""
 
     name: str
     route: Route
@@ -167,6 +184,7 @@ class _Call(NamedTuple):
     prompt: str
     tenant: str
     draw: float | None = None
+    explore: bool = True
 
 
 class Router:
@@ -213,6 +231,7 @@ class Router:
         conversation: str | None = None,
         prompt: str | None = None,
         tenant: str = "",
+        explore: bool = True,
     ) -> Plan:
         """Where a call to `asked` may go.
 
@@ -223,6 +242,7 @@ class Router:
             conversation: What sticky routes know a conversation by; None: none.
             prompt: What the strategy `learned` looks at.
             tenant: Who asks; conversations of two tenants never meet.
+            explore: False: the call is not made, so nothing is tried out with it.
 
         Raises:
             UnknownModel: the name means nothing, or nothing of its route can be asked; lists why.
@@ -238,7 +258,7 @@ class Router:
             self._check_judge(name, route.escalation, policies)
         pin = Pins.key(tenant, name, conversation) if route.sticky and conversation is not None else None
         draw = None if pin is None else int.from_bytes(pin[:8], "big") / 2**64
-        call = _Call(name, route, tokens_in, tokens_out, prompt or "", tenant, draw)
+        call = _Call(name, route, tokens_in, tokens_out, prompt or "", tenant, draw, explore)
         found = self._of_route(name, route, policies)
         if not found.left:
             raise _none_left(call, found.all, policies)
@@ -249,7 +269,7 @@ class Router:
             tries = len(ordered)
         else:
             ordered, reason, propensity, tries = self._order(call, found.left)
-            if route.strategy == "latency" and self._latencies.expected_s(ordered[0].key) is None:
+            if explore and route.strategy == "latency" and self._latencies.expected_s(ordered[0].key) is None:
                 self._latencies.begin_probe(ordered[0].key)
         candidates = tuple([option.candidate for option in ordered])
         reason = f"route {name!r}: {reason}"
@@ -286,7 +306,8 @@ class Router:
     ) -> list[Considered]:
         """Every target of `asked`: first those that would be tried, in order, then those left out, and why.
 
-        Weighted targets stand in the order of their weights, with their share; nothing is drawn.
+        Weighted targets stand in the order of their weights, with their share; nothing is drawn, to explore
+        neither.
 
         Raises:
             UnknownModel: the name means nothing.
@@ -294,14 +315,16 @@ class Router:
         """
         name = resolve_alias(asked, policies.aliases)
         route = route_named(name, policies)
-        call = _Call(name, route or Route(), tokens_in, tokens_out, prompt or "", tenant)
+        call = _Call(name, route or Route(), tokens_in, tokens_out, prompt or "", tenant, explore=False)
         if route is None:
             chosen = self._by_name(name, policies)
             option = self._option(f"{chosen.provider}:{chosen.model}", 1.0, policies, named=True)
             return [self._considered(call, option, 1, "asked for by name")]
         found = self._of_route(name, route, policies)
         rows: list[Considered] = []
-        if found.left:
+        if found.left and route.strategy == "learned":
+            rows = self._explain_learned(call, found.left)
+        elif found.left:
             if route.strategy == "weighted":
                 ordered, reason = sorted(found.left, key=lambda option: -option.weight), ""
             else:
@@ -309,11 +332,13 @@ class Router:
             total = sum(option.weight for option in ordered)
             for position, option in enumerate(ordered, start=1):
                 why = reason if position == 1 else "tried when those before it fail"
+                share = None
                 if route.strategy == "weighted":
-                    why = f"drawn for {100 * option.weight / total:.3g} % of calls"
+                    share = option.weight / total
+                    why = f"drawn for {100 * share:.3g} % of calls"
                 elif option.rates is None and route.strategy in ("cost", "quality", "latency"):
                     why += "; no price is known"
-                rows.append(self._considered(call, option, position, why))
+                rows.append(self._considered(call, option, position, why, propensity=share))
         rows += [self._considered(call, option, None, option.out) for option in found.all if option.out]
         return rows
 
@@ -457,7 +482,8 @@ class Router:
     def _order(self, call: _Call, left: list[_Option]) -> tuple[list[_Option], str, float, int]:
         """The order, why, the probability with which the first came first, and how many to try."""
         if call.route.strategy == "learned":
-            return self._by_outcomes(call, left)
+            ordered, decided = self._decided(call, left)
+            return ordered, decided.reason, decided.propensity, max(decided.tries, 1)
         return *self._by_rule(call, left), 1.0, len(left)
 
     def _by_rule(self, call: _Call, left: list[_Option]) -> tuple[list[_Option], str]:
@@ -510,7 +536,8 @@ class Router:
             return ordered, "its latency is not known yet"
         return ordered, f"the soonest to its first token, {expected_s:.3f} s on average"
 
-    def _by_outcomes(self, call: _Call, left: list[_Option]) -> tuple[list[_Option], str, float, int]:
+    def _decided(self, call: _Call, left: list[_Option]) -> tuple[list[_Option], Decided]:
+        """The order that was learned from outcomes, and what was decided."""
         if self._learned is None:
             raise InvalidInput(
                 f"route {call.name!r} wants the strategy 'learned', and this gateway has no learned router",
@@ -525,14 +552,43 @@ class Router:
             costs_usd=costs_usd,
             tenant=call.tenant,
             tries_max=1 if escalation is None else escalation.tries_max,
+            cost_weight=call.route.cost_weight,
+            explore=call.explore,
         )
         by_candidate = {option.candidate: option for option in left}
         # Whatever it answers, nothing is tried that the rules left out, and nothing is lost or tried twice.
         ordered = [by_candidate.pop(candidate) for candidate in decided.order if candidate in by_candidate]
-        tries = max(decided.tries, 1)
-        return [*ordered, *by_candidate.values()], decided.reason, decided.propensity, tries
+        return [*ordered, *by_candidate.values()], decided
 
-    def _considered(self, call: _Call, option: _Option, position: int | None, reason: str) -> Considered:
+    def _explain_learned(self, call: _Call, left: list[_Option]) -> list[Considered]:
+        """The targets in the order that was learned, with what is expected of each."""
+        ordered, decided = self._decided(call, left)
+        expected = dict(zip(decided.order, decided.predicted, strict=False))
+        chances = dict(zip(decided.order, decided.propensities, strict=True))
+        rows: list[Considered] = []
+        for position, option in enumerate(ordered, start=1):
+            if position == 1:
+                why = decided.reason
+            elif position <= decided.tries:
+                why = "asked when the checker refuses those before it"
+            else:
+                why = "tried when those before it fail"
+            if option.rates is None:
+                why += "; no price is known"
+            one = option.candidate
+            row = self._considered(call, option, position, why, expected.get(one), chances.get(one, 0.0))
+            rows.append(row)
+        return rows
+
+    def _considered(
+        self,
+        call: _Call,
+        option: _Option,
+        position: int | None,
+        reason: str,
+        predicted: float | None = None,
+        propensity: float | None = None,
+    ) -> Considered:
         return Considered(
             model=option.native if option.provider else option.name,
             provider=option.provider or None,
@@ -543,6 +599,8 @@ class Router:
             configured=option.configured,
             position=position,
             reason=reason,
+            predicted=predicted,
+            propensity=propensity,
         )
 
 
