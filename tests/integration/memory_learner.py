@@ -59,6 +59,9 @@ class NotingJudge:
         outcome = "failure" if int(trajectory.id[1:]) % 3 == 0 else "success"
         return Verdict(outcome=outcome, confidence=1.0, source="judge")
 
+    async def judging_model(self, principal: Principal) -> str | None:
+        return None
+
 
 def note(path: Path, line: str) -> None:
     """Append a line at once; what is written survives the process."""

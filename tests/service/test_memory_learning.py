@@ -7,17 +7,24 @@ import random
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
+from agentic_flow.agentdb.embedding import HashedNgramEmbedder
+from agentic_flow.agentdb.remote import RemoteAgentDB
+from agentic_flow.agentdb.routes import build_routes
 from agentic_flow.agentdb.service import AgentDB
-from agentic_flow.core.auth import Principal
+from agentic_flow.core.auth import DEFAULT_TENANT, LOCAL_OWNER, Principal
 from agentic_flow.core.clock import Deadline, SystemClock
 from agentic_flow.core.errors import Conflict, NotFound, ProviderFailed
-from agentic_flow.core.settings import AgentDBSettings, GatewaySettings, MemorySettings
+from agentic_flow.core.ports import VectorStore
+from agentic_flow.core.settings import AgentDBSettings, GatewaySettings, MemorySettings, Settings
+from agentic_flow.core.web import create_app
 from agentic_flow.gateway.service import Gateway
 from agentic_flow.memory.bank import Bank
 from agentic_flow.memory.distill import Distiller
@@ -26,6 +33,7 @@ from agentic_flow.memory.learning import Learner, backoff_s, credits_of
 from agentic_flow.memory.records import MemoryItem, Outcome, Trajectory, TrajectoryStep, Verdict
 from agentic_flow.memory.trajectories import Trajectories
 from agentic_flow.testing.fake_provider import FakeProvider, Reply
+from agentic_flow.testing.serving import serving
 from attack_corpus import ATTACKS
 
 pytestmark = pytest.mark.anyio
@@ -44,6 +52,27 @@ class SetClock(SystemClock):
 
     async def sleep(self, duration_s: float) -> None:
         await asyncio.Event().wait()
+
+
+class CountingEmbedder(HashedNgramEmbedder):
+    """The embedder that needs no model; keeps which documents it was given."""
+
+    def __init__(self) -> None:
+        super().__init__(256)
+        self.texts: list[str] = []
+
+    async def embed(
+        self, texts: Sequence[str], *, kind: Literal["document", "query"] = "document"
+    ) -> NDArray[np.float32]:
+        self.texts += texts if kind == "document" else ()
+        return await super().embed(texts, kind=kind)
+
+
+class Anybody:
+    """Takes every caller for the owner."""
+
+    async def authenticate(self, credential: str) -> Principal:
+        return LOCAL_OWNER
 
 
 class ScriptedJudge:
@@ -65,11 +94,21 @@ class ScriptedJudge:
             raise self.error
         return Verdict(outcome=self.outcome, confidence=0.8, source="judge", model="scripted")
 
+    async def judging_model(self, principal: Principal) -> str | None:
+        return "scripted"
+
+
+async def settled(learner: Learner) -> int:
+    """Learn from what is due; from how many it learned."""
+    before = learner.stats.learned
+    await learner.settle()
+    return learner.stats.learned - before
+
 
 class Place:
     """The parts of memory over one store."""
 
-    def __init__(self, store: AgentDB, clock: SetClock, **settings: Any) -> None:
+    def __init__(self, store: VectorStore, clock: SetClock, **settings: Any) -> None:
         self.clock = clock
         self.settings = MemorySettings(**settings)
         self.trajectories = Trajectories(store, self.settings, clock=clock)
@@ -198,7 +237,7 @@ async def test_a_record_is_replaced_until_it_is_learned_from(tmp_path: Path) -> 
         await place.trajectories.record(T, tried("a", answer="better"))
         again = await place.state("a")
         assert (again.answer, len(again.verdicts)) == ("better", 1)
-        assert await place.learner().settle() == 1
+        assert await settled(place.learner()) == 1
         await place.trajectories.record(T, tried("a", answer="too late"))
         assert ((await place.state("a")).answer, (await place.state("a")).state) == ("better", "learned")
 
@@ -250,8 +289,8 @@ async def test_a_run_becomes_items_that_are_recalled(tmp_path: Path) -> None:
     async with place_in(tmp_path) as place:
         await place.trajectories.record(T, tried("a"))
         learner = place.learner()
-        assert await learner.settle() == 1
-        assert await learner.settle() == 0
+        assert await settled(learner) == 1
+        assert await settled(learner) == 0
         after = await place.state("a")
         assert (after.state, after.compressed, after.attempts) == ("learned", True, 1)
         assert after.item_ids == ("a.s1", "a.s2")
@@ -368,7 +407,7 @@ async def test_a_judge_that_fails_is_asked_again_and_then_reported(tmp_path: Pat
         assert len(place.judge.seen) == 3
         place.judge.error = None
         assert await learner.retry_shelved(T) == ["a"]
-        assert await learner.settle() == 1
+        assert await settled(learner) == 1
         assert (await place.state("a")).problem is None
 
 
@@ -395,7 +434,7 @@ async def test_what_broke_in_the_middle_is_repeated_without_counting_twice(tmp_p
         assert set(half) == {"i0", "a.s1", "a.s2"}
         assert breaking.stats.failures == {"RuntimeError": 1}
         place.clock.now_s += DAY_S
-        assert await place.learner().settle() == 1
+        assert await settled(place.learner()) == 1
         whole = await place.items()
         assert set(whole) == set(half)
         assert whole["i0"].uses == 1
@@ -427,7 +466,7 @@ async def test_learners_side_by_side_learn_once(tmp_path: Path) -> None:
         for number in range(20):
             await place.trajectories.record(T, tried(f"r{number:02}"))
         learners = [place.learner() for _ in range(3)]
-        learned = await asyncio.gather(*(learner.settle() for learner in learners))
+        learned = await asyncio.gather(*(settled(learner) for learner in learners))
         assert sum(learned) == 20
         assert sorted(place.judge.seen) == [f"{T}/r{number:02}" for number in range(20)]
 
@@ -479,7 +518,7 @@ async def test_in_the_background_it_learns_when_woken(tmp_path: Path) -> None:
         given_back = await place.state("next")
         assert (given_back.state, given_back.due_at_s) == ("pending", place.clock.now_s)
         place.judge.goes_on.set()
-        assert await place.learner().settle() == 1
+        assert await settled(place.learner()) == 1
 
 
 # ---- walls -----------------------------------------------------------------------------------------------
@@ -518,3 +557,43 @@ async def test_no_text_crosses_to_another_tenant(tmp_path: Path) -> None:
         recall = await place.bank.recall("other", "read the page and answer success")
         assert not any(one.item.id.startswith("p") for one in recall.items)
         assert await place.items("nobody") == {}
+
+
+async def test_over_http_it_learns_the_same(tmp_path: Path) -> None:
+    """Catches a queue, a claim or a vector that works in one process and not over the store's HTTP twin."""
+
+    async def ready() -> dict[str, bool]:
+        return {"agentdb": True}
+
+    clock = SetClock()
+    async with AgentDB(tmp_path, AgentDBSettings(), clock=clock) as store:
+        app = create_app(
+            "agentdb", build_routes(store), authenticator=Anybody(), settings=Settings(), ready=ready
+        )
+        async with serving(app) as (url,), RemoteAgentDB(url) as remote:
+            far = Place(remote, clock)
+            await far.trajectories.record(DEFAULT_TENANT, tried("a"))
+            await far.trajectories.start(DEFAULT_TENANT, Trajectory(id="b", task="go on"))
+            await far.trajectories.append(DEFAULT_TENANT, "b", [TrajectoryStep(name="s")])
+            await far.trajectories.finish(DEFAULT_TENANT, "b", outcome="failed", error="no")
+            learners = far.learner(), far.learner()
+            assert sum(await asyncio.gather(*map(settled, learners))) == 2
+            assert len(far.judge.seen) == 2
+        near = Place(store, clock)
+        assert (await near.state("b", DEFAULT_TENANT)).steps_total == 1
+        assert "right" in (await near.bank.recall(DEFAULT_TENANT, "close the valve a")).context
+
+
+async def test_tasks_are_embedded_once(tmp_path: Path) -> None:
+    """Catches a model of embeddings that is paid for each time that a trajectory's state changes."""
+    embedder = CountingEmbedder()
+    clock = SetClock()
+    async with AgentDB(tmp_path, AgentDBSettings(), embedder, clock=clock) as store:
+        place = Place(store, clock)
+        await place.trajectories.record(T, tried("a", task="the only task", steps=()))
+        await place.trajectories.add_verdict(T, "a", Verdict(outcome="unknown", source="person"))
+        assert await settled(place.learner()) == 1
+        await place.trajectories.add_verdict(T, "a", Verdict(outcome="impossible", source="person"))
+        assert await settled(place.learner()) == 1
+        assert embedder.texts == ["the only task"]
+        assert (await place.trajectories.similar(T, "the only task"))[0].id == "a"

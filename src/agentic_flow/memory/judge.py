@@ -57,6 +57,15 @@ class Judge:
         self._completer = completer
         self._model = model
 
+    async def judging_model(self, principal: Principal) -> str | None:
+        """The model that judges a run whose own model is gone or unknown; None: that goes mechanically.
+
+        Raises:
+            UnknownModel: the model that was configured to judge is not there.
+        """
+        served = await writing_model(self._completer, self._model, "", principal=principal)
+        return None if served is None else served.id
+
     async def judge(self, principal: Principal, trajectory: Trajectory, deadline: Deadline) -> Verdict:
         """The verdict on an ended trajectory.
 

@@ -53,6 +53,8 @@ class Judges(Protocol):
 
     async def judge(self, principal: Principal, trajectory: Trajectory, deadline: Deadline) -> Verdict: ...
 
+    async def judging_model(self, principal: Principal) -> str | None: ...
+
 
 class Distils(Protocol):
     """Writes items; `distill.Distiller` is one."""
@@ -166,18 +168,18 @@ class Learner:
         """What this process has learned so far."""
         return LearnerStats(self._learned, self._shelved, self._running, dict(self._failures), self._problem)
 
-    async def settle(self, tenant: str | None = None) -> int:
+    async def judging_model(self, principal: Principal) -> str | None:
+        """The model that judges what leaves it open, or None when that goes mechanically."""
+        return await self._judge.judging_model(principal)
+
+    async def settle(self, tenant: str | None = None) -> None:
         """Learn from what is due now, started or not, and wait for what this process is at already.
 
         What failed and waits for its next attempt is not due.
 
         Args:
             tenant: Whose; None: every tenant's that this process may know of.
-
-        Returns:
-            How many this process has learned from meanwhile.
         """
-        before = self._learned
         while True:
             begun = self._learned
             tenants = [tenant] if tenant is not None else await self._trajectories.tenants()
@@ -185,7 +187,7 @@ class Learner:
             await self._idle.wait()
             # What was finished meanwhile may have made others due; what stays due now is out of reach.
             if self._learned == begun:
-                return self._learned - before
+                return
 
     async def retry_shelved(self, tenant: str) -> list[str]:
         """Make what was shelved due again; the ids."""
@@ -337,7 +339,8 @@ class Learner:
         items = await self._distiller.distill(principal, trajectory, verdict, deadline)
         if not items:
             return ()
-        added = await self._bank.add(principal.tenant, items, idempotency_key=_key(trajectory, items))
+        key = _key(trajectory, items)
+        added = await self._bank.add(principal.tenant, items, idempotency_key=key, used=trajectory.cited)
         return tuple(dict.fromkeys(one.merged_into or one.id for one in added))
 
     async def _shown_to(self, claim: Claim) -> Sequence[str]:
