@@ -9,6 +9,7 @@ import ssl
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -32,6 +33,8 @@ from agentic_flow.gateway.front.routes import build_front_routes
 from agentic_flow.gateway.policies import GatewayPolicies
 from agentic_flow.gateway.providers import HttpProvider, Provider, openai_provider
 from agentic_flow.gateway.service import Gateway
+from agentic_flow.gateway.stores import GatewayStores, gateway_database
+from agentic_flow.gateway.usage_table import usage_report
 from agentic_flow.testing.fake_provider import FakeProvider, Reply, Script
 from agentic_flow.testing.serving import serving
 
@@ -77,9 +80,11 @@ async def gateway_at(
     *,
     responses: bool = False,
     policies: GatewayPolicies | None = None,
+    data_dir: Path | None = None,
     **more: Any,
 ) -> AsyncIterator[str]:
-    """A gateway over these endpoints, the first of which may speak Responses itself."""
+    """A gateway over these endpoints, the first of which may speak Responses itself; with a folder, it keeps
+    books."""
     configured = GatewaySettings.model_validate(
         {
             "anthropic": {"base_url": anthropic_url, "api_key": "upstream-key"},
@@ -101,7 +106,8 @@ async def gateway_at(
         return {}
 
     extra = {"openai": speaks_responses} if responses else {}
-    async with Gateway(configured, extra_providers=extra, policies=policies) as gateway:
+    stores = None if data_dir is None else GatewayStores(configured, data_dir)
+    async with Gateway(configured, extra_providers=extra, policies=policies, stores=stores) as gateway:
         app = create_app(
             "platform",
             [*build_front_routes(gateway), *build_embedding_routes(gateway, HashedNgramEmbedder())],
@@ -605,6 +611,53 @@ async def test_the_platforms_own_embedder_answers_the_sdk() -> None:
     np.testing.assert_array_equal(np.array(single.parse().data[0].embedding, dtype=np.float32), expected[1])
     written = json.loads(raw.content)["data"][0]["embedding"]
     assert base64.b64decode(written) == expected[0].astype("<f4").tobytes()
+
+
+async def test_local_embeddings_are_held_to_the_rules_of_every_call(tmp_path: Path) -> None:
+    """Catches calls to the platform's own embedder that no limit, budget, guardrail or ledger sees."""
+    embedder = HashedNgramEmbedder().id
+    # A thousand tokens, and at most the bytes of the body and a kilobyte more: a second one finds too little.
+    text, tokens = "word " * 800, 1000
+    rules = GatewayPolicies.model_validate(
+        {
+            "limits": [{"scope": "key", "requests_per_minute": 3}],
+            "budgets": [{"scope": "tenant", "limit_usd": 0.006, "period": "total"}],
+            "guardrails": [{"name": "max-size", "options": {"characters_max": 9000}}],
+        }
+    )
+    told: dict[str, Any] = {"policies": rules, "data_dir": tmp_path}
+    prices = {f"local:{embedder}": (1.0, 0.0)}
+    async with (
+        gateway_at("http://127.0.0.1:9", prices_usd_per_mtok=prices, **told) as url,
+        client_of(url) as client,
+    ):
+        embed = client.embeddings.with_raw_response.create
+        with pytest.raises(openai.PermissionDeniedError, match="max-size"):
+            await embed(model="local", input="x" * 9001)
+        done = await embed(model=embedder, input=text, extra_headers={"x-agentic-flow-agent": "reader"})
+        assert done.headers["x-ratelimit-remaining-requests"] == "2"
+        with pytest.raises(openai.APIStatusError, match="budget") as spent:
+            await embed(model="local", input=text)
+        assert spent.value.status_code == 402
+    async with gateway_at("http://127.0.0.1:9", **told) as url, client_of(url) as client:
+        # Without a price of the operator's own it is free.
+        for _ in range(3):
+            await client.embeddings.create(model="local", input=text)
+        with pytest.raises(openai.RateLimitError) as limited:
+            await client.embeddings.create(model="local", input=text)
+        assert int(limited.value.response.headers["retry-after"]) >= 1
+
+    database = gateway_database(GatewaySettings(), tmp_path)
+    try:
+        report = usage_report(database, "t", ("provider", "model", "agent", "status"), 0, 1e12, 9)
+    finally:
+        database.close()
+    rows = {(row.keys["status"], row.keys["agent"]): row for row in report.rows}
+    assert {(row.keys["provider"], row.keys["model"]) for row in report.rows} == {("local", embedder)}
+    assert rows["ok", "reader"].cost_nano_usd == tokens * 1000
+    assert (rows["ok", ""].calls, rows["ok", ""].input_tokens, rows["ok", ""].cost_usd) == (3, 3 * tokens, 0)
+    refused = {status: row.calls for (status, _), row in rows.items() if status != "ok"}
+    assert refused == {"policy_denied": 1, "budget_exceeded": 1, "rate_limited": 1}
 
 
 async def test_embeddings_pass_through_to_providers() -> None:

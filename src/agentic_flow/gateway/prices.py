@@ -101,14 +101,15 @@ class PriceList:
         """Rates of a model, None when no price is known.
 
         Args:
-            provider: Provider name; `extractive` and `onnx` run on this machine and are free by definition.
+            provider: Provider name; `extractive` and `onnx` run on this machine and are free by definition,
+                and so are the embedders of `local` that do.
             model: The provider's own id.
             base_url: For endpoints that only speak OpenAI's format, whose address tells whose they are.
         """
         own = self._overrides.get(f"{provider}:{model}") or self._overrides.get(model)
         if own is not None:
             return own
-        if provider in ("extractive", "onnx"):
+        if provider in ("extractive", "onnx") or (provider == "local" and model.startswith(_EMBEDDERS_HERE)):
             return _FREE
         key = (base_url or provider, model)
         now_s = self._clock.time_s()
@@ -145,6 +146,10 @@ def snapshot_date(today: date | None = None) -> date:
         for price in (model.prices if isinstance(model.prices, list) else [])
         if isinstance(price.constraint, StartDateConstraint) and price.constraint.start_date <= today
     )
+
+
+_EMBEDDERS_HERE = ("hashed-ngram", "onnx:")
+"""How the ids of embedders begin that ask nobody; others may cost what an operator has to say."""
 
 
 def _compile(provider: str, model: str, base_url: str | None, now_s: float) -> ModelRates | None:

@@ -21,6 +21,7 @@ from agentic_flow.gateway.checkers import Checker, CheckerFactory, make_checker
 from agentic_flow.gateway.guardrails import CompiledGuardrails, GuardrailFactory, Guardrails
 from agentic_flow.gateway.health import Health
 from agentic_flow.gateway.limits import Door, RateLimits
+from agentic_flow.gateway.local_calls import LocalCall
 from agentic_flow.gateway.metrics import GatewayMetrics
 from agentic_flow.gateway.models import EXTRACTIVE, choose, default_name
 from agentic_flow.gateway.policies import Escalation, GatewayPolicies
@@ -368,6 +369,14 @@ class Gateway:
             deadline=deadline,
             idempotency_key=idempotency_key,
             request_id=request_id,
+        )
+
+    def local_call(
+        self, question: Question, model: str, *, principal: Principal, deadline: Deadline, request_id: str
+    ) -> LocalCall:
+        """A call that this process answers by itself, by the same rules: `await call.run(work, tokens)`."""
+        return LocalCall(
+            self._house, question, model, principal=principal, deadline=deadline, request_id=request_id
         )
 
     async def complete(

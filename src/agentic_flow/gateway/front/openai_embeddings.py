@@ -1,8 +1,9 @@
 """OpenAI Embeddings as its SDK knows them: `POST /v1/embeddings`.
 
 A model of a provider that speaks OpenAI's format is asked with nothing but its name rewritten, and its answer
-passes through untouched. The platform's own embedder answers to `local` and to its id; a header then says
-whether closeness of its vectors means likeness of meaning.
+passes through untouched. The platform's own embedder answers to `local` and to its id, by the same
+guardrails, limits, budgets and books; a header then says whether closeness of its vectors means likeness of
+meaning.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ import base64
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import orjson
-import structlog
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from agentic_flow.core.auth import Principal
+from agentic_flow.core.clock import Deadline
 from agentic_flow.core.errors import AgenticFlowError, DeadlineExceeded, InvalidInput, TooLarge, UnknownModel
 from agentic_flow.core.messages import CompletionRequest, JsonObject
 from agentic_flow.core.ports import Embedder
@@ -32,6 +32,7 @@ from agentic_flow.gateway.front.routes import (
     labels_of,
 )
 from agentic_flow.gateway.front.streaming import unless_gone
+from agentic_flow.gateway.local_calls import LOCAL, LocalCall
 from agentic_flow.gateway.questions import BodyQuestion, Destination
 from agentic_flow.gateway.service import Gateway
 from agentic_flow.gateway.wire.format import estimate_tokens
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-LOCAL = "local"
-"""The name of the platform's own embedder, whichever it is."""
 SEMANTIC_HEADER = "x-agentic-flow-embedder-semantic"
 WIRE = "embeddings"
 
@@ -52,8 +51,6 @@ INPUT_CHARS_MAX = 64_000
 """Longest text for the platform's own embedder."""
 CHARS_MAX = 2_000_000
 """Most characters of one request to it."""
-
-_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 class EmbeddingCall(NamedTuple):
@@ -86,15 +83,23 @@ async def _answer(request: Request, gateway: Gateway, embedder: Embedder | None)
     sent = read_body(body)
     model = Fields(sent).demand("model")
     _check_count(sent.get("input"))
+    question = _EmbeddingQuestion(body, sent, model, wire=WIRE, stream=False, **labels_of(request))
     if embedder is not None and model in (LOCAL, embedder.id):
-        return await _local(request, embedder, decode_embeddings(sent, embedder), principal)
+        call = gateway.local_call(
+            question,
+            embedder.id,
+            principal=principal,
+            deadline=deadline_of(request, TIMEOUT_MAX_S),
+            request_id=request.state.request_id,
+        )
+        return await _local(request, embedder, decode_embeddings(sent, embedder), call)
     if model == LOCAL:
         raise UnknownModel("no embedder runs here", hint="ask an embedding model of openai or openrouter")
     destination = await gateway.destination(model)
     if WIRE not in destination.passes:
         raise _makes_none(destination.provider, model, embedder)
     walk = gateway.walk(
-        _EmbeddingQuestion(body, sent, model, wire=WIRE, stream=False, **labels_of(request)),
+        question,
         principal=principal,
         deadline=deadline_of(request, TIMEOUT_MAX_S),
         idempotency_key=request.headers.get(IDEMPOTENCY_HEADER),
@@ -197,44 +202,39 @@ def _texts(value: object) -> tuple[str, ...]:
     return tuple(texts)
 
 
-async def _local(request: Request, embedder: Embedder, call: EmbeddingCall, principal: Principal) -> Response:
-    deadline = deadline_of(request, TIMEOUT_MAX_S)
-    deadline.check("embedding")
-    tokens = sum(estimate_tokens(text) for text in call.texts)
-    try:
-        async with asyncio.timeout(deadline.remaining_s):
-            vectors = await unless_gone(request, _embed(embedder, call.texts))
-    except TimeoutError:
-        raise DeadlineExceeded(
-            f"{len(call.texts)} texts were not embedded in time", hint="send fewer, or give more time"
-        ) from None
+async def _local(request: Request, embedder: Embedder, asked: EmbeddingCall, call: LocalCall) -> Response:
+    tokens = sum(estimate_tokens(text) for text in asked.texts)
+
+    async def work(deadline: Deadline) -> NDArray[np.float32]:
+        deadline.check("embedding")
+        try:
+            async with asyncio.timeout(deadline.remaining_s):
+                return await embedder.embed(asked.texts, kind="document")
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"{len(asked.texts)} texts were not embedded in time", hint="send fewer, or give more time"
+            ) from None
+
+    vectors = await unless_gone(request, call.run(work, tokens))
     answer = {
         "object": "list",
         "data": [
-            {"object": "embedding", "index": index, "embedding": _written(vector, call.encoding)}
+            {"object": "embedding", "index": index, "embedding": _written(vector, asked.encoding)}
             for index, vector in enumerate(vectors)
         ],
         "model": embedder.id,
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
     }
-    _log.info(
-        "embeddings_finished",
-        provider=LOCAL,
-        model=embedder.id,
-        tenant=principal.tenant,
-        inputs=len(call.texts),
-        input_tokens=tokens,
-    )
-    headers = {SEMANTIC_HEADER: "true" if embedder.semantic else "false", COUNT_HEADER: "estimated"}
+    headers = {
+        **call.headers,
+        SEMANTIC_HEADER: "true" if embedder.semantic else "false",
+        COUNT_HEADER: "estimated",
+    }
     return Response(
         orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY),
         media_type="application/json",
         headers=headers,
     )
-
-
-async def _embed(embedder: Embedder, texts: tuple[str, ...]) -> NDArray[np.float32]:
-    return await embedder.embed(texts, kind="document")
 
 
 def _written(vector: NDArray[np.float32], encoding: Literal["float", "base64"]) -> object:
