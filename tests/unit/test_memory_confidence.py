@@ -335,7 +335,12 @@ def test_nothing_irrelevant_is_picked_for_novelty(
 
 def test_of_equals_the_second_pick_says_something_else() -> None:
     """Catches a recall that spends its three places on one lesson in three wordings."""
-    said = term_vectors(["sort the list first", "first sort that list", "close the file", "bake bread"])
+    said = term_vectors(
+        [
+            sketch(text)
+            for text in ("sort the list first", "first sort that list", "close the file", "bake bread")
+        ]
+    )
     near = [ranking.Candidate(str(number), 0.8 - number * 0.01, 1.0, 0.8) for number in range(3)]
     far = ranking.Candidate("far", 0.1, 1.0, 1.0)
     assert ranking.select([*near, far], said, 2, 0.75) == [0, 2]
@@ -349,11 +354,13 @@ def test_coverage_is_a_share(task: str, texts: list[str]) -> None:
         assert ranking.coverages("sorting lists", ["sort the list", task])[0] > 0.99
 
 
-def test_identifiers_are_what_names_something_exactly() -> None:
+def test_codes_are_what_names_something_exactly_and_rarely() -> None:
     """Catches ordinary words that make the full-text side slow, and codes that it does not look for."""
-    task = "Why does parseConfig fail with E1042 in settings.toml after 2025 in the Great Hall of NASA?"
-    assert ranking.identifiers(task) == "parseConfig E1042"
-    assert ranking.identifiers("open file_reader.py and report") == "file_reader.py"
+    task = (
+        "Why does parseConfig fail with E1042 (see TS-2304, E1042) in settings.toml after 2025 at the NASA?"
+    )
+    assert ranking.codes(task) == "E1042 TS-2304"
+    assert ranking.codes("open file_reader2.py and report 100 times, not v1") == ""
 
 
 def a_claim(says: str, lesson: str, s: float, f: float, similarity: float = 0.8) -> ranking.Claim:

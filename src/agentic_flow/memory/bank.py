@@ -46,8 +46,8 @@ CANDIDATES = 24
 """Items that a task is compared with, from which those that are recalled are chosen."""
 CANDIDATES_MAX = 1000
 NAMED = 8
-"""Candidates that full text adds for the names in a task."""
-FINALISTS = 12
+"""Candidates that full text adds for the codes in a task."""
+FINALISTS = 8
 """Candidates whose words are compared with each other."""
 NEIGHBOURS = 16
 """Stored items that a new one is compared with."""
@@ -71,17 +71,18 @@ class Added:
 class _Scored:
     hit: Hit
     candidate: ranking.Candidate
+    says: Sketch
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What a search gave: hits whose evidence counts, the ids of those that may be recalled, and the names of
+    """What a search gave: hits whose evidence counts, the ids of those that may be recalled, and the codes of
     the task that only few items have."""
 
     result: SearchResult
     hits: list[Hit]
     may: set[str]
-    names: str
+    codes: str
 
 
 class Bank:
@@ -464,22 +465,22 @@ class Bank:
     ) -> _Found:
         """What speaks of the task. Filters are applied here, not by the store, as long as enough is left:
         most items are active, and an unfiltered search is the cheapest."""
-        names = ranking.identifiers(text)
+        codes = ranking.codes(text)
         wanted = max(CANDIDATES, 2 * k)
         state: dict[str, str] | None = None
         hits: dict[str, Hit] = {}
         while True:
             queries = [SearchQuery(text=text, k=wanted, mode="vector", filter=state)]
-            if names:
-                queries.append(SearchQuery(text=names, k=NAMED, mode="text", filter=state))
-            near, *by_name = await self._store.search_many(tenant, ITEMS, queries)
-            named = [hit for result in by_name for hit in result.hits]
+            if codes:
+                queries.append(SearchQuery(text=codes, k=NAMED, mode="text", filter=state))
+            near, *by_code = await self._store.search_many(tenant, ITEMS, queries)
+            named = [hit for result in by_code for hit in result.hits]
             hits |= {hit.item.id: hit for hit in (*named, *near.hits)}
             may = {one for one, hit in hits.items() if _eligible(hit, exclude, tags)}
             if len(near.hits) < wanted or wanted >= CANDIDATES_MAX or len(may) >= wanted // 2:
                 heard = [hit for hit in hits.values() if hit.item.metadata["state"] in _HEARD]
-                # A name that many items have tells nothing.
-                return _Found(near, heard, may, names if len(named) < NAMED else "")
+                # A code that many items have tells nothing.
+                return _Found(near, heard, may, codes if len(named) < NAMED else "")
             wanted, state = min(CANDIDATES_MAX, wanted * 8), {"state": "active"}
 
     def _scored(self, task: str, found: _Found, now_s: float) -> list[_Scored]:
@@ -489,32 +490,39 @@ class Bank:
         likeness = ranking.similarities(
             [hit.score_parts.get("vector", 0.0) for hit in found.hits],
             ranking.coverages(task, texts),
-            ranking.coverages(found.names, texts),
+            ranking.coverages(found.codes, texts),
             found.result.semantic,
         )
         floor = ranking.similarity_min(found.result.semantic)
         near = [pair for pair in zip(found.hits, likeness, strict=True) if pair[1] >= floor]
         near.sort(key=lambda pair: (-pair[1], pair[0].item.id))
-        able = [pair for pair in near if pair[0].item.id in found.may][:CANDIDATES]
-        near = able + [pair for pair in near if pair[0].item.id not in found.may][:CANDIDATES]
-        believed = ranking.pooled([_claim(*pair, now_s, half_life_days) for pair in near])
+        able = [pair for pair in near if pair[0].item.id in found.may]
+        if not able:
+            return []
+        # What is further off than this is neither recalled nor heard; its words need not be looked at.
+        least = ranking.RELATIVE_MIN * able[0][1]
+        able = [pair for pair in able if pair[1] >= least][:CANDIDATES]
+        rest = [pair for pair in near if pair[1] >= least and pair[0].item.id not in found.may]
+        claims = [_claim(*pair, now_s, half_life_days) for pair in (*able, *rest[:CANDIDATES])]
         scored: list[_Scored] = []
-        for (hit, similarity), (mean, disputed) in zip(able, believed, strict=False):
+        for (hit, similarity), claim, (mean, disputed) in zip(
+            able, claims, ranking.pooled(claims), strict=False
+        ):
             if mean < BELIEF_MIN or (disputed and mean == BELIEF_MIN):
                 continue
             stored = hit.item.metadata
             fresh_s = max(stored["created_at_s"], stored["used_at_s"] or 0.0)
             recency = fading(now_s - fresh_s, half_life_days)
-            scored.append(_Scored(hit, ranking.Candidate(hit.item.id, similarity, recency, mean)))
+            candidate = ranking.Candidate(hit.item.id, similarity, recency, mean)
+            scored.append(_Scored(hit, candidate, claim.says))
         scored.sort(key=lambda one: (-one.candidate.score, one.candidate.id))
         return scored
 
     def _picked(self, scored: Sequence[_Scored], k: int, semantic: bool) -> list[_Scored]:
         finalists = scored[: max(FINALISTS, 2 * k)]
-        vectors = term_vectors(_said(one.hit) for one in finalists)
         order = ranking.select(
             [one.candidate for one in finalists],
-            vectors,
+            term_vectors([one.says for one in finalists]),
             k,
             self._settings.mmr_lambda,
             floor=ranking.similarity_min(semantic),

@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 from agentic_flow.agentdb.analysis import STOP_WORDS
 from agentic_flow.memory.records import MemoryItem
 
+_STEM, _MARK, _NEGATION, _NOTHING = range(4)
+
 SAME_SHARE_MIN = 0.7
 """Share of the words of both that two texts must have in common, when one only adds to the other."""
 MEANING_MIN = 0.93
@@ -75,28 +77,32 @@ def lesson_text(item: MemoryItem) -> str:
     return f"{item.title}\n{item.description}\n{item.content}"
 
 
+@lru_cache(maxsize=4096)
 def sketch(text: str) -> Sketch:
     """The sketch of a text."""
-    stems: set[str] = set()
-    marks: set[str] = set()
-    negations: set[str] = set()
+    kinds: tuple[set[str], set[str], set[str], set[str]] = (set(), set(), set(), set())
     for code, quoted in _QUOTED.findall(text):
-        marks.add((code or quoted).casefold())
+        kinds[_MARK].add((code or quoted).casefold())
     for word in _WORD.findall(text):
-        plain = _PUNCTUATION.sub("", word)
-        folded = plain.casefold()
-        if folded in _NEGATIONS:
-            negations.add(folded)
-        elif not _ORDINARY.match(folded) or not (plain.islower() or plain.istitle() or plain.isupper()):
-            # Numbers, identifiers, paths, mixed case.
-            marks.add(folded)
-        elif folded in _CLOSED_CLASSES:
-            marks.add(folded)
-        elif folded in _POLARITY or folded in STOP_WORDS:
-            continue
-        else:
-            stems.add(stem(folded))
-    return Sketch(frozenset(stems), frozenset(marks), frozenset(negations))
+        kind, plain = _kind(word)
+        kinds[kind].add(plain)
+    return Sketch(frozenset(kinds[_STEM]), frozenset(kinds[_MARK]), frozenset(kinds[_NEGATION]))
+
+
+@lru_cache(maxsize=65_536)
+def _kind(word: str) -> tuple[int, str]:
+    """What a word counts as, and in which form."""
+    plain = _PUNCTUATION.sub("", word)
+    folded = plain.casefold()
+    if folded in _NEGATIONS:
+        return _NEGATION, folded
+    usual = plain.islower() or plain.istitle() or plain.isupper()
+    if not usual or not _ORDINARY.match(folded) or folded in _CLOSED_CLASSES:
+        # Numbers, identifiers, paths, mixed case; and words that exclude each other.
+        return _MARK, folded
+    if folded in _POLARITY or folded in STOP_WORDS:
+        return _NOTHING, ""
+    return _STEM, stem(folded)
 
 
 @lru_cache(maxsize=65_536)
@@ -225,16 +231,13 @@ def _bucketed(tables: Iterable[Iterable[Hashable]]) -> Iterator[tuple[int, int]]
                 members.append(index)
 
 
-def term_vectors(texts: Iterable[str]) -> NDArray[np.float32]:
-    """Unit vectors of the texts over the words that occur in them: cosines between few texts, at once."""
-    sketches = [sketch(text) for text in texts]
+def term_vectors(sketches: Sequence[Sketch]) -> NDArray[np.float32]:
+    """Unit vectors over the words that occur: cosines between few texts, at once; shape (n, words)."""
     columns: dict[str, int] = {}
-    for each in sketches:
-        for word in sorted(each.stems | each.marks):
-            columns.setdefault(word, len(columns))
+    rows = [[columns.setdefault(word, len(columns)) for word in (*one.stems, *one.marks)] for one in sketches]
     vectors = np.zeros((len(sketches), max(1, len(columns))), np.float32)
-    for row, each in enumerate(sketches):
-        vectors[row, [columns[word] for word in each.stems | each.marks]] = 1.0
+    for row, places in enumerate(rows):
+        vectors[row, places] = 1.0
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.divide(vectors, norms, out=vectors, where=norms > 0)
 

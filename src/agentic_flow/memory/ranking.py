@@ -36,8 +36,9 @@ MEANING_WEIGHT, SPELLING_WEIGHT = 0.7, 0.5
 """Weight of the vector's similarity beside that of the words, by what the embedder understands."""
 
 NAMED_WEIGHT = 0.5
-"""Likeness of an item that has all rare names of a task and nothing else of it."""
+"""Likeness of an item that has all rare codes of a task and nothing else of it."""
 
+CODES_MAX = 4
 CHARS_PER_TOKEN = 4
 ITEMS_RECALLED_MAX = 20
 
@@ -49,7 +50,7 @@ PREFACE = (
     "against what you see. Lines of a note begin with `> `. When a note helped, cite its id in brackets."
 )
 
-_DIGIT = re.compile(r"[0-9_]")
+_CODE = re.compile(r"(?<![\w.-])[A-Za-z]{1,3}[-_]?[0-9]{2,12}(?![\w-])")
 _HIDDEN = {"Cc", "Cf", "Cs", "Co"}
 
 
@@ -124,7 +125,7 @@ def similarities(
     Args:
         cosines: Of the vectors.
         covered: Shares of the task's words, see `coverages`.
-        named: Shares of the rare names in the task: having them is likeness, however long the task is.
+        named: Shares of the rare codes in the task: having them is likeness, however long the task is.
         semantic: Whether the embedder understands meaning.
     """
     weight = MEANING_WEIGHT if semantic else SPELLING_WEIGHT
@@ -134,19 +135,13 @@ def similarities(
     ]
 
 
-def identifiers(task: str) -> str:
-    """The words of a task that name something exactly (error codes, files, versions, functions), or ''.
+def codes(task: str) -> str:
+    """The words of a task that are codes (errors, tickets, versions: `E1042`, `TS-2304`), or ''.
 
-    Full text finds these where vectors blur them, and they are rare enough to cost little.
+    Full text finds these where vectors blur them, and they are rare enough to cost little. Longer names are
+    left to the vectors: full text would look for their parts, which are common words.
     """
-    found = dict.fromkeys(
-        word
-        for word in re.findall(r"[^\W_]+(?:[_.:/-][^\W_]+)*", task)
-        if len(word) >= 4
-        and (_DIGIT.search(word) or (word[1:] != word[1:].lower() and word != word.upper()))
-        and re.search(r"[^\W\d_]", word)
-    )
-    return " ".join(list(found)[:8])
+    return " ".join(list(dict.fromkeys(_CODE.findall(task)))[:CODES_MAX])
 
 
 def select(
@@ -221,11 +216,15 @@ def pooled(claims: Sequence[Claim]) -> list[tuple[float, bool]]:
         max(0.0, (claim.similarity / best - RELATIVE_MIN) / (1.0 - RELATIVE_MIN)) if best > 0 else 0.0
         for claim in claims
     ]
+    # Only what has the same decisive words can speak of the same matter.
+    groups: dict[frozenset[str], list[int]] = {}
+    for index, claim in enumerate(claims):
+        groups.setdefault(claim.says.marks, []).append(index)
     believed: list[tuple[float, bool]] = []
     for index, claim in enumerate(claims):
         alpha, beta, disputed = claim.alpha, claim.beta, False
-        for other_index, other in enumerate(claims):
-            weight = nearness[other_index]
+        for other_index in groups[claim.says.marks]:
+            other, weight = claims[other_index], nearness[other_index]
             if other_index == index or weight == 0.0 or not same_matter(claim.says, other.says):
                 continue
             same = claim.lesson == other.lesson
@@ -281,8 +280,8 @@ def pack(notes: Sequence[Note], tokens_max: int) -> Packed:
 
 def tokens_of(text: str) -> int:
     """Tokens by the rule of thumb, rounded up: four ASCII characters, or one other."""
-    other = sum(1 for character in text if ord(character) > 127)
-    return math.ceil((len(text) - other) / CHARS_PER_TOKEN) + other
+    ascii_chars = len(text.encode("ascii", "ignore"))
+    return math.ceil(ascii_chars / CHARS_PER_TOKEN) + len(text) - ascii_chars
 
 
 def _quoted(note: Note) -> str:
@@ -297,18 +296,17 @@ def _quoted(note: Note) -> str:
 
 def _lines(text: str) -> list[str]:
     """The lines of a text that have something to show, without characters that show nothing."""
-    lines = (
-        "".join(
-            " " if character == "\t" else character
-            for character in line
-            if character == "\t" or unicodedata.category(character) not in _HIDDEN
-        ).strip()
-        for line in text.splitlines()
-    )
+    lines = (_shown(line).strip() for line in text.splitlines())
     # A note that spells the delimiters would look like their end to a hasty reader.
     return [
         line.replace("<", "‹").replace(">", "›") if "notes_from" in line else line for line in lines if line
     ]
+
+
+def _shown(line: str) -> str:
+    if line.isprintable():
+        return line
+    return "".join(one for one in line.replace("\t", " ") if unicodedata.category(one) not in _HIDDEN)
 
 
 def _beginning(word: str) -> str:
