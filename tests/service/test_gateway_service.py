@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
+from prometheus_client import CollectorRegistry, generate_latest
 from structlog.testing import capture_logs
 
 from agentic_flow.core.auth import LOCAL_OWNER, Principal
@@ -25,6 +29,8 @@ from agentic_flow.core.messages import (
 )
 from agentic_flow.core.settings import GatewaySettings, Settings
 from agentic_flow.core.web import create_app
+from agentic_flow.gateway.front.routes import build_front_routes
+from agentic_flow.gateway.metrics import GatewayMetrics
 from agentic_flow.gateway.routes import build_routes
 from agentic_flow.gateway.service import Gateway
 from agentic_flow.gateway.transport import HttpTransport
@@ -99,6 +105,84 @@ async def test_a_provider_that_cannot_list_does_not_spoil_the_list() -> None:
     assert not listed[0].generative
     assert listed[1].input_usd_per_mtok == 2.0
     assert [entry["provider"] for entry in logs if entry["event"] == "models_unavailable"] == ["anthropic"]
+
+
+async def always_ready() -> dict[str, bool]:
+    return {}
+
+
+class Anthropic:
+    """An endpoint that answers messages; lists and counts fail. Messages fail as well when told to."""
+
+    def __init__(self) -> None:
+        self.down = False
+        self.asked: list[str] = []
+
+    @asynccontextmanager
+    async def at(self) -> AsyncIterator[str]:
+        async def handle(request: web.Request) -> web.Response:
+            self.asked.append(request.path)
+            if self.down or request.path != "/v1/messages":
+                return web.json_response({"type": "error", "error": {"type": "api_error"}}, status=500)
+            content = [{"type": "text", "text": "hi"}]
+            usage = {"input_tokens": 1, "output_tokens": 1}
+            answer = {"type": "message", "role": "assistant", "model": "m", "content": content}
+            return web.json_response({**answer, "stop_reason": "end_turn", "usage": usage})
+
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", handle)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+        finally:
+            await runner.cleanup()
+
+
+async def test_lists_and_counts_have_no_circuit_of_their_own() -> None:
+    """Catches circuits that are no model's, a count that opens or closes a model's, and a provider that is
+    down and asked for its list, or to count, all the same."""
+    vendor, registry = Anthropic(), CollectorRegistry()
+    body = {"model": "anthropic:m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
+
+    def circuits() -> dict[str, float]:
+        lines = generate_latest(registry).decode().splitlines()
+        found = [line for line in lines if line.startswith("agentic_flow_gateway_breaker_state{")]
+        return {re.findall(r'model="([^"]*)"', line)[0]: float(line.split()[-1]) for line in found}
+
+    async with vendor.at() as base_url:
+        told = {"anthropic": {"base_url": base_url, "api_key": "k"}, "attempts": 1, "breaker_open_s": 600}
+        settings = GatewaySettings.model_validate(told)
+        async with Gateway(settings, metrics=GatewayMetrics(registry)) as gateway:
+            routes = [*build_routes(gateway), *build_front_routes(gateway)]
+            app = create_app(
+                "platform", routes, authenticator=OneKey(), settings=Settings(), ready=always_ready
+            )
+            key = {"authorization": "Bearer good"}
+            async with serving(app) as (url,), aiohttp.ClientSession(url, headers=key) as session:
+
+                async def post(path: str) -> int:
+                    async with session.post(path, json=body) as answer:
+                        return answer.status
+
+                for _ in range(6):
+                    assert await post("/v1/messages/count_tokens") in (500, 502)
+                    async with session.get("/v1/models") as listed:
+                        assert listed.status == 200
+                assert (
+                    vendor.asked
+                    == ["/v1/messages/count_tokens", "/v1/models"] + ["/v1/messages/count_tokens"] * 5
+                )
+                assert await post("/v1/messages") == 200
+                assert circuits() == {"m": 0}
+                vendor.down = True
+                for _ in range(5):
+                    assert await post("/v1/messages") in (500, 502)
+                assert circuits() == {"m": 2}
+                touched = len(vendor.asked)
+                assert await post("/v1/messages/count_tokens") in (503, 529)
+                assert len(vendor.asked) == touched
 
 
 class Parrot:

@@ -129,6 +129,7 @@ class Exchanges:
         body: bytes | None,
         deadline: Deadline,
         streamed: bool,
+        aside: bool = False,
     ) -> AsyncGenerator[Exchange]:
         """Ask, and give the answer when its status is 200. What happens to it in the block counts.
 
@@ -140,6 +141,7 @@ class Exchanges:
             body: Its body.
             deadline: Of the whole exchange.
             streamed: Whether the answer is a stream, which must begin soon.
+            aside: Whether it is a question beside the model's answers; see `Health.aside`.
 
         Raises:
             ProviderError, UnknownModel, DeadlineExceeded: as `Provider.complete`.
@@ -149,7 +151,12 @@ class Exchanges:
         forbidden: list[Lease] = []
         # An answer that is not streamed is silent while the model writes.
         patience_s = self._transport.idle_timeout_s if streamed else None
-        lease = self._keys.pick(model, lambda key_id: self._permit(key_id, model))
+        permit = self._health.aside if aside else self._health.permit
+
+        def leave(key_id: str) -> Permit:
+            return permit(self._provider, key_id, model)
+
+        lease = self._keys.pick(model, leave)
         while True:
             exchange = Exchange(lease, self._health, streamed)
             try:
@@ -182,13 +189,16 @@ class Exchanges:
             if answer.status in (402, 403):
                 forbidden.append(lease)
             passing.append(lease.key_id)
-            lease = self._other(model, lease, passing, answer.status, error)
-
-    def _permit(self, key_id: str, model: str) -> Permit:
-        return self._health.permit(self._provider, key_id, model)
+            lease = self._other(model, leave, lease, passing, answer.status, error)
 
     def _other(
-        self, model: str, lease: Lease, passing: list[str], status: int, error: AgenticFlowError
+        self,
+        model: str,
+        leave: Callable[[str], Permit],
+        lease: Lease,
+        passing: list[str],
+        status: int,
+        error: AgenticFlowError,
     ) -> Lease:
         """Another key to take over.
 
@@ -196,7 +206,7 @@ class Exchanges:
             AgenticFlowError: there is none: `error`, or when one can be used if that one says so.
         """
         try:
-            other = self._keys.pick(model, lambda key_id: self._permit(key_id, model), passing=passing)
+            other = self._keys.pick(model, leave, passing=passing)
         except (CircuitOpen, ProviderOverloaded) as none:
             soonest_s = none.retry_after_s
             if status == 429:

@@ -4,6 +4,9 @@ A call fails when the provider cannot be reached, answers that it cannot serve, 
 any point of the answer, or takes longer than `slow_call_s` to begin a stream. A refusal that is the caller's
 own doing (status 400, no such model) shows that the provider is well. A caller who leaves shows nothing,
 unless the first token was overdue by then.
+
+Questions beside a model's answers, such as how many tokens a request has, are held back with the model's
+circuit and say nothing of it; they have none of their own.
 """
 
 from __future__ import annotations
@@ -100,6 +103,17 @@ class Health:
         except CircuitOpen as error:
             error.details.update(provider=provider, key_id=key_id, model=model)
             raise
+
+    def aside(self, provider: str, key_id: str, model: str) -> Permit:
+        """Leave for a question beside the model's answers; what becomes of it is not counted.
+
+        Raises:
+            CircuitOpen: the model may not be asked now; carries `retry_after_s`.
+        """
+        breaker = self._circuits.get((provider, key_id, model))
+        if breaker is not None and breaker.state == "open":
+            self.permit(provider, key_id, model).abandoned()
+        return Breaker(provider, clock=self.clock).acquire()
 
     def states(self) -> list[BreakerReport]:
         """Every circuit in use, for metrics. One that is missing is closed."""

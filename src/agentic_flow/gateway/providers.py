@@ -44,7 +44,7 @@ _log = structlog.get_logger(__name__)
 PLUGIN_GROUP = "agentic_flow.providers"
 MODELS_LISTED_MAX = 2000
 MODEL_LIST = "(list)"
-"""What health calls the list of models, which is no model."""
+"""What keys' rests call the list of models, which is no model."""
 _ERROR_BODY_MAX_BYTES = 64 * 1024
 _EVENT_STREAM = "text/event-stream"
 _JSON = "application/json"
@@ -227,6 +227,7 @@ class HttpProvider:
             body=None,
             deadline=deadline,
             streamed=True,
+            aside=True,
         ) as exchange:
             body = await exchange.answer.read()
             listed = items(load_object(body, f"the model list of {self.name}").get("data"))
@@ -399,13 +400,14 @@ class HttpProvider:
         return self._exchanges.open(
             "POST",
             sent.path,
-            # Counting tokens is another service of the provider's: that it works says nothing of the model.
-            model=f"{asked} (count)" if sent.path.endswith("/count_tokens") else asked,
+            model=asked,
             headers=lambda key: self._headers(key, idempotency_key, first, sent.headers),
             refusal=lambda answer, key: self._refusal(answer, asked, key, quoted=True),
             body=sent.body,
             deadline=deadline,
             streamed=streamed,
+            # Counting tokens is another service of the provider's: that it works says nothing of the model.
+            aside=sent.path.partition("?")[0].endswith("/count_tokens"),
         )
 
     def _settled(self, completion: Completion, usage_estimated: bool) -> Completion:

@@ -48,6 +48,8 @@ _log = structlog.get_logger(__name__)
 
 MODELS_CACHED_S = 300.0
 MODELS_TIMEOUT_S = 10.0
+MODELS_RETRIED_S = 15.0
+"""A provider that could not list its models is not asked again for so long."""
 
 
 class PolicySource(Protocol):
@@ -123,6 +125,7 @@ class Gateway:
         self._prices = PriceList(settings.prices_usd_per_mtok, clock=clock)
         self._retries = RetryPolicy(settings.attempts, settings.backoff_s, clock)
         self._listed: dict[str, tuple[float, list[ModelInfo]]] = {}
+        self._unlisted: dict[str, float] = {}
         self._stores = stores
         self._metrics = metrics
         self._policies: PolicySource = (
@@ -306,17 +309,24 @@ class Gateway:
         known = self._listed.get(provider.name)
         if known and now_s - known[0] < MODELS_CACHED_S:
             return known[1]
+        if now_s - self._unlisted.get(provider.name, -MODELS_RETRIED_S) < MODELS_RETRIED_S:
+            return self._unlisted_models(provider)
         try:
             listed = await provider.models(deadline=Deadline.after(MODELS_TIMEOUT_S, self._clock))
         except AgenticFlowError as error:
             _log.warning(
                 "models_unavailable", provider=provider.name, error_code=error.code, error=error.message
             )
-            default = provider.default_model
-            return [self._priced(ModelInfo(id=default, provider=provider.name))] if default else []
+            self._unlisted[provider.name] = self._clock.monotonic_s()
+            return self._unlisted_models(provider)
         priced = [self._priced(info) for info in listed]
         self._listed[provider.name] = (now_s, priced)
         return priced
+
+    def _unlisted_models(self, provider: Provider) -> list[ModelInfo]:
+        """What is known of a provider whose list cannot be had: its default model."""
+        default = provider.default_model
+        return [self._priced(ModelInfo(id=default, provider=provider.name))] if default else []
 
     def _priced(self, info: ModelInfo) -> ModelInfo:
         rates = self._rates(info.provider, info.id)
@@ -448,7 +458,7 @@ class Gateway:
         provider = self._passing_provider(destination)
 
         async def once() -> bytes:
-            body = await provider.pass_whole(sent, deadline=deadline)
+            body = await provider.pass_whole(sent, deadline=deadline, model=destination.model)
             load_object(body, f"the answer of {provider.name}")
             return body
 
