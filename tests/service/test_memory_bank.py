@@ -356,6 +356,9 @@ async def test_filters_of_a_recall(bank: Bank) -> None:
     assert "red.1" not in await recalled(bank, task, exclude={"red.1"})
     assert await recalled(bank, task, tags=["castle"]) == ["blue.1"]
     assert len(await recalled(bank, task, k=1)) == 1
+    rooms = [taught(f"room{n}.1", f"The red door of room {n} opens inwards.") for n in range(30)]
+    await add(bank, *rooms)
+    assert len(await recalled(bank, "red door of the room opens", k=20, tokens_max=5000)) == 20
     assert await recalled(bank, task, tokens_max=10) == []
     with pytest.raises(InvalidInput):
         await bank.recall(T, task, k=0)

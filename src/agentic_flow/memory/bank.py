@@ -42,9 +42,11 @@ from agentic_flow.memory.likeness import (
 )
 from agentic_flow.memory.records import ITEMS, MemoryItem, Recall, RecalledItem
 
-CANDIDATES = 24
+CANDIDATES = 16
 """Items that a task is compared with, from which those that are recalled are chosen."""
 CANDIDATES_MAX = 1000
+CLAIMS = 12
+"""Candidates whose words are looked at: so many that may be recalled, and so many whose evidence counts."""
 NAMED = 8
 """Candidates that full text adds for the codes in a task."""
 FINALISTS = 8
@@ -435,7 +437,7 @@ class Bank:
             found = await self._candidates(tenant, text, count, exclude, tags)
         except NotFound:
             return empty
-        scored = self._scored(text, found, now_s)
+        scored = self._scored(text, found, count, now_s)
         picked = self._picked(scored, count, found.result.semantic)
         recalled = [
             RecalledItem(
@@ -483,7 +485,7 @@ class Bank:
                 return _Found(near, heard, may, codes if len(named) < NAMED else "")
             wanted, state = min(CANDIDATES_MAX, wanted * 8), {"state": "active"}
 
-    def _scored(self, task: str, found: _Found, now_s: float) -> list[_Scored]:
+    def _scored(self, task: str, found: _Found, k: int, now_s: float) -> list[_Scored]:
         """Believed and similar enough candidates, the best first."""
         half_life_days = self._settings.recency_half_life_days
         texts = [hit.item.text for hit in found.hits]
@@ -501,9 +503,9 @@ class Bank:
             return []
         # What is further off than this is neither recalled nor heard; its words need not be looked at.
         least = ranking.RELATIVE_MIN * able[0][1]
-        able = [pair for pair in able if pair[1] >= least][:CANDIDATES]
+        able = [pair for pair in able if pair[1] >= least][: max(CLAIMS, k)]
         rest = [pair for pair in near if pair[1] >= least and pair[0].item.id not in found.may]
-        claims = [_claim(*pair, now_s, half_life_days) for pair in (*able, *rest[:CANDIDATES])]
+        claims = [_claim(*pair, now_s, half_life_days) for pair in (*able, *rest[:CLAIMS])]
         scored: list[_Scored] = []
         for (hit, similarity), claim, (mean, disputed) in zip(
             able, claims, ranking.pooled(claims), strict=False
