@@ -488,6 +488,38 @@ async def test_a_verdict_that_comes_meanwhile_is_not_lost(tmp_path: Path) -> Non
         assert [one for one in await place.items() if one.startswith("a.s")] == []
 
 
+async def test_a_verdict_that_comes_meanwhile_reaches_a_merged_lesson(tmp_path: Path) -> None:
+    """Catches evidence that stays with another item because nobody wrote down that it went there."""
+    async with place_in(tmp_path) as place:
+        await place.trajectories.record(T, tried("first", task="close the valve"))
+        await place.learner().settle()
+        await place.trajectories.record(T, tried("a", task="close the valve"))
+        place.judge.goes_on.clear()
+        place.judge.asked.clear()
+        settling = asyncio.create_task(place.learner().settle())
+        await place.judge.asked.wait()
+        await place.trajectories.add_verdict(T, "a", Verdict(outcome="impossible", source="person"))
+        place.judge.goes_on.set()
+        await settling
+        await place.learner().settle()
+        assert (await place.state("a")).state == "learned"
+        sources = {one.trajectory_id for one in (await place.items())["first.s1"].sources}
+        assert sources == {"first"}
+
+
+async def test_what_kills_every_process_is_shelved(tmp_path: Path) -> None:
+    """Catches a trajectory that ends whoever begins to learn from it, again and again."""
+    async with place_in(tmp_path, attempts_max=1) as place:
+        await place.trajectories.record(T, tried("a"))
+        for _ in range(4):
+            assert await place.trajectories.claim(T, "a", lease_s=10) is not None
+            place.clock.now_s += 11
+        await place.learner().settle()
+        after = await place.state("a")
+        assert (after.state, place.judge.seen) == ("shelved", [])
+        assert "4 times" in str(after.problem)
+
+
 async def test_in_the_background_it_learns_when_woken(tmp_path: Path) -> None:
     """Catches a learner that must be asked, one that forgets what an earlier process left, one that keeps
     what it was at when it is closed, and one that costs something while nothing happens."""
