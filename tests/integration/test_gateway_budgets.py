@@ -167,9 +167,7 @@ async def test_500_calls_over_two_processes_spend_the_budget_and_no_more(where: 
 
 
 @pytest.mark.parametrize("reservations", [1, 60, 250])
-async def test_a_killed_worker_costs_its_slice_and_never_more(
-    where: str, reservations: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_killed_worker_costs_its_slice_and_never_more(where: str, reservations: int) -> None:
     """Catches money of a killed worker that is given out again while its calls may be billed."""
     async with worker(where, CALLS, 3) as victim, worker(where, CALLS, 4) as other:
         victim.go()
@@ -189,10 +187,10 @@ async def test_a_killed_worker_costs_its_slice_and_never_more(
     await budgets.start()
     with pytest.raises(Conflict, match="was heard"):
         await budgets.reconcile(victim.heard.worker_id)
-    monkeypatch.setattr(ledgers, "DEAD_AFTER_S", -1.0)
-    (state,) = [w for w in await budgets.workers() if w.id == victim.heard.worker_id]
+    operator = Budgets(store, dead_after_s=-1.0)
+    (state,) = [w for w in await operator.workers() if w.id == victim.heard.worker_id]
     assert state.dead
-    done = await budgets.reconcile(victim.heard.worker_id)
+    done = await operator.reconcile(victim.heard.worker_id)
     assert all(one.released_nano == 0 for one in done)
     assert account(store) == (settled + held, 0)
     with pytest.raises(NotFound):
@@ -201,7 +199,7 @@ async def test_a_killed_worker_costs_its_slice_and_never_more(
     store.close()
 
 
-async def test_an_operators_word_gives_the_rest_back(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_operators_word_gives_the_rest_back(where: str) -> None:
     """Catches a reconciliation that ignores what the usage ledger says, or releases more than the rest."""
     async with worker(where, 10, 5, "hold") as victim:
         victim.go()
@@ -212,8 +210,7 @@ async def test_an_operators_word_gives_the_rest_back(where: str, monkeypatch: py
     settled, held = account(store)
     assert settled == 0
     assert held >= victim.heard.reserved > 0
-    monkeypatch.setattr(ledgers, "DEAD_AFTER_S", -1.0)
-    budgets = Budgets(store)
+    budgets = Budgets(store, dead_after_s=-1.0)
     await budgets.start()
     done = await budgets.reconcile(victim.heard.worker_id, spent_nano=3)
     assert account(store) == (3, 0)
@@ -264,18 +261,15 @@ class ShiftedClock(SystemClock):
 
 
 @pytest.mark.parametrize("word", [None, 1000])
-async def test_a_worker_thought_dead_goes_on_without_overshoot(
-    where: str, word: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_worker_thought_dead_goes_on_without_overshoot(where: str, word: int | None) -> None:
     """Catches a worker that wakes up after its slice was given away, and money counted twice or never."""
     store, rules, caller, clock = database(where), RULES[:1], Caller("acme", "k"), ShiftedClock()
-    sleeper, other = Budgets(store, clock=clock), Budgets(store)
+    sleeper, other = Budgets(store, clock=clock), Budgets(store, dead_after_s=-1.0)
     await sleeper.start()
     await other.start()
     (await sleeper.reserve(caller, rules, LIMIT // 2)).settle(0)
     in_flight = await sleeper.reserve(caller, rules, 5000)
     clock.shift_s = LEASE_S + 1
-    monkeypatch.setattr(ledgers, "DEAD_AFTER_S", -1.0)
     await other.reconcile(sleeper.worker_id, spent_nano=word)
     left = (await other.report(rules))[0].left_nano
     rest = await patient(other, caller, rules, left) if left else None

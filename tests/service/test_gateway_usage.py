@@ -9,9 +9,10 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
@@ -162,26 +163,34 @@ async def test_a_full_group_does_not_wait(store: SqlDatabase) -> None:
     await ledger.close()
 
 
-async def test_a_group_is_written_once_when_its_commit_was_not_heard(
-    store: SqlDatabase, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Unheard(SqlDatabase):
+    """A database whose first commit goes through, and whose connection breaks before it says so."""
+
+    heard = False
+
+    @contextmanager
+    def transaction(self) -> Generator[Any]:
+        with super().transaction() as connection:
+            yield connection
+        if not self.heard:
+            self.heard = True
+            raise Unavailable("the connection broke")
+
+
+async def test_a_group_is_written_once_when_its_commit_was_not_heard(store: SqlDatabase) -> None:
     """Catches doubled calls, and doubled money, after a connection that broke during the commit."""
-    ledger = UsageLedger(store)
-    written = ledger._write
-
-    def unheard(group: list[tuple[int, UsageRecord]]) -> None:
-        written(group)
-        monkeypatch.undo()
-        raise Unavailable("the connection broke")
-
-    monkeypatch.setattr(ledger, "_write", unheard)
+    assert store.file is not None
+    deaf = Unheard(None, store.file, name="gateway database", setting="gateway.database_url", create=())
+    ledger = UsageLedger(deaf)
     ledger.record(record())
     ledger.record(record())
     with pytest.raises(Unavailable):
         await ledger.flush()
+    assert deaf.heard
     ledger.record(record())
     await ledger.flush()
-    assert ledger.table(None)[0].calls == 3
+    deaf.close()
+    assert UsageLedger(store).table(None)[0].calls == 3
 
 
 async def test_records_wait_while_the_file_is_locked(tmp_path: Path) -> None:

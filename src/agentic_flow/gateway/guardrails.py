@@ -191,9 +191,12 @@ GuardrailFactory = Callable[[Mapping[str, Any]], Guardrail]
 class CompiledGuardrails:
     """The guardrails in force, in the order of their rules."""
 
-    def __init__(self, guardrails: Sequence[tuple[str | None, Guardrail]], late: Counter[str]) -> None:
+    def __init__(
+        self, guardrails: Sequence[tuple[str | None, Guardrail]], late: Counter[str], timeout_s: float
+    ) -> None:
         self._guardrails = tuple(guardrails)
         self._late = late
+        self._timeout_s = timeout_s
         self.empty = not self._guardrails
         """Whether there is nothing to do; spares making what guardrails look at."""
 
@@ -207,7 +210,7 @@ class CompiledGuardrails:
         """
         for tenant, guardrail in self._guardrails:
             if tenant is None or tenant == request.caller.tenant:
-                await _ask(guardrail, guardrail.before(request))
+                await _ask(guardrail, guardrail.before(request), self._timeout_s)
 
     async def after(self, answer: GuardedAnswer) -> None:
         """As `before`, about an answer; of one that was streamed a refusal is logged and counted."""
@@ -215,7 +218,7 @@ class CompiledGuardrails:
             if tenant is not None and tenant != answer.caller.tenant:
                 continue
             try:
-                await _ask(guardrail, guardrail.after(answer))
+                await _ask(guardrail, guardrail.after(answer), self._timeout_s)
             except AgenticFlowError as error:
                 if not answer.streamed:
                     raise
@@ -234,9 +237,13 @@ class Guardrails:
 
     Args:
         extra: Factories by name, added to the built-in ones (plug-ins).
+        timeout_s: The most that one guardrail may take for a request or an answer.
     """
 
-    def __init__(self, extra: Mapping[str, GuardrailFactory] | None = None) -> None:
+    def __init__(
+        self, extra: Mapping[str, GuardrailFactory] | None = None, *, timeout_s: float = TIMEOUT_S
+    ) -> None:
+        self._timeout_s = timeout_s
         self._factories: dict[str, GuardrailFactory] = {**BUILT_IN, **(extra or {})}
         self.late: Counter[str] = Counter()
         """Objections to streamed answers, by guardrail."""
@@ -247,7 +254,9 @@ class Guardrails:
         Raises:
             InvalidInput: a name is unknown, or options are wrong; says which.
         """
-        return CompiledGuardrails([(rule.tenant, self._make(rule)) for rule in rules], self.late)
+        return CompiledGuardrails(
+            [(rule.tenant, self._make(rule)) for rule in rules], self.late, self._timeout_s
+        )
 
     def _make(self, rule: GuardrailRule) -> Guardrail:
         factory = self._factories.get(rule.name)
@@ -268,9 +277,9 @@ class Guardrails:
             ) from None
 
 
-async def _ask(guardrail: Guardrail, question: Any) -> None:
+async def _ask(guardrail: Guardrail, question: Any, timeout_s: float) -> None:
     try:
-        async with asyncio.timeout(TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             await question
     except PolicyDenied as error:
         # Vendors' clients show the message and nothing else.
@@ -281,7 +290,7 @@ async def _ask(guardrail: Guardrail, question: Any) -> None:
         raise
     except TimeoutError:
         raise Unavailable(
-            f"the guardrail {guardrail.name!r} did not decide within {TIMEOUT_S!r} s",
+            f"the guardrail {guardrail.name!r} did not decide within {timeout_s!r} s",
             hint="try again; if it stays so, tell the operator",
         ) from None
     except Exception as error:  # a stranger's code may raise anything

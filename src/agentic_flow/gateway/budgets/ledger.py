@@ -123,12 +123,21 @@ class Ledger:
         database: Its tables (`TABLES`) exist.
         worker_id: At most 64 characters, never used by two processes.
         clock: Time of heartbeats on SQLite.
+        dead_after_s: A worker that was silent for so long may be reconciled.
     """
 
-    def __init__(self, database: SqlDatabase, worker_id: str, clock: Clock = SYSTEM_CLOCK) -> None:
+    def __init__(
+        self,
+        database: SqlDatabase,
+        worker_id: str,
+        clock: Clock = SYSTEM_CLOCK,
+        *,
+        dead_after_s: float = DEAD_AFTER_S,
+    ) -> None:
         self._database = database
         self._worker_id = worker_id
         self._clock = clock
+        self._dead_after_s = dead_after_s
         self._known: set[str] = set()
 
     def exchange(self, exchange: Exchange | None) -> Outcome:
@@ -230,7 +239,11 @@ class Ledger:
             )
             return [
                 WorkerState(
-                    worker, max(0.0, now - beat), beat <= now - DEAD_AFTER_S, count, max(0, int(held or 0))
+                    worker,
+                    max(0.0, now - beat),
+                    beat <= now - self._dead_after_s,
+                    count,
+                    max(0, int(held or 0)),
                 )
                 for worker, beat, count, held in found
             ]
@@ -246,7 +259,7 @@ class Ledger:
                 connection,
                 f"SELECT id, heartbeat_at FROM gw_budget_workers WHERE {which} ORDER BY id",  # noqa: S608
                 worker=worker_id,
-                dead=now - DEAD_AFTER_S,
+                dead=now - self._dead_after_s,
             )
             if worker_id is not None and not found:
                 raise NotFound(
@@ -254,10 +267,10 @@ class Ledger:
                     hint="list the workers; one that closed in order needs no reconciling",
                 )
             for worker, heartbeat_at in found:
-                if heartbeat_at > now - DEAD_AFTER_S:
+                if heartbeat_at > now - self._dead_after_s:
                     raise Conflict(
                         f"worker {worker!r} was heard {now - heartbeat_at:.1f} s ago",
-                        hint=f"stop it, then wait until it was silent for {DEAD_AFTER_S:.0f} s",
+                        hint=f"stop it, then wait until it was silent for {self._dead_after_s:.0f} s",
                     )
             dead = [worker for worker, _ in found]
             done = self._write_off(connection, dead, spent_nano, account_id, now)
@@ -308,7 +321,7 @@ class Ledger:
             return len(ids)
 
     def _close_ended(self, connection: Connection, time_s: float) -> None:
-        dead = self._now(connection) - DEAD_AFTER_S
+        dead = self._now(connection) - self._dead_after_s
         found = _rows(
             connection,
             "SELECT s.account_id, s.worker_id FROM gw_budget_slices s"
@@ -324,7 +337,7 @@ class Ledger:
         for account_id, worker in found:
             workers.setdefault(account_id, []).append(worker)
         for account_id in sorted(workers):
-            self._write_off(connection, workers[account_id], None, account_id, dead + DEAD_AFTER_S)
+            self._write_off(connection, workers[account_id], None, account_id, dead + self._dead_after_s)
 
     def _exchange(self, connection: Connection, exchange: Exchange | None, asks: Sequence[Ask]) -> Outcome:
         now = self._now(connection)

@@ -32,6 +32,7 @@ from agentic_flow.gateway.budgets.accounts import (
 )
 from agentic_flow.gateway.budgets.exchange import Exchange
 from agentic_flow.gateway.budgets.ledger import (
+    DEAD_AFTER_S,
     REMOVED_MAX,
     TABLES,
     ExchangeFailed,
@@ -71,6 +72,8 @@ class Budgets:
         clock: Its wall-clock time decides to which period a call belongs. Workers whose clocks differ charge
             calls at a border to different periods, each within its own limit.
         flush_s: Seconds between two groups of settlements.
+        dead_after_s: A worker that was silent for so long may be reconciled; more than `LEASE_S`, or money of
+            one that lives could be given away.
     """
 
     def __init__(
@@ -80,13 +83,14 @@ class Budgets:
         worker_id: str | None = None,
         clock: Clock = SYSTEM_CLOCK,
         flush_s: float = FLUSH_S,
+        dead_after_s: float = DEAD_AFTER_S,
     ) -> None:
         self.worker_id = (
             f"{(worker_id or f'{socket.gethostname()}-{os.getpid()}')[:47]}-{secrets.token_hex(8)}"
         )
         self._clock = clock
         self._flush_s = flush_s
-        self._ledger = Ledger(database, self.worker_id, clock)
+        self._ledger = Ledger(database, self.worker_id, clock, dead_after_s=dead_after_s)
         self._purses = Purses()
         self._plans: dict[Caller, Plan] = {}
         self._waiters: dict[Waiter, asyncio.Future[Reservation]] = {}
