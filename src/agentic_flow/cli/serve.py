@@ -80,7 +80,10 @@ def register(app: typer.Typer) -> None:
         def owner_key(key: str) -> None:
             talk(f"owner key (shown only this once): {key}")
 
-        run(serve_services(session.start(), chosen, on_ready=ready, on_owner_key=owner_key))
+        try:
+            run(serve_services(session.start(), chosen, on_ready=ready, on_owner_key=owner_key))
+        finally:
+            gc.enable()
 
 
 def _import_structlog() -> None:

@@ -22,21 +22,31 @@ from pydantic import SecretStr
 from agentic_flow.core import plugins
 from agentic_flow.core.auth import LOCAL_OWNER, Principal, TokenSource
 from agentic_flow.core.errors import Unauthenticated
+from agentic_flow.core.later import imported
 from agentic_flow.core.ports import Completer, Embedder, ToolBox, VectorStore
 from agentic_flow.core.secrets import SecretSource, SecretStore, StoredSecret, resolve
 from agentic_flow.core.settings import PeerSettings, Settings, TlsSettings, secret_names
 
 if TYPE_CHECKING:
     from agentic_flow.agentdb.erasure import BackupSurvey
+    from agentic_flow.runtime.deferred import RunWatch
     from agentic_flow.runtime.identity import Identity
     from agentic_flow.swarm.definitions import DefinitionCatalog
     from agentic_flow.swarm.runs import RunService
+    from agentic_flow.tools.audit import AuditLog
 
 T = TypeVar("T")
 
 SERVICES = ("platform", "agentdb", "swarm")
 AUDIT_FILE = "audit.db"
 IDENTITY_FILE = "identity.db"
+MEMORY_FOLDER = "agentdb"
+TOOL_MODULES = (
+    "agentic_flow.tools.files",
+    "agentic_flow.tools.policy",
+    "agentic_flow.tools.shell",
+    "agentic_flow.tools.toolbox",
+)
 PROVIDER_KEY = re.compile(r"gateway\.[a-z0-9_]+\.api_key")
 
 
@@ -58,6 +68,7 @@ class Runtime:
         self._stack = AsyncExitStack()
         self._made: dict[str, Any] = {}
         self._locks: dict[str, asyncio.Lock] = {}
+        self._watch: RunWatch | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -65,6 +76,8 @@ class Runtime:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._watch is not None:
+            await self._watch.close()  # before the rest: it must put nothing to work that is being closed
         await self._stack.aclose()
 
     # What callers ask for
@@ -88,6 +101,25 @@ class Runtime:
             takeover: Continue interrupted runs, now and whenever one appears. Decided by the first call.
         """
         return await self._once("swarm", lambda: self._open_swarm(takeover))
+
+    async def watch_runs(self) -> RunWatch:
+        """Continue interrupted runs, now and whenever one appears. Until there is one, or a caller asks for
+        `swarm`, no run engine is made.
+
+        Raises:
+            AgenticFlowError: the run database, or what runs were made with here before, cannot be used.
+        """
+        return await self._once("watch", self._make_watch)
+
+    async def memory_in_use(self) -> None:
+        """Open memory that is there already, or configured, so that what is wrong with it is said now.
+
+        One that was never used is made when it first is.
+        """
+        own = self.settings.agentdb
+        configured = own.database_url or own.history_dir or self.peer_url("agentdb")
+        if configured or (self.settings.data_dir / MEMORY_FOLDER).exists():
+            await self.store()
 
     async def runs(self) -> RunService:
         """The same runs to look at; nothing is started for it."""
@@ -166,9 +198,11 @@ class Runtime:
             return await self._stack.enter_async_context(
                 PostgresAgentDB(database_url, settings, embedder, create=True)
             )
+        await imported("agentic_flow.agentdb.service")
         from agentic_flow.agentdb.service import AgentDB
 
-        return await self._stack.enter_async_context(AgentDB(self.settings.data_dir, settings, embedder))
+        opened = await asyncio.to_thread(AgentDB, self.settings.data_dir, settings, embedder)
+        return await self._stack.enter_async_context(opened)
 
     async def _make_embedder(self) -> Embedder:
         from agentic_flow.agentdb.embedders.registry import open_embedder
@@ -185,6 +219,26 @@ class Runtime:
             await self._stack.enter_async_context(runs.open(takeover=takeover))
         return runs
 
+    async def _make_watch(self) -> RunWatch:
+        from agentic_flow.runtime.deferred import RunWatch
+
+        tools = self.settings.tools
+        if tools.policy_file is not None:
+            from agentic_flow.tools.policy import load_policy
+
+            await asyncio.to_thread(load_policy, tools.policy_file)
+        plugins.load_all("agentic_flow.toolsets")
+        if (self.settings.data_dir / AUDIT_FILE).exists():
+            await self._audit()
+        self._watch = RunWatch(
+            self.settings.swarm,
+            self.settings.data_dir,
+            begun=lambda: "swarm" in self._made,
+            begin=lambda: self.swarm(takeover=True),
+        )
+        await self._watch.start()
+        return self._watch
+
     async def _make_runs(self) -> RunService:
         url = self.peer_url("swarm")
         if url is not None:
@@ -193,6 +247,7 @@ class Runtime:
             twin = RemoteSwarm(url, **await self._calls("swarm"))
             await self._stack.enter_async_context(twin)
             return twin
+        await imported("agentic_flow.swarm.service", "agentic_flow.swarm.engine")
         from agentic_flow.swarm.engine import DbosRunEngine
         from agentic_flow.swarm.service import Swarm
 
@@ -216,9 +271,9 @@ class Runtime:
         )
 
     async def _make_toolbox(self) -> ToolBox:
+        await imported("agentic_flow.agentdb.reading", "agentic_flow.agentdb.tools", *TOOL_MODULES)
         from agentic_flow.agentdb.reading import text_of
         from agentic_flow.agentdb.tools import memory_tools
-        from agentic_flow.tools.audit import AuditLog
         from agentic_flow.tools.files import file_tools
         from agentic_flow.tools.policy import load_policy
         from agentic_flow.tools.shell import shell_tools
@@ -226,8 +281,7 @@ class Runtime:
 
         settings = self.settings.tools
         policy = load_policy(settings.policy_file)
-        audit = await asyncio.to_thread(AuditLog, self.settings.data_dir / AUDIT_FILE)
-        self._stack.callback(audit.close)
+        audit = await self._audit()
         store = await self.store()
         # One reader for memory, tools and reviews: line numbers mean the same lines everywhere.
         tools = [*file_tools(text_of=text_of), *shell_tools(settings), *memory_tools(store)]
@@ -235,14 +289,27 @@ class Runtime:
             tools += toolset()
         return StandardToolBox(tools, settings=settings, policy=policy, audit=audit)
 
+    async def _audit(self) -> AuditLog:
+        return await self._once("audit", self._make_audit)
+
+    async def _make_audit(self) -> AuditLog:
+        from agentic_flow.tools.audit import AuditLog
+
+        audit = await asyncio.to_thread(AuditLog, self.settings.data_dir / AUDIT_FILE)
+        self._stack.callback(audit.close)
+        return audit
+
     async def erasers(self) -> dict[str, Callable[[str], Awaitable[int]]]:
         """Place → what removes a tenant's data there. Only where the databases are ours to write."""
-        found: dict[str, Callable[[str], Awaitable[int]]] = {"memory": (await self.store()).erase_tenant}
+        found: dict[str, Callable[[str], Awaitable[int]]] = {"memory": self._erase_memory}
         if self.peer_url("swarm") is None:
             found["runs"] = self._erase_runs
         if self.peer_url("platform") is None:
             found["gateway"] = self._erase_gateway
         return found
+
+    async def _erase_memory(self, tenant: str) -> int:
+        return await (await self.store()).erase_tenant(tenant)
 
     async def _erase_gateway(self, tenant: str) -> int:
         from agentic_flow.gateway.service import Gateway

@@ -17,9 +17,12 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from agentic_flow.core.settings import ProviderSettings, Settings
+
+if TYPE_CHECKING:
+    from agentic_flow.gateway.policies import GatewayPolicies
 
 GIB = 1024**3
 _FREE_WARN_BYTES = GIB
@@ -56,6 +59,7 @@ def examine(settings: Settings) -> list[Check]:
         _run_database,
         _providers,
         _default_model,
+        _embedder,
         _binding,
         _tls,
         _ports,
@@ -194,18 +198,63 @@ def _default_model(settings: Settings) -> Iterator[Check]:
     """Which model a run takes when none is named."""
     import asyncio
 
+    from agentic_flow.core import plugins
+    from agentic_flow.core.auth import LOCAL_OWNER
     from agentic_flow.core.errors import AgenticFlowError
-    from agentic_flow.runtime.build import Runtime
+    from agentic_flow.gateway.service import Gateway
+    from agentic_flow.runtime.build import Runtime, stored_secrets, with_stored_secrets
 
     async def resolve() -> str:
-        async with Runtime(settings) as runtime:
-            completer = await runtime.completer()
-            return (await completer.resolve(None, principal=runtime.principal)).id
+        if settings.peers.platform_url is not None:
+            async with Runtime(settings) as runtime:
+                return (await (await runtime.completer()).resolve(None, principal=LOCAL_OWNER)).id
+        # Not the gateway at work, which makes its database and writes that it lives.
+        gateway = Gateway(
+            with_stored_secrets(settings).gateway,
+            extra_providers=plugins.load_all("agentic_flow.providers"),
+            policies=await asyncio.to_thread(_policies, settings),
+            extra_checkers=plugins.load_all("agentic_flow.checkers"),
+            extra_guardrails=plugins.load_all("agentic_flow.guardrails"),
+            stored_secrets=stored_secrets(settings.data_dir),
+        )
+        async with gateway:
+            return (await gateway.resolve(None, principal=LOCAL_OWNER)).id
 
     try:
         yield Check("default model", "ok", asyncio.run(resolve()))
     except AgenticFlowError as error:
         yield Check("default model", "broken", error.message, error.hint)
+
+
+def _policies(settings: Settings) -> GatewayPolicies:
+    """Those in force; what is read stays as it is."""
+    from agentic_flow.gateway.policies import GatewayPolicies
+    from agentic_flow.gateway.policy_store import PolicyStore
+    from agentic_flow.gateway.stores import gateway_database
+
+    database = gateway_database(settings.gateway, settings.data_dir)
+    if database.file is not None and not _is_sqlite(database.file):
+        return GatewayPolicies()  # not made yet; a damaged file is told of by the check of all databases
+    tables = "sqlite_master WHERE name" if database.is_sqlite else "pg_tables WHERE tablename"
+    try:
+        if database.rows(f"SELECT 1 FROM {tables} = 'gw_policies'"):  # noqa: S608 - constants
+            return PolicyStore(database).current().policies
+        return GatewayPolicies()
+    finally:
+        database.close()
+
+
+def _embedder(settings: Settings) -> Iterator[Check]:
+    """Whether there is one of the name that is configured. It is not asked anything."""
+    from agentic_flow.agentdb.embedders.registry import make_embedder
+    from agentic_flow.core import plugins
+    from agentic_flow.core.errors import AgenticFlowError
+
+    try:
+        make_embedder(settings.agentdb, plugins.load_all("agentic_flow.embedders"))
+        yield Check("embedder", "ok", settings.agentdb.embedder)
+    except AgenticFlowError as error:
+        yield Check("embedder", "broken", error.message, error.hint)
 
 
 def _binding(settings: Settings) -> Iterator[Check]:

@@ -18,16 +18,20 @@ from starlette.routing import BaseRoute, Route
 
 from agentic_flow.core.auth import DEFAULT_TENANT, LOCAL_OWNER, Authenticator
 from agentic_flow.core.errors import AgenticFlowError, InvalidInput
+from agentic_flow.core.later import imported
 from agentic_flow.core.serve import bind, check_host, serve
 from agentic_flow.core.settings import Settings
 from agentic_flow.core.web import create_app, json_response, require
 from agentic_flow.core.web_floor import ErrorShape
 from agentic_flow.runtime.build import SERVICES, Runtime, definition_catalog
+from agentic_flow.runtime.deferred import DeferredRoutes
 
 if TYPE_CHECKING:
     from agentic_flow.core.remote_auth import RemoteAuthenticator
 
 PROBE_TIMEOUT_S = 2.0
+RUN_ROOTS = ("/v1/runs",)
+MEMORY_ROOTS = ("/v1/namespaces", "/v1/namespace-stats", "/v1/tenants-with")
 
 Ready = Callable[[], Awaitable[dict[str, bool]]]
 """Name of what is needed → whether it works."""
@@ -153,24 +157,24 @@ class _Apps:
         yield
 
     async def _platform(self) -> _Face:
-        from agentic_flow.agentdb.routes import build_routes as memory_routes
         from agentic_flow.core.openapi import DOCUMENT_PATH
         from agentic_flow.gateway.budget_routes import build_budget_routes
         from agentic_flow.gateway.choice_routes import build_choice_routes
         from agentic_flow.gateway.front.errors import ERROR_SHAPES
         from agentic_flow.gateway.front.openai_embeddings import build_embedding_routes
         from agentic_flow.gateway.front.routes import build_front_routes
-        from agentic_flow.gateway.openapi import build_document_route
         from agentic_flow.gateway.policy_routes import build_policy_routes
         from agentic_flow.gateway.routes import build_routes as model_routes
         from agentic_flow.gateway.service import Gateway
         from agentic_flow.gateway.usage_routes import build_usage_routes
         from agentic_flow.runtime.identity_routes import PUBLIC_PATHS, identity_routes
-        from agentic_flow.swarm.routes import build_routes as run_routes
 
         runtime = self._runtime
-        store = await runtime.store()
-        runs = await runtime.swarm(takeover=True)
+        if runtime.peer_url("swarm") is None:
+            await runtime.watch_runs()
+        else:
+            await runtime.swarm()
+        await runtime.memory_in_use()
         completer = await runtime.completer()
         assert isinstance(completer, Gateway), "the platform serves the gateway itself"
         kept = completer.stores
@@ -181,11 +185,11 @@ class _Apps:
             *build_choice_routes(completer),
             *build_embedding_routes(completer, await runtime.embedder()),
             *build_usage_routes(kept.usage),
-            build_document_route(),
+            DeferredRoutes((DOCUMENT_PATH,), _model_document),
             *build_budget_routes(kept.budgets, lambda: kept.watch.policies.budgets),
             *build_policy_routes(kept.policies, kept.watch),
-            *run_routes(runs),
-            *memory_routes(store, self._settings.agentdb),
+            DeferredRoutes(RUN_ROOTS, self._run_routes),
+            DeferredRoutes(MEMORY_ROOTS, self._memory_routes),
             *_agent_routes(self._settings),
             *identity_routes(
                 await runtime.identity(), erasers=await runtime.erasers(), survey=runtime.survey_backups
@@ -193,6 +197,18 @@ class _Apps:
         ]
         public = PUBLIC_PATHS | {DOCUMENT_PATH}
         return _Face(routes, self._peers_ready("agentdb", "swarm"), public, ERROR_SHAPES)
+
+    async def _run_routes(self) -> Sequence[BaseRoute]:
+        await imported("agentic_flow.swarm.routes")
+        from agentic_flow.swarm.routes import build_routes
+
+        return build_routes(await self._runtime.swarm(takeover=True))
+
+    async def _memory_routes(self) -> Sequence[BaseRoute]:
+        await imported("agentic_flow.agentdb.routes")
+        from agentic_flow.agentdb.routes import build_routes
+
+        return build_routes(await self._runtime.store(), self._settings.agentdb)
 
     async def _agentdb(self) -> _Face:
         from agentic_flow.agentdb.routes import PUBLIC_PATHS, build_document_route, build_routes
@@ -206,22 +222,21 @@ class _Apps:
         return _Face(routes, ready, PUBLIC_PATHS)
 
     async def _swarm(self) -> _Face:
-        from agentic_flow.swarm.routes import build_routes
-
-        runs = await self._runtime.swarm(takeover=True)
+        watch = await self._runtime.watch_runs()
         peers_ready = self._peers_ready("platform", "agentdb")
 
         async def ready() -> dict[str, bool]:
-            works = await _works(runs.list_runs(LOCAL_OWNER, limit=1))
-            return {"run database": works, **await peers_ready()}
+            return {"run database": await watch.works(), **await peers_ready()}
 
-        return _Face([*build_routes(runs)], ready)
+        return _Face([DeferredRoutes(RUN_ROOTS, self._run_routes)], ready)
 
     def _peers_ready(self, *names: str) -> Ready:
         """Whether those neighbours that run elsewhere can be reached."""
+        urls = {name: url for name in names if (url := self._runtime.peer_url(name)) is not None}
+        if not urls:
+            return _needs_nobody
         from agentic_flow.core.http_twin import HttpTwin
 
-        urls = {name: url for name in names if (url := self._runtime.peer_url(name)) is not None}
         peers = self._settings.peers.model_copy(update={"attempts": 1, "timeout_s": PROBE_TIMEOUT_S})
         twins = {name: HttpTwin(url, peers, tls=self._settings.tls, peer=name) for name, url in urls.items()}
         for twin in twins.values():
@@ -234,6 +249,13 @@ class _Apps:
             return dict(zip(twins, answers, strict=True))
 
         return ready
+
+
+async def _model_document() -> Sequence[BaseRoute]:
+    await imported("agentic_flow.gateway.openapi")
+    from agentic_flow.gateway.openapi import build_document_route
+
+    return [await asyncio.to_thread(build_document_route)]
 
 
 def _agent_routes(settings: Settings) -> list[Route]:
@@ -251,6 +273,10 @@ def _agent_routes(settings: Settings) -> list[Route]:
         return json_response(catalog.get(str(request.path_params["name"])))
 
     return [Route("/v1/agents", list_agents), Route("/v1/agents/{name}", show)]
+
+
+async def _needs_nobody() -> dict[str, bool]:
+    return {}
 
 
 async def _works(call: Awaitable[object]) -> bool:

@@ -26,24 +26,29 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
 from agentic_flow.core.errors import InvalidInput
+from agentic_flow.core.later import Later
 from agentic_flow.gateway.escalation import Escalated
 from agentic_flow.gateway.routing.outcomes import Kept, Outcome, OutcomeLog
 from agentic_flow.gateway.routing.plan import Candidate
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float32]
+    Doubles = NDArray[np.float64]
+else:
+    np = Later("numpy")
 
 DIMENSION = 256
 PROMPT_BYTES_READ = 2048
 """Of a longer prompt the first and the last half of this: instructions stand at either end."""
 
 Method = Literal["mix", "neighbours", "logistic"]
-Floats = NDArray[np.float32]
-Doubles = NDArray[np.float64]
 
 _NGRAM_SIZES = (3, 4, 5)
 _NEIGHBOURS = 25
