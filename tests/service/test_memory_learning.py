@@ -540,6 +540,10 @@ async def test_in_the_background_it_learns_when_woken(tmp_path: Path) -> None:
         place.trajectories.due = counted
         for _ in range(50):
             await asyncio.sleep(0)
+        place.learned.clear()
+        await place.trajectories.record(T, tried("named"))
+        learner.wake(T, "named")
+        await asyncio.wait_for(place.learned.wait(), 30)
         assert calls == []
         place.judge.goes_on.clear()
         place.judge.asked.clear()

@@ -130,7 +130,8 @@ class Learner:
         self._lease_s = lease_s
         self._places = asyncio.Semaphore(settings.learners_max)
         self._woken = asyncio.Event()
-        self._dirty: dict[str, None] = {}
+        # Of a tenant the ids that are due, or None: whatever is.
+        self._dirty: dict[str, set[str] | None] = {}
         self._keepers: list[asyncio.Task[None]] = []
         self._later: dict[str, tuple[float, asyncio.Task[None]]] = {}
         self._running = 0
@@ -158,9 +159,17 @@ class Learner:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def wake(self, tenant: str) -> None:
-        """Something of this tenant is due."""
-        self._dirty[tenant] = None
+    def wake(self, tenant: str, trajectory_id: str | None = None) -> None:
+        """Something of this tenant is due.
+
+        Args:
+            trajectory_id: It alone, which saves looking through the tenant's trajectories.
+        """
+        known = self._dirty.setdefault(tenant, set())
+        if trajectory_id is None:
+            self._dirty[tenant] = None
+        elif known is not None:
+            known.add(trajectory_id)
         self._woken.set()
 
     @property
@@ -200,13 +209,17 @@ class Learner:
         while True:
             await self._woken.wait()
             self._woken.clear()
-            tenants, self._dirty = list(self._dirty), {}
-            await asyncio.gather(*(self._drained(tenant) for tenant in tenants))
+            dirty, self._dirty = self._dirty, {}
+            await asyncio.gather(*(self._drained(tenant, ids) for tenant, ids in dirty.items()))
 
-    async def _drained(self, tenant: str) -> None:
+    async def _drained(self, tenant: str, ids: set[str] | None) -> None:
         """Work through a tenant; when the store fails, later again."""
         try:
-            await self._drain(tenant)
+            if ids is None:
+                await self._drain(tenant)
+            else:
+                await asyncio.gather(*(self.learn_one(tenant, one) for one in ids))
+                await self._consolidate(tenant)
         except Exception as error:  # noqa: BLE001 - the loop must outlive whatever one tenant's rows cause
             self._note_failure(error, tenant=tenant)
             self._wake_at(tenant, self._clock.time_s() + _BACKOFF_FIRST_S)
@@ -260,6 +273,9 @@ class Learner:
             stuck = len(ids) - len(fresh)
             tried.update(fresh)
             await asyncio.gather(*(self.learn_one(tenant, one) for one in fresh))
+        await self._consolidate(tenant)
+
+    async def _consolidate(self, tenant: str) -> None:
         if self._since[tenant] >= CONSOLIDATED_AFTER:
             self._since[tenant] = 0
             await self._bank.consolidate(tenant)
