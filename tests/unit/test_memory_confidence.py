@@ -326,11 +326,24 @@ def test_nothing_irrelevant_is_picked_for_novelty(
         return
     best = max(one.similarity for one in chosen_from)
     least = max(floor, ranking.RELATIVE_MIN * best)
-    assert all(chosen_from[index].similarity >= least for index in picked)
+    near = [one for one in chosen_from if one.similarity >= least]
+    assert bool(picked) == bool(near)
     if picked:
-        allowed = [one.score for one in chosen_from if one.similarity >= least]
-        assert chosen_from[picked[0]].score == max(allowed)
-    assert len(picked) == min(k, sum(one.similarity >= least for one in chosen_from))
+        first = chosen_from[picked[0]]
+        sure = [one for one in near if one.confidence >= ranking.DOUBT_MIN * first.confidence]
+        assert first.score == max(one.score for one in near)
+        assert all(chosen_from[index] in sure for index in picked)
+        assert len(picked) == min(k, len(sure))
+
+
+def test_a_doubtful_note_is_not_shown_beside_a_sure_one() -> None:
+    """Catches a recall that fills its places with guesses although it knows the answer."""
+    said = np.eye(3, dtype=np.float32)
+    sure = ranking.Candidate("sure", 0.6, 1.0, 0.9)
+    guess = ranking.Candidate("guess", 0.58, 1.0, 0.6)
+    other = ranking.Candidate("other", 0.5, 1.0, 0.85)
+    assert ranking.select([sure, guess], said[:2], 3, 0.75) == [0]
+    assert sorted(ranking.select([sure, guess, other], said, 3, 0.75)) == [0, 2]
 
 
 def test_of_equals_the_second_pick_says_something_else() -> None:

@@ -28,6 +28,10 @@ SIMILARITY_MIN_MEANING = 0.30
 RELATIVE_MIN = 0.7
 """An item whose similarity is below this share of the best one's is not picked for its novelty."""
 
+DOUBT_MIN = 0.9
+"""An item that is believed less than this share of the best one is not shown beside it: a guess beside
+knowledge does more harm than good."""
+
 RECENCY_WEIGHT = 0.15
 CONFIDENCE_WEIGHT = 0.6
 """How much of an item's score its age, or a lack of belief, can take away."""
@@ -172,6 +176,8 @@ def select(
         return []
     # The first of equals wins, and so the order of the arguments must not matter.
     kept.sort(key=lambda index: (-candidates[index].score, candidates[index].id))
+    sure = DOUBT_MIN * candidates[kept[0]].confidence
+    kept = [index for index in kept if candidates[index].confidence >= sure]
     scores = np.array([candidates[index].score for index in kept])
     top = float(scores[0])
     relevance = scores / top if top > 0 else np.ones_like(scores)
