@@ -14,7 +14,7 @@ CRASH := $(wildcard tests/integration/test_*crash*.py)
 PYTEST := $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-integration test-crash check-retrieval bench bench-agentdb bench-peers bench-gateway bench-gateway-peers reference lint format lock clean
+.PHONY: help setup setup-dev demo test test-integration test-crash check-retrieval bench bench-agentdb bench-peers bench-gateway bench-gateway-soak bench-gateway-peers reference lint format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' Makefile
@@ -73,6 +73,9 @@ $(BENCH_VENV)/.peers: requirements/bench.txt requirements/bench-built.txt
 
 bench-gateway: setup-dev bench-gateway-peers ## the model gateway beside LiteLLM and Portkey
 	@$(BIN)/python benchmarks/report.py --only gateway
+
+bench-gateway-soak: setup-dev ## the model gateway's memory over 200,000 requests
+	@$(BIN)/python benchmarks/report.py --only soak
 
 # A peer that cannot be installed is named in the table. LiteLLM pins an older openai than our tests use.
 bench-gateway-peers: $(LITELLM_VENV)/.peer $(PORTKEY)/.peer ## make .venv-bench-litellm and .bench-portkey

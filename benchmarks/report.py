@@ -1,7 +1,7 @@
 """Writes RESULTS.md beside this file, a section for each benchmark; those that are not renewed keep theirs.
 
 Usage: python benchmarks/report.py [--only SECTION]… [--kept]
-       sections: answers ingest steps startup agentdb million http router gateway
+       sections: answers ingest steps startup agentdb million http router gateway soak
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ SECTIONS: dict[str, tuple[str, Callable[[bool], str]]] = {
     "http": (http_search.TITLE, lambda _: http_search.section()),
     "router": (router.TITLE, lambda _: router.section()),
     "gateway": (gateway.TITLE, lambda _: gateway.section()),
+    "soak": (gateway.SOAK_TITLE, lambda _: gateway.soak_section()),
 }
 """Name → title and what measures and writes it, in the order of the document."""
 

@@ -41,7 +41,7 @@ from agentic_flow.core.messages import (
 )
 from agentic_flow.gateway.front.errors import FrontError, anthropic_error, openai_error
 from agentic_flow.gateway.front.format import Call
-from agentic_flow.gateway.front.routes import CHAT, MESSAGES, Front
+from agentic_flow.gateway.front.routes import CHAT, MESSAGES, Front, renamed
 from agentic_flow.gateway.wire.anthropic import AnthropicFormat
 from agentic_flow.gateway.wire.format import WireFormat
 from agentic_flow.gateway.wire.openai import OpenAIFormat
@@ -490,3 +490,35 @@ def test_only_the_model_is_renamed(
     assert json.loads(renamed.decode("utf-8", "surrogatepass")) == {**body, "model": name}
     was = json.dumps(model, ensure_ascii=False).encode("utf-8", "surrogatepass")
     assert len(renamed) - len(orjson.dumps(name)) == len(text) - len(was)
+
+
+@given(
+    before=st.dictionaries(st.text(max_size=6), json_values, max_size=3),
+    after=st.dictionaries(st.text(max_size=6), json_values, max_size=3),
+    model=st.text(min_size=1, max_size=8),
+    name=st.text(max_size=8),
+    ascii_only=st.booleans(),
+    indent=st.none() | st.integers(0, 2),
+)
+@example(before={}, after={"b": 'say \\"model"'}, model="m", name="n", ascii_only=True, indent=None)
+@example(before={'x"model': "m"}, after={}, model="m", name="n", ascii_only=True, indent=None)
+@example(before={"a": {"model": "m"}}, after={}, model='m"', name="n", ascii_only=False, indent=1)
+def test_the_short_way_renames_like_the_long_one(
+    before: dict[str, Any],
+    after: dict[str, Any],
+    model: str,
+    name: str,
+    ascii_only: bool,
+    indent: int | None,
+) -> None:
+    """Catches the front's short way around `rename_model` that finds another place than that one does."""
+    body = {**before, "model": model, **{k: v for k, v in after.items() if k != "model"}}
+    assume(model != name)
+    text = json.dumps(body, indent=indent, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
+    assert renamed(text, model, name) == rename_model(text, name)
+
+
+def test_a_key_in_escapes_is_the_model_too() -> None:
+    """Catches a `model` within the request renamed because the real one is written with escapes."""
+    body = rb'{"mod\u0065l": "m", "metadata": {"model": "m"}}'
+    assert renamed(body, "m", "n") == rb'{"mod\u0065l": "n", "metadata": {"model": "m"}}'

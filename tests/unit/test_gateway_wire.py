@@ -110,6 +110,22 @@ def test_sse_survives_any_split(events: list[list[str]], end: str, cuts: list[in
     assert parser.flush() == []
 
 
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.sampled_from([b"data: a\n", b"data:b\n", b"data: \n", b"event: e\n", b": c\n", b"\n", b"\r\n"])
+    )
+)
+def test_sse_reads_whole_events_as_it_reads_bytes(lines: list[bytes]) -> None:
+    """Catches the short way for events that come whole seeing others than the long one does."""
+    body = b"".join(lines)
+    parsers = SseParser(), SseParser(), SseParser()
+    by_byte = [event for i in range(len(body)) for event in parsers[0].feed(body[i : i + 1])]
+    by_line = [event for line in lines for event in parsers[1].feed(line)]
+    assert parsers[2].feed(body) == by_line == by_byte
+    assert parsers[2].flush() == parsers[1].flush() == parsers[0].flush()
+
+
 def test_sse_reads_byte_by_byte_and_ends_without_a_blank_line() -> None:
     """Catches a last event that is dropped because the server did not close it."""
     parser = SseParser()

@@ -20,6 +20,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from agentic_flow.core.errors import InvalidSettings, PortInUse
+from agentic_flow.core.http_server import ServerProtocol
 from agentic_flow.core.settings import TlsSettings, env_name
 from agentic_flow.core.tls import server_context
 
@@ -175,7 +176,7 @@ def _server(app: Starlette, context: Any, drain_timeout_s: float) -> _Server:
     return _Server(
         uvicorn.Config(
             app,
-            http="httptools",
+            http=ServerProtocol,
             ws="none",
             # Lifespans are ours: uvicorn answers a failed one with sys.exit inside the event loop.
             lifespan="off",

@@ -80,11 +80,20 @@ _ABOVE_INFO = frozenset(
 )
 
 
+_UNKNOWN = object()
+_NAMED_PROVIDER = "OTEL_PYTHON_TRACER_PROVIDER" in os.environ
+
+
 def traces() -> bool:
     """Whether spans are recorded by anybody. Where they are not, making one still costs ten microseconds."""
-    from opentelemetry import trace  # not at the top: `--help` needs none
-
-    return not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
+    trace: Any = sys.modules.get("opentelemetry.trace")  # not imported here: `--help` needs none
+    if trace is None:
+        return False
+    # Asking by the API reads the environment each time as long as there is none.
+    provider = getattr(trace, "_TRACER_PROVIDER", _UNKNOWN)
+    if provider is _UNKNOWN or (provider is None and _NAMED_PROVIDER):
+        provider = trace.get_tracer_provider()
+    return provider is not None and not isinstance(provider, trace.ProxyTracerProvider)
 
 
 def writes_info() -> bool:

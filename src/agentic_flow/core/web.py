@@ -22,10 +22,11 @@ from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from agentic_flow.core import sse
 from agentic_flow.core.auth import Authenticator, Principal
@@ -46,6 +47,7 @@ from agentic_flow.core.web_floor import (
     STALL_TIMEOUT_S,
     ErrorShape,
     Floor,
+    RawHeaderMap,
     check_json_numbers,
     exact_routes,
     invalid_input,
@@ -60,6 +62,7 @@ Ready = Callable[[], Awaitable[dict[str, bool]]]
 AppLifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
 
 DEADLINE_HEADER = "x-deadline-s"
+_DEADLINE_NAME = DEADLINE_HEADER.encode()
 HEARTBEAT_S = 15.0
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger("agentic_flow.web")
@@ -134,7 +137,7 @@ def create_app(
         Route("/metrics", exposition),
         *routes,
     ]
-    app = Starlette(
+    app = _App(
         routes=every,
         lifespan=lifespan,
         middleware=[
@@ -157,6 +160,15 @@ def create_app(
     app.state.auth_required = settings.auth.required
     app.state.draining = asyncio.Event()
     return app
+
+
+class _App(Starlette):
+    """Starlette with the floor outermost, which answers for every error, so that a layer for that is none."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        stack = super().build_middleware_stack()
+        assert isinstance(stack, ServerErrorMiddleware)
+        return stack.app
 
 
 # What routes use
@@ -220,7 +232,15 @@ def principal_of(request: Request) -> Principal:
     Raises:
         Unauthenticated: the path is public and no credential was sent.
     """
-    principal: Principal | None = request.state.principal
+    return known_principal(request.state.principal)
+
+
+def known_principal(principal: Principal | None) -> Principal:
+    """The principal that the floor found.
+
+    Raises:
+        Unauthenticated: there is none.
+    """
     if principal is None:
         raise Unauthenticated("this needs a credential", hint=CREDENTIAL_HINT)
     return principal
@@ -235,9 +255,15 @@ def require(request: Request, scope: str) -> Principal:
 
 def deadline_of(request: Request, timeout_s: float) -> Deadline:
     """The caller's deadline (`x-deadline-s`, seconds that remain), at most `timeout_s` from now."""
-    raw = request.headers.get(DEADLINE_HEADER)
-    if raw is None:
+    return deadline_in(request.state.headers, timeout_s)
+
+
+def deadline_in(headers: RawHeaderMap, timeout_s: float) -> Deadline:
+    """The same, of the raw headers of a request."""
+    given = headers.get(_DEADLINE_NAME)
+    if given is None:
         return Deadline.after(timeout_s)
+    raw = given.decode("latin-1")
     try:
         remaining_s = float(raw)
     except ValueError:

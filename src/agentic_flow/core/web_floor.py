@@ -10,8 +10,8 @@ import random
 import re
 import reprlib
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import orjson
@@ -39,29 +39,36 @@ from agentic_flow.core.errors import (
     Unavailable,
     as_problem,
 )
+from agentic_flow.core.http_server import EXTENSION, AsgiExchange, Exchange
 from agentic_flow.core.request_rate import RequestRate
 from agentic_flow.core.settings import Settings
 from agentic_flow.core.telemetry import is_secret_name, traces, writes_info
 
 ErrorShape = Callable[[AgenticFlowError], dict[str, Any]]
 
+RawHeaderMap = Mapping[bytes, bytes]
+"""Headers by their names in lower case."""
+
 Endpoint = Callable[[Request], Awaitable[Response]]
-ExactRoutes = Mapping[tuple[str, str], tuple[Route, Endpoint]]
-"""Path and method → the route that answers there, and what it calls."""
+ExactRoutes = Mapping[tuple[str, str], tuple[Route, Endpoint | None]]
+"""Path and method → the route that answers there, and what it calls; None: the route's own ASGI app."""
 
 REQUEST_ID_HEADER = "x-request-id"
+_REQUEST_ID_NAME = REQUEST_ID_HEADER.encode()
 CREDENTIAL_HINT = "send a key or token as `Authorization: Bearer …`; see `agentic-flow keys create`"
 # Probes and scrapers carry no credential and must be answered under load.
 ALWAYS_OPEN = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
 
 STALL_TIMEOUT_S = 30.0
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _TENANTS_MAX = 10_000
 _ERRORS_SHOWN_MAX = 20
 _CLIENT_CLOSED_REQUEST = 499
 _NO_PARENT = otel.Context()
+_NOTHING: Mapping[str, Any] = {}
+_CREDENTIAL_NAMES = (b"authorization", b"x-api-key")
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger("agentic_flow.web")
 _tracer = trace.get_tracer("agentic_flow.web")
@@ -110,7 +117,7 @@ class Floor:
         self._http_error = http_error
         self._requests_per_minute = settings.serve.requests_per_minute
         self._rate = RequestRate(self._requests_per_minute, names_max=_TENANTS_MAX)
-        self._trace_headers = frozenset(propagate.get_global_textmap().fields)
+        self._trace_headers = frozenset(name.encode() for name in propagate.get_global_textmap().fields)
         self._duration = Histogram(
             "agentic_flow_http_request_duration_seconds",
             "Time from the first byte of a request to the last of its answer.",
@@ -128,18 +135,20 @@ class Floor:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = _headers(scope)
+        headers: RawHeaderMap = dict(reversed(scope["headers"]))  # the first of each
         method = scope["method"] if scope["method"] in _METHODS else "OTHER"
-        answer = _Answer(send, _request_id(headers))
+        exchange = scope.get("extensions", _NOTHING).get(EXTENSION) or AsgiExchange(receive, send)
+        answer = OutgoingAnswer(exchange, send, _request_id(headers))
         state = scope.setdefault("state", {})
         state["request_id"], state["principal"] = answer.request_id, None
+        state["headers"], state["answer"] = headers, answer
         started_s = time.perf_counter()
         bound = bind_contextvars(request_id=answer.request_id)
         traced = not self._trace_headers.isdisjoint(headers)
         span = (
             _tracer.start_span(
                 method,
-                context=propagate.extract(headers) if traced else _NO_PARENT,
+                context=propagate.extract(_texts(headers)) if traced else _NO_PARENT,
                 kind=trace.SpanKind.SERVER,
             )
             if traced or traces()
@@ -157,18 +166,23 @@ class Floor:
             reset_contextvars(**bound)
 
     async def _answer(
-        self, scope: Scope, headers: Mapping[str, str], receive: Receive, answer: _Answer
+        self, scope: Scope, headers: RawHeaderMap, receive: Receive, answer: OutgoingAnswer
     ) -> None:
         try:
             await self._admit(scope, headers)
             body = scope["state"]["body"] = IncomingBody(
-                receive, headers.get("content-length", ""), self._body_max_bytes, self._stall_timeout_s
+                receive, answer, headers.get(b"content-length"), self._body_max_bytes, self._stall_timeout_s
             )
             found = self._exact.get((scope["path"], scope["method"]))
             if found is None:
                 await self._app(scope, body.receive, answer.send)
+                return
+            route, endpoint = found
+            scope["route"], scope["path_params"] = route, {}
+            if endpoint is None:
+                await route.app(scope, body.receive, answer.send)
             else:
-                await self._answer_exactly(found, scope, body.receive, answer.send)
+                await self._answer_exactly(endpoint, scope, body.receive, answer.send)
         except AgenticFlowError as error:
             await self._refuse(scope, answer, error)
         except ValidationError as error:
@@ -185,11 +199,8 @@ class Floor:
             _log.exception("request_failed", service=self._service, path=scope["path"])
             await self._refuse(scope, answer, unexpected())
 
-    async def _answer_exactly(
-        self, found: tuple[Route, Endpoint], scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        scope["route"], endpoint = found
-        scope["endpoint"], scope["path_params"] = endpoint, {}
+    async def _answer_exactly(self, endpoint: Endpoint, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["endpoint"] = endpoint
         request = Request(scope, receive, send)
         try:
             response = await endpoint(request)
@@ -197,13 +208,18 @@ class Floor:
             response = self._http_error(request, error)
         await response(scope, receive, send)
 
-    async def _admit(self, scope: Scope, headers: Mapping[str, str]) -> None:
+    async def _admit(self, scope: Scope, headers: RawHeaderMap) -> None:
         if not self._auth_required:
-            check_origin(headers.get("host"), headers.get("origin"), scope["scheme"])
+            host, origin = headers.get(b"host"), headers.get(b"origin")
+            check_origin(
+                None if host is None else host.decode("latin-1"),
+                None if origin is None else origin.decode("latin-1"),
+                scope["scheme"],
+            )
         path: str = scope["path"]
         if path in ALWAYS_OPEN:
             return
-        credential = credential_of(headers)
+        credential = credential_of(_texts(headers, _CREDENTIAL_NAMES))
         principal: Principal | None = None
         if credential is not None:
             principal = await self._authenticator.authenticate(credential)
@@ -224,7 +240,7 @@ class Floor:
                 retry_after_s=round(wait_s, 3),
             )
 
-    async def _refuse(self, scope: Scope, answer: _Answer, error: AgenticFlowError) -> None:
+    async def _refuse(self, scope: Scope, answer: OutgoingAnswer, error: AgenticFlowError) -> None:
         answer.error_code = error.code
         if answer.status is not None:
             # Half an answer is out. Ending here makes the server cut the connection, which a client notices.
@@ -260,7 +276,7 @@ class Floor:
         )
 
     def _record(
-        self, scope: Scope, method: str, answer: _Answer, duration_s: float, span: trace.Span
+        self, scope: Scope, method: str, answer: OutgoingAnswer, duration_s: float, span: trace.Span
     ) -> None:
         route = str(getattr(scope.get("route"), "path", "unmatched"))
         status = answer.status or _CLIENT_CLOSED_REQUEST
@@ -300,6 +316,23 @@ class Floor:
         )
 
 
+class DirectRoute(Route):
+    """A route whose app is ASGI's, called without Starlette's requests and responses in between, which cost a
+    busy route more than all that it does.
+
+    The app finds in `scope["state"]`: `headers`, the first of each by its name in lower case, as bytes;
+    `principal`; `request_id`; `body`, an IncomingBody; `answer`, an OutgoingAnswer.
+
+    Args:
+        path: Exact.
+        app: An object that is called as ASGI has it (a bare function would be taken for an endpoint).
+        methods: That it answers to.
+    """
+
+    def __init__(self, path: str, app: ASGIApp, *, methods: Sequence[str]) -> None:
+        super().__init__(path, cast(Any, app), methods=list(methods))
+
+
 class IncomingBody:
     """The way in: counts what arrives, for a length may be missing or a lie, and ends a body that stalls.
 
@@ -309,6 +342,7 @@ class IncomingBody:
 
     __slots__ = (
         "_announced",
+        "_answer",
         "_complete",
         "_receive",
         "_size_bytes",
@@ -317,14 +351,43 @@ class IncomingBody:
         "whole_is_bounded",
     )
 
-    def __init__(self, receive: Receive, announced: str, max_bytes: int, stall_s: float) -> None:
+    def __init__(
+        self,
+        receive: Receive,
+        answer: OutgoingAnswer,
+        announced: bytes | None,
+        max_bytes: int,
+        stall_s: float,
+    ) -> None:
         self._receive = receive
-        self._announced = int(announced) if announced.isdecimal() else 0
+        self._answer = answer
+        self._announced = int(announced) if announced is not None and announced.isdigit() else 0
         self._stall_s = stall_s
         self._size_bytes = 0
         self._complete = False
         self.max_bytes = max_bytes
         self.whole_is_bounded = True
+
+    async def whole(self) -> bytes:
+        """All of it.
+
+        Raises:
+            TooLarge, DeadlineExceeded: as `receive`.
+            ClientDisconnect: the client left before its end.
+        """
+        self._check(self._announced)
+        body = self._answer.whole_body()
+        if body is not None:
+            self._check(len(body))
+            self._complete = True
+            return body
+        pieces: list[bytes] = []
+        while not self._complete:
+            message = await self.receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            pieces.append(message.get("body", b""))
+        return b"".join(pieces)
 
     async def receive(self) -> Message:
         """As ASGI has it.
@@ -359,37 +422,66 @@ class IncomingBody:
             )
 
 
-class _Answer:
-    """The way out: remembers what was sent and puts the request id on it."""
+class OutgoingAnswer:
+    """The way out: remembers what was sent and puts the request id on it.
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    `put`, `drained`, `on_gone` and `whole_body` are those of the server's `Exchange`.
+    """
+
+    __slots__ = (
+        "_exchange", "_send", "drained", "error_code", "on_gone", "put", "request_id", "status", "whole_body"
+    )  # fmt: skip
+
+    def __init__(self, exchange: Exchange, send: Send, request_id: str) -> None:
+        self._exchange = exchange
         self._send = send
+        self.put = exchange.put
+        self.drained = exchange.drained
+        self.on_gone = exchange.on_gone
+        self.whole_body = exchange.whole_body
         self.request_id = request_id
         self.status: int | None = None
         self.error_code: str | None = None
 
+    def begin(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        """See `Exchange`. The request id is added to the headers."""
+        self.status = status
+        headers.append((_REQUEST_ID_NAME, self.request_id.encode()))
+        self._exchange.begin(status, headers)
+
+    async def give(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+        """A whole answer. Its length is added to the headers."""
+        # Who asks many times and takes nothing must not fill the memory with answers.
+        await self.drained()
+        headers.append((b"content-length", b"%d" % len(body)))
+        self.begin(status, headers)
+        if not self.put(body, more=False):
+            await self.drained()
+
     async def send(self, message: Message) -> None:
+        """As ASGI has it."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            extra = (REQUEST_ID_HEADER.encode(), self.request_id.encode())
+            extra = (_REQUEST_ID_NAME, self.request_id.encode())
             message = {**message, "headers": [*message.get("headers", ()), extra]}
         await self._send(message)
 
 
 def exact_routes(routes: Sequence[BaseRoute]) -> ExactRoutes:
     """Those of the routes that answer at one path, unless an earlier one would take the request from them."""
-    found: dict[tuple[str, str], tuple[Route, Endpoint]] = {}
+    found: dict[tuple[str, str], tuple[Route, Endpoint | None]] = {}
     for number, route in enumerate(routes):
         if (
             not isinstance(route, Route)
             or "{" in route.path
-            or not inspect.iscoroutinefunction(route.endpoint)
+            or not (isinstance(route, DirectRoute) or inspect.iscoroutinefunction(route.endpoint))
         ):
             continue
+        endpoint = None if isinstance(route, DirectRoute) else route.endpoint
         for method in route.methods or ():
             scope: Scope = {"type": "http", "path": route.path, "method": method, "root_path": ""}
             if all(earlier.matches(scope)[0] is not Match.FULL for earlier in routes[:number]):
-                found[route.path, method] = (route, route.endpoint)
+                found[route.path, method] = (route, endpoint)
     return found
 
 
@@ -475,17 +567,16 @@ def unexpected() -> AgenticFlowError:
     )
 
 
-def _headers(scope: Scope) -> dict[str, str]:
-    """The headers of a request by lower-case name, the first of each: a dictionary, for it is asked often."""
-    found: dict[str, str] = {}
-    for name, value in scope["headers"]:
-        found.setdefault(name.decode("latin-1"), value.decode("latin-1"))
-    return found
+def _texts(headers: RawHeaderMap, names: Iterable[bytes] | None = None) -> dict[str, str]:
+    """Headers as texts: all, or those of these names that are there."""
+    if names is None:
+        names = headers
+    return {name.decode("latin-1"): headers[name].decode("latin-1") for name in names if name in headers}
 
 
-def _request_id(headers: Mapping[str, str]) -> str:
-    given = headers.get(REQUEST_ID_HEADER)
+def _request_id(headers: RawHeaderMap) -> str:
+    given = headers.get(_REQUEST_ID_NAME)
     if given is not None and _REQUEST_ID.fullmatch(given):
-        return given
+        return given.decode("ascii")
     # Unique is enough, for nothing is decided by it: no system call for randomness that nobody can guess.
     return f"{random.getrandbits(128):032x}"

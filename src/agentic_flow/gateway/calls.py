@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import structlog
 from opentelemetry import trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+from pydantic import BaseModel
 
 from agentic_flow.core.clock import Clock
 from agentic_flow.core.errors import AgenticFlowError
@@ -25,6 +27,9 @@ Books = Callable[[UsageRecord], None]
 """Takes the record of a call that has ended: the usage ledger and the metrics."""
 
 NOTHING = Usage()
+
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
+_set = object.__setattr__
 
 
 class CallRecord:
@@ -182,6 +187,20 @@ class CallRecord:
                 streamed=question.stream,
             )
         )
+
+
+def changed(model: AnyModel, **fields: Any) -> AnyModel:
+    """`model.model_copy(update=fields)` of a model without private attributes, at a third of its cost.
+
+    Args:
+        fields: Values that are right: nothing is checked.
+    """
+    copied = model.__class__.__new__(model.__class__)
+    _set(copied, "__dict__", {**model.__dict__, **fields})
+    _set(copied, "__pydantic_fields_set__", model.model_fields_set | fields.keys())
+    _set(copied, "__pydantic_extra__", None)
+    _set(copied, "__pydantic_private__", None)
+    return copied
 
 
 def nano_usd(usd: float) -> int:

@@ -6,8 +6,10 @@ try. Every other failure ends the try; the gateway decides whether to repeat it 
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
+from typing import Any
 
 import structlog
 
@@ -117,8 +119,7 @@ class Exchanges:
         self._health = health
         self._transport = transport
 
-    @asynccontextmanager
-    async def open(
+    def open(
         self,
         method: str,
         path: str,
@@ -130,7 +131,7 @@ class Exchanges:
         deadline: Deadline,
         streamed: bool,
         aside: bool = False,
-    ) -> AsyncGenerator[Exchange]:
+    ) -> AbstractAsyncContextManager[Exchange]:
         """Ask, and give the answer when its status is 200. What happens to it in the block counts.
 
         Args:
@@ -147,6 +148,24 @@ class Exchanges:
             ProviderError, UnknownModel, DeadlineExceeded: as `Provider.complete`.
             CircuitOpen: no key may be used now.
         """
+        return _Opened(
+            self._asked(method, path, model, headers, refusal, body, deadline, streamed=streamed, aside=aside)
+        )
+
+    async def _asked(
+        self,
+        method: str,
+        path: str,
+        model: str,
+        headers: Headers,
+        refusal: Refusal,
+        body: bytes | None,
+        deadline: Deadline,
+        *,
+        streamed: bool,
+        aside: bool,
+    ) -> Exchange:
+        """The exchange whose answer's status is 200, still to be finished and closed."""
         passing: list[str] = []
         forbidden: list[Lease] = []
         # An answer that is not streamed is silent while the model writes.
@@ -169,14 +188,12 @@ class Exchanges:
                     deadline=deadline,
                     patience_s=patience_s,
                 )
+                if answer.status == 200:
+                    exchange.answered(answer)
+                    for earlier in forbidden:
+                        earlier.confirm_forbidden()
+                    return exchange
                 try:
-                    if answer.status == 200:
-                        exchange.answered(answer)
-                        for earlier in forbidden:
-                            earlier.confirm_forbidden()
-                        yield exchange
-                        exchange.finished()
-                        return
                     error = await refusal(answer, lease.value)
                 finally:
                     answer.close()
@@ -225,6 +242,33 @@ class Exchanges:
             status=status,
         )
         return other
+
+
+class _Opened:
+    """What `async with exchanges.open(…)` works on. A generator for it costs more than all it does."""
+
+    __slots__ = ("_asked", "_exchange")
+
+    def __init__(self, asked: Coroutine[Any, Any, Exchange]) -> None:
+        self._asked = asked
+        self._exchange: Exchange | None = None
+
+    async def __aenter__(self) -> Exchange:
+        self._exchange = exchange = await self._asked
+        return exchange
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        exchange = self._exchange
+        assert exchange is not None, "entered before it is left"
+        try:
+            if error is None:
+                exchange.finished()
+            else:
+                exchange.broke(error)
+        finally:
+            exchange.answer.close()
 
 
 def _report(lease: Lease, status: int, error: AgenticFlowError) -> None:

@@ -18,6 +18,7 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 from types import TracebackType
 from typing import Any, Literal
 
@@ -123,7 +124,7 @@ class Admission:
         """
         if not self._charges:
             return {}
-        return _headers([charge[0] for charge in self._charges], wire, self._clock)
+        return _headers((charge[0] for charge in self._charges), wire, self._clock)
 
 
 class RateLimits:
@@ -313,26 +314,35 @@ def _headers(shares: Iterable[_Bucket], wire: str, clock: Clock) -> dict[str, st
         limit = bucket.limit
         used = max(0, bucket.full_at - now_us * limit)
         left = max(0, (limit * _UNIT - used) // _UNIT)
-        known = tightest.get(bucket.counted)
-        if known is None or (left, limit) < known:
-            tightest[bucket.counted] = (left, limit, used / limit / _US_PER_S)
+        counted = bucket.counted
+        known = tightest.get(counted)
+        if known is None or left < known[0] or (left == known[0] and limit < known[1]):
+            tightest[counted] = (left, limit, used / limit / _US_PER_S)
     shown: dict[str, str] = {}
     for counted, (left, limit, reset_s) in tightest.items():
-        if wire == "anthropic":
-            start = f"anthropic-ratelimit-{counted}-"
-            shown[start + "limit"] = str(limit)
-            shown[start + "remaining"] = str(left)
-            shown[start + "reset"] = _rfc3339(clock.time_s() + reset_s)
-        else:
-            shown["x-ratelimit-limit-" + counted] = str(limit)
-            shown["x-ratelimit-remaining-" + counted] = str(left)
-            shown["x-ratelimit-reset-" + counted] = duration_text(reset_s)
+        names = _HEADER_NAMES[wire == "anthropic", counted]
+        shown[names[0]] = str(limit)
+        shown[names[1]] = str(left)
+        shown[names[2]] = (
+            _rfc3339(math.ceil(clock.time_s() + reset_s)) if wire == "anthropic" else duration_text(reset_s)
+        )
     return shown
 
 
-def _rfc3339(at_s: float) -> str:
-    """Rounded up to the second, as the vendor gives it."""
-    return datetime.fromtimestamp(math.ceil(at_s), UTC).isoformat().replace("+00:00", "Z")
+_HEADER_NAMES: dict[tuple[bool, Counted], tuple[str, ...]] = {
+    (vendor == "anthropic", counted): tuple(pattern.format(counted, part) for part in parts)
+    for vendor, pattern, parts in (
+        ("anthropic", "anthropic-ratelimit-{0}-{1}", ("limit", "remaining", "reset")),
+        ("openai", "x-ratelimit-{1}-{0}", ("limit", "remaining", "reset")),
+    )
+    for counted in ("requests", "tokens")
+}
+
+
+@lru_cache(maxsize=256)
+def _rfc3339(at_s: int) -> str:
+    """In whole seconds, as the vendor gives it."""
+    return datetime.fromtimestamp(at_s, UTC).isoformat().replace("+00:00", "Z")
 
 
 def duration_text(duration_s: float) -> str:

@@ -12,9 +12,9 @@ Source of the OpenTelemetry names and buckets: semantic conventions for generati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import structlog
 from opentelemetry import metrics as otel
@@ -32,6 +32,7 @@ OTHER, NONE = "other", "none"
 MODELS_MAX = 64
 """Models, over all providers, with series of their own."""
 _BOUND_MAX = 4096
+_UNSHOWN_MAX = 256
 BREAKERS_MAX, BUDGETS_MAX = 256, 256
 """Most series of each; circuits that are not closed and budgets with the least left come first."""
 NANO = 1_000_000_000
@@ -83,24 +84,65 @@ class LedgerView(Protocol):
 
 
 class _Bound:
-    """The series of one combination of labels, looked up once."""
+    """The series of one combination of labels, looked up once, and what they do not show yet.
+
+    A series of the client library takes a lock and two microseconds for each value; a sum here takes next to
+    none, and is carried over when somebody looks, or `_UNSHOWN_MAX` calls have come.
+    """
 
     __slots__ = (
-        "cache_hit", "call", "cost", "duration", "first_token", "otel", "otel_input", "otel_output",
-        "retries", "tokens", "unpriced",
+        "cache_hits", "calls", "cost_nano", "durations_s", "first_tokens_s", "otel", "otel_input",
+        "otel_output", "retries", "series", "tokens", "unpriced",
     )  # fmt: skip
 
-    call: Callable[[], None]
+    def __init__(self, series: _Series, otel_labels: dict[str, str], error: str | None) -> None:
+        self.series = series
+        self.otel = otel_labels if error is None else {**otel_labels, "error.type": error}
+        self.otel_input = {**otel_labels, "gen_ai.token.type": "input"}
+        self.otel_output = {**otel_labels, "gen_ai.token.type": "output"}
+        self._empty()
+
+    def _empty(self) -> None:
+        self.calls = self.cost_nano = self.unpriced = self.cache_hits = self.retries = 0
+        self.durations_s: list[float] = []
+        self.first_tokens_s: list[float] = []
+        self.tokens = [0, 0, 0, 0, 0]
+
+    def show(self) -> None:
+        """Carry over what the series do not show yet."""
+        if not self.calls:
+            return
+        series = self.series
+        series.calls(self.calls)
+        for duration_s in self.durations_s:
+            series.duration(duration_s)
+        for first_token_s in self.first_tokens_s:
+            series.first_token(first_token_s)
+        for count, tokens in zip(series.tokens, self.tokens, strict=True):
+            if tokens:
+                count(tokens)
+        for add, amount in (
+            (series.cost, self.cost_nano / NANO),
+            (series.unpriced, self.unpriced),
+            (series.cache_hits, self.cache_hits),
+            (series.retries, self.retries),
+        ):
+            if amount:
+                add(amount)
+        self._empty()
+
+
+class _Series(NamedTuple):
+    """What counts in the series of one combination of labels."""
+
+    calls: Callable[[float], None]
     duration: Callable[[float], None]
     first_token: Callable[[float], None]
-    tokens: Sequence[Callable[[float], None]]
+    tokens: tuple[Callable[[float], None], ...]
     cost: Callable[[float], None]
-    unpriced: Callable[[], None]
-    cache_hit: Callable[[], None]
+    unpriced: Callable[[float], None]
+    cache_hits: Callable[[float], None]
     retries: Callable[[float], None]
-    otel: dict[str, str]
-    otel_input: dict[str, str]
-    otel_output: dict[str, str]
 
 
 _TOKEN_KINDS = ("input", "output", "cache_read", "cache_write", "reasoning")
@@ -117,6 +159,8 @@ class GatewayMetrics:
         self.registry = CollectorRegistry() if registry is None else registry
         self._models: set[tuple[str, str]] = set()
         self._bound: dict[tuple[str, str, str, str], _Bound] = {}
+        # The first collector that a look at the registry asks: those after it then have everything.
+        self.registry.register(_Unshown(self._bound))
         self._make_series()
         self._make_otel()
         self._live = _LiveCollector()
@@ -177,24 +221,31 @@ class GatewayMetrics:
         bound = self._bound.get((record.provider, record.model, record.wire, record.status))
         if bound is None:
             bound = self._bind(record)
-        bound.call()
-        bound.duration(record.latency_s)
+        bound.calls += 1
+        bound.durations_s.append(record.latency_s)
         first_token_s = record.first_token_s
         answered = record.status == "ok"
         if answered and first_token_s is not None:
-            bound.first_token(first_token_s)
-        for count, tokens in zip(bound.tokens, record[10:15], strict=True):
-            if tokens:
-                count(tokens)
+            bound.first_tokens_s.append(first_token_s)
+        tokens = bound.tokens
+        tokens[0] += record.input_tokens
+        tokens[1] += record.output_tokens
+        if record.cache_read_tokens or record.cache_write_tokens or record.reasoning_tokens:
+            tokens[2] += record.cache_read_tokens
+            tokens[3] += record.cache_write_tokens
+            tokens[4] += record.reasoning_tokens
         if record.cost_nano_usd is None:
-            bound.unpriced()
-        elif record.cost_nano_usd:
-            bound.cost(record.cost_nano_usd / NANO)
+            bound.unpriced += 1
+        else:
+            bound.cost_nano += record.cost_nano_usd
         if record.tries > 1:
-            bound.retries(record.tries - 1)
+            bound.retries += record.tries - 1
         if record.cached:
-            # No provider was asked, so nothing of the client metrics below happened.
-            bound.cache_hit()
+            bound.cache_hits += 1
+        if bound.calls >= _UNSHOWN_MAX:
+            bound.show()
+        if record.cached:
+            # Of a cached answer no provider was asked, so nothing of the client metrics below happened.
             return
         self._otel_duration.record(record.latency_s, bound.otel)
         if answered:
@@ -222,6 +273,8 @@ class GatewayMetrics:
                 return known
         bound = self._series(provider, model, wire, status)
         if len(self._bound) >= _BOUND_MAX:
+            for known in self._bound.values():
+                known.show()
             self._bound.clear()  # they are looked up again; the series themselves stay
         if own:
             self._bound[record.provider, record.model, record.wire, record.status] = bound
@@ -239,26 +292,23 @@ class GatewayMetrics:
         return True
 
     def _series(self, provider: str, model: str, wire: str, status: str) -> _Bound:
-        bound = _Bound()
         kind = status_class(status)
-        bound.call = self._calls.labels(provider, model, wire, kind).inc
-        bound.duration = self._duration.labels(provider, model, kind).observe
-        bound.first_token = self._first_token.labels(provider, model).observe
-        bound.tokens = tuple(self._tokens.labels(provider, model, token).inc for token in _TOKEN_KINDS)
-        bound.cost = self._cost.labels(provider, model).inc
-        bound.unpriced = self._unpriced.labels(provider, model).inc
-        bound.cache_hit = self._cache_hits.labels(provider, model).inc
-        bound.retries = self._retries.labels(provider, model).inc
-        bound.otel = {
+        series = _Series(
+            calls=self._calls.labels(provider, model, wire, kind).inc,
+            duration=self._duration.labels(provider, model, kind).observe,
+            first_token=self._first_token.labels(provider, model).observe,
+            tokens=tuple(self._tokens.labels(provider, model, token).inc for token in _TOKEN_KINDS),
+            cost=self._cost.labels(provider, model).inc,
+            unpriced=self._unpriced.labels(provider, model).inc,
+            cache_hits=self._cache_hits.labels(provider, model).inc,
+            retries=self._retries.labels(provider, model).inc,
+        )
+        labels = {
             "gen_ai.operation.name": "embeddings" if "embeddings" in wire else "chat",
             "gen_ai.provider.name": provider,
             "gen_ai.request.model": model,
         }
-        bound.otel_input = {**bound.otel, "gen_ai.token.type": "input"}
-        bound.otel_output = {**bound.otel, "gen_ai.token.type": "output"}
-        if status != "ok":
-            bound.otel = {**bound.otel, "error.type": status}
-        return bound
+        return _Bound(series, labels, None if status == "ok" else status)
 
     # Gauges, asked when somebody looks
 
@@ -277,6 +327,18 @@ class GatewayMetrics:
     def set_ledger(self, ledger: LedgerView) -> None:
         """Show what the usage ledger lost, and what it has not written yet."""
         self._live.sources["ledger"] = lambda: _ledger(ledger)
+
+
+class _Unshown(Collector):
+    """No metrics of its own: what was counted since the last look is carried over to its series."""
+
+    def __init__(self, bound: dict[tuple[str, str, str, str], _Bound]) -> None:
+        self._bound = bound
+
+    def collect(self) -> Iterator[Metric]:
+        for bound in list(self._bound.values()):
+            bound.show()
+        return iter(())
 
 
 class _LiveCollector(Collector):

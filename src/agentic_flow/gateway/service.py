@@ -50,6 +50,8 @@ MODELS_CACHED_S = 300.0
 MODELS_TIMEOUT_S = 10.0
 MODELS_RETRIED_S = 15.0
 """A provider that could not list its models is not asked again for so long."""
+PLACES_MAX = 1024
+"""Destinations remembered: what a provider speaks stays, and names of models come again."""
 
 
 class PolicySource(Protocol):
@@ -126,6 +128,7 @@ class Gateway:
         self._retries = RetryPolicy(settings.attempts, settings.backoff_s, clock)
         self._listed: dict[str, tuple[float, list[ModelInfo]]] = {}
         self._unlisted: dict[str, float] = {}
+        self._places: dict[tuple[str, str], Destination] = {}
         self._stores = stores
         self._metrics = metrics
         self._policies: PolicySource = (
@@ -473,9 +476,17 @@ class Gateway:
         """Where a candidate is asked, under the provider's own id of the model."""
         provider = self._providers[candidate.provider]
         model = candidate.model or provider.default_model or await self._first_listed(provider, deadline)
-        if not isinstance(provider, HttpProvider):
-            return Destination(candidate.provider, model, None)
-        return Destination(candidate.provider, model, provider.wire_name, provider.passes)
+        known = self._places.get((candidate.provider, model))
+        if known is None:
+            if len(self._places) >= PLACES_MAX:
+                self._places.clear()
+            known = (
+                Destination(candidate.provider, model, provider.wire_name, provider.passes)
+                if isinstance(provider, HttpProvider)
+                else Destination(candidate.provider, model, None)
+            )
+            self._places[candidate.provider, model] = known
+        return known
 
     async def _first_listed(self, provider: Provider, deadline: Deadline) -> str:
         known = self._listed.get(provider.name)

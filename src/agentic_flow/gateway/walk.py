@@ -46,10 +46,10 @@ from agentic_flow.core.messages import (
 from agentic_flow.gateway.budgets.service import Budgets, Reservation
 from agentic_flow.gateway.cache import Cached, ResponseCache, SemanticIndex, cache_key, cacheable
 from agentic_flow.gateway.cache import Question as Meaning
-from agentic_flow.gateway.calls import NOTHING, Books, CallRecord, nano_usd
+from agentic_flow.gateway.calls import NOTHING, Books, CallRecord, changed, nano_usd
 from agentic_flow.gateway.checkers import Checker
 from agentic_flow.gateway.escalation import Escalated, escalate
-from agentic_flow.gateway.guardrails import CompiledGuardrails, GuardedAnswer, GuardedRequest
+from agentic_flow.gateway.guardrails import CompiledGuardrails, GuardedAnswer, GuardedRequest, Guardrails
 from agentic_flow.gateway.limits import Admission, Door, RateLimits
 from agentic_flow.gateway.policies import Caller, Escalation, GatewayPolicies
 from agentic_flow.gateway.prices import ModelRates
@@ -67,6 +67,7 @@ _log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 NO_POLICIES = GatewayPolicies()
+_NO_GUARDRAILS = Guardrails().compile(())
 
 _OUR_COMPLETION = "application/vnd.agentic-flow.completion+json"
 
@@ -186,7 +187,7 @@ class Walk:
         self._admission: Admission | None = None
         self._cache_key: bytes | None = None
         self._meaning: Meaning | None = None
-        self._guardrails = house.guardrails(NO_POLICIES)
+        self._guardrails = _NO_GUARDRAILS
 
     @property
     def model(self) -> str:
@@ -280,7 +281,7 @@ class Walk:
             tokens_in=question.input_tokens(),
             tokens_out=question.output_tokens_max() or OUTPUT_TOKENS_EXPECTED,
             conversation=question.conversation,
-            prompt=question.prompt(),
+            prompt=question.prompt() if policies.routes else None,
             tenant=self._caller.tenant,
         )
         if policies.limits:
@@ -560,10 +561,9 @@ class Walk:
             rates = self._house.rates(at.provider, completion.model)
             if rates is None and completion.model != at.model:
                 rates = self._house.rates(at.provider, at.model)
-            usage = usage.model_copy(update={"cost_usd": None if rates is None else rates.cost_usd(usage)})
-        return completion.model_copy(
-            update={"usage": usage, "provider": at.provider, "latency_s": self._call.elapsed_s()}
-        )
+            if rates is not None:
+                usage = changed(usage, cost_usd=rates.cost_usd(usage))
+        return changed(completion, usage=usage, provider=at.provider, latency_s=self._call.elapsed_s())
 
     def _settled(
         self, completion: Completion, at: Destination, reservation: Reservation | None

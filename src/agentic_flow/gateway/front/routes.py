@@ -15,20 +15,19 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import orjson
 from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
-from agentic_flow.core.auth import Principal
-from agentic_flow.core.clock import Deadline
 from agentic_flow.core.errors import AgenticFlowError, InvalidInput, ProviderProtocol
 from agentic_flow.core.messages import Completion, CompletionRequest, JsonObject, StreamEvent
-from agentic_flow.core.web import deadline_of, json_response, require
+from agentic_flow.core.web import deadline_in, known_principal, to_json
+from agentic_flow.core.web_floor import DirectRoute, IncomingBody, OutgoingAnswer, RawHeaderMap
 from agentic_flow.gateway.front import (
     anthropic_messages,
     openai_chat,
@@ -38,7 +37,7 @@ from agentic_flow.gateway.front import (
 from agentic_flow.gateway.front.errors import FrontError
 from agentic_flow.gateway.front.fields import Fields, read_body
 from agentic_flow.gateway.front.format import Call
-from agentic_flow.gateway.front.streaming import ModelStream, unless_gone
+from agentic_flow.gateway.front.streaming import send_stream, unless_left
 from agentic_flow.gateway.questions import BodyQuestion, Destination, tokens_of
 from agentic_flow.gateway.service import Gateway
 from agentic_flow.gateway.walk import Walk
@@ -47,13 +46,18 @@ from agentic_flow.gateway.wire.passing import PassingRequest, rename_model
 
 SCOPE = "models:use"
 IDEMPOTENCY_HEADER = "idempotency-key"
+_IDEMPOTENCY_NAME = IDEMPOTENCY_HEADER.encode()
+_JSON_TYPE = (b"content-type", b"application/json")
 COUNT_HEADER = "x-agentic-flow-token-count"
 # The gateway's own setting is the limit that matters; this one bounds a caller who names none.
 TIMEOUT_MAX_S = 3600.0
 # What Anthropic's clients say about the API itself; everything else they send concerns this server.
-_PASSED_HEADERS = ("anthropic-version", "anthropic-beta")
+_PASSED_HEADERS = {name: name.encode() for name in ("anthropic-version", "anthropic-beta")}
 # Who asks within the caller's house, and what belongs together.
-_LABEL_HEADERS = {name: f"x-agentic-flow-{name}" for name in ("agent", "run", "conversation")}
+_LABEL_NAMES = tuple(
+    (f"x-agentic-flow-{label}".encode(), label) for label in ("agent", "run", "conversation")
+)
+_NAMED = re.compile(rb"\s*:\s*")
 _LABEL = re.compile(r"[A-Za-z0-9._:/@-]{1,128}")
 
 
@@ -135,49 +139,65 @@ MESSAGES = Front(
 def build_front_routes(gateway: Gateway) -> list[Route]:
     """The routes that the vendors' SDKs call; each demands the scope `models:use`."""
 
-    async def chat(request: Request) -> Response:
-        return await _answered(CHAT, _Exchange(gateway, CHAT, request).answer())
+    async def chat(exchange: _Exchange) -> None:
+        await exchange.answer()
 
-    async def responses(request: Request) -> Response:
-        return await _answered(RESPONSES, _Exchange(gateway, RESPONSES, request).answer())
-
-    async def messages(request: Request) -> Response:
-        return await _answered(MESSAGES, _Exchange(gateway, MESSAGES, request).answer())
-
-    async def count_tokens(request: Request) -> Response:
-        return await _answered(MESSAGES, _Exchange(gateway, MESSAGES, request).count())
+    async def count(exchange: _Exchange) -> None:
+        await exchange.count()
 
     return [
-        Route("/v1/chat/completions", chat, methods=["POST"]),
-        Route("/v1/responses", responses, methods=["POST"]),
-        Route("/v1/messages", messages, methods=["POST"]),
-        Route("/v1/messages/count_tokens", count_tokens, methods=["POST"]),
+        DirectRoute(path, _FrontApp(gateway, front, work), methods=["POST"])
+        for path, front, work in (
+            ("/v1/chat/completions", CHAT, chat),
+            ("/v1/responses", RESPONSES, chat),
+            ("/v1/messages", MESSAGES, chat),
+            ("/v1/messages/count_tokens", MESSAGES, count),
+        )
     ]
 
 
-async def _answered(front: Front, work: Coroutine[Any, Any, Response]) -> Response:
-    try:
-        return await work
-    except AgenticFlowError as error:
-        raise FrontError(error, front.wire) from error
+class _FrontApp:
+    """A front's path, as ASGI has it."""
+
+    def __init__(self, gateway: Gateway, front: Front, work: Callable[[_Exchange], Awaitable[None]]) -> None:
+        self._gateway = gateway
+        self._front = front
+        self._work = work
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._work(_Exchange(self._gateway, self._front, scope))
+        except AgenticFlowError as error:
+            raise FrontError(error, self._front.wire) from error
 
 
 class _VendorQuestion(BodyQuestion):
     """A request in the format of a front."""
 
-    def __init__(self, front: Front, request: Request, body: bytes, sent: JsonObject, asked: str) -> None:
-        given = request.headers
+    def __init__(
+        self, front: Front, given: RawHeaderMap, query: bytes, body: bytes, sent: JsonObject
+    ) -> None:
+        asked, stream = sent.get("model"), sent.get("stream")
+        if not (isinstance(asked, str) and asked):
+            asked = Fields(sent).demand("model")  # says what is wrong with it
+        if not (stream is None or isinstance(stream, bool)):
+            stream = Fields(sent).flag("stream")
+        labels = labels_in(given)
         super().__init__(
             body,
             sent,
             asked,
             wire=front.wire,
-            stream=Fields(sent).flag("stream") or False,
-            **labels_of(request),
+            stream=stream or False,
+            agent=labels.get("agent"),
+            run=labels.get("run"),
+            conversation=labels.get("conversation"),
         )
         self._front = front
-        self._headers = {name: given[name] for name in _PASSED_HEADERS if name in given}
-        self._query: str = request.scope["query_string"].decode("latin-1")
+        self._headers = {
+            name: given[raw].decode("latin-1") for name, raw in _PASSED_HEADERS.items() if raw in given
+        }
+        self._query = query.decode("latin-1")
         self._call: Call | None = None
 
     def call(self) -> Call:
@@ -217,7 +237,7 @@ class _VendorQuestion(BodyQuestion):
         return PassingRequest(
             path=f"{path}?{self._query}" if self._query else path,
             headers=self._headers,
-            body=self._body if self.asked == native else rename_model(self._body, native),
+            body=self._body if self.asked == native else renamed(self._body, self.asked, native),
             sent=self._sent,
             stream=self.stream,
         )
@@ -226,32 +246,39 @@ class _VendorQuestion(BodyQuestion):
 class _Exchange:
     """One request and its answer."""
 
-    def __init__(self, gateway: Gateway, front: Front, request: Request) -> None:
+    def __init__(self, gateway: Gateway, front: Front, scope: Scope) -> None:
+        state: dict[str, Any] = scope["state"]
         self._gateway = gateway
         self._front = front
-        self._request = request
-        self._principal: Principal = require(request, SCOPE)
-        self._deadline: Deadline = deadline_of(request, TIMEOUT_MAX_S)
-        self._id: str = request.state.request_id
+        self._given: RawHeaderMap = state["headers"]
+        self._query: bytes = scope["query_string"]
+        self._body: IncomingBody = state["body"]
+        self._answer: OutgoingAnswer = state["answer"]
+        self._id: str = state["request_id"]
+        self._principal = known_principal(state["principal"])
+        self._principal.demand(SCOPE)
+        self._deadline = deadline_in(self._given, TIMEOUT_MAX_S)
 
-    async def answer(self) -> Response:
+    async def answer(self) -> None:
         question = await self._question()
+        key = self._given.get(_IDEMPOTENCY_NAME)
         walk = self._gateway.walk(
             question,
             principal=self._principal,
             deadline=self._deadline,
-            idempotency_key=self._request.headers.get(IDEMPOTENCY_HEADER),
+            idempotency_key=None if key is None else key.decode("latin-1"),
             request_id=self._id,
         )
         if question.stream:
-            return await self._streamed(question, walk)
-        whole = await unless_gone(self._request, walk.whole())
+            await self._stream(question, walk)
+            return
+        whole = await unless_left(self._answer, walk.whole())
         body = whole.body
         if body is None:
             body = self._front.encode(whole.completion, self._id, question.call())
-        return self._json(body, **walk.headers)
+        await self._answer.give(200, [_JSON_TYPE, *self._headers(walk.headers)], body)
 
-    async def count(self) -> Response:
+    async def count(self) -> None:
         """The tokens of a request: counted by the provider, or estimated where it cannot be asked."""
         question = await self._question()
         destination = await self._gateway.destination(question.asked)
@@ -260,38 +287,46 @@ class _Exchange:
             work = self._gateway.pass_count(
                 destination, passing, principal=self._principal, deadline=self._deadline
             )
-            return self._json(await unless_gone(self._request, work), **{COUNT_HEADER: "exact"})
-        tokens = tokens_of(anthropic_messages.decode_messages(question.sent(), counting=True).request)
-        headers = {**self._headers(), COUNT_HEADER: "estimated"}
-        return json_response({"input_tokens": tokens}, headers=headers)
+            body, how = await unless_left(self._answer, work), "exact"
+        else:
+            tokens = tokens_of(anthropic_messages.decode_messages(question.sent(), counting=True).request)
+            body, how = to_json({"input_tokens": tokens}), "estimated"
+        await self._answer.give(200, [_JSON_TYPE, *self._headers({COUNT_HEADER: how})], body)
 
     async def _question(self) -> _VendorQuestion:
-        body = await self._request.body()
-        sent = read_body(body)
-        return _VendorQuestion(self._front, self._request, body, sent, Fields(sent).demand("model"))
+        body = await self._body.whole()
+        return _VendorQuestion(self._front, self._given, self._query, body, read_body(body))
 
-    def _headers(self) -> dict[str, str]:
-        # Anthropic's clients look for the request's id under this name; the floor adds the other one.
-        return {"request-id": self._id} if self._front.wire == "anthropic" else {}
+    def _headers(self, more: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+        """Headers of the answer."""
+        # Header lines are latin-1; a model may have any name.
+        found = [(name.encode(), value.encode("latin-1", "replace")) for name, value in more.items()]
+        if self._front.wire == "anthropic":
+            # Anthropic's clients look for the request's id under this name; the floor adds the other one.
+            found.append((b"request-id", self._id.encode()))
+        return found
 
-    def _json(self, body: bytes, **headers: str) -> Response:
-        return Response(body, media_type="application/json", headers={**self._headers(), **headers})
-
-    async def _streamed(self, question: _VendorQuestion, walk: Walk) -> Response:
+    async def _stream(self, question: _VendorQuestion, walk: Walk) -> None:
         """The answer, once its first event is there: until then a failure has a status of its own."""
-        source = _Encoded(self._front, question, walk, self._id)
-        chunks = source.chunks()
+        encoding = _Encoding(self._front, question, walk, self._id)
+        events = walk.stream()
         try:
-            first = await unless_gone(self._request, _first(chunks))
+            first = await unless_left(self._answer, _first(events, encoding.take))
         except BaseException:
-            await chunks.aclose()
+            await events.aclose()
             raise
-        headers = {**self._headers(), **walk.headers}
-        return ModelStream(first, chunks, last_words=source.last_words, headers=headers)
+        await send_stream(
+            self._answer,
+            first,
+            events,
+            encode=encoding.take,
+            last_words=encoding.last_words,
+            headers=self._headers(walk.headers),
+        )
 
 
-class _Encoded:
-    """A streamed answer in its caller's format: passed through, or encoded event by event."""
+class _Encoding:
+    """Puts a streamed answer into its caller's format: as it passed through, or event by event."""
 
     def __init__(self, front: Front, question: _VendorQuestion, walk: Walk, request_id: str) -> None:
         self._front = front
@@ -300,40 +335,62 @@ class _Encoded:
         self._id = request_id
         self._encoder: Encoder | None = None
 
-    async def chunks(self) -> AsyncGenerator[bytes]:
-        async with aclosing(self._walk.stream()) as events:
-            async for event in events:
-                if isinstance(event, bytes):
-                    yield event
-                    continue
-                if self._encoder is None:
-                    self._encoder = self._front.encoder(self._walk.model, self._id, self._question.call())
-                chunk = self._encoder.take(event)
-                if chunk:
-                    yield chunk
+    def take(self, event: bytes | StreamEvent) -> bytes:
+        """An event as bytes, none for one that the format does not show."""
+        if isinstance(event, bytes):
+            return event
+        if self._encoder is None:
+            self._encoder = self._front.encoder(self._walk.model, self._id, self._question.call())
+        return self._encoder.take(event)
 
     def last_words(self, error: AgenticFlowError) -> bytes:
         """How an error ends what was sent so far."""
         return self._front.last_words(error) if self._encoder is None else self._encoder.fail(error)
 
 
-def labels_of(request: Request) -> dict[str, str | None]:
-    """What a caller's headers say of agent, run and conversation.
+def renamed(body: bytes, asked: str, native: str) -> bytes:
+    """The body of a request for the model `asked`, naming `native`; every other byte as it was."""
+    if asked.isascii() and asked.isprintable() and body.count(b'"model"') == 1 and b"\\u00" not in body:
+        # A key can be written with escapes (`\u006d`), and a text can end so (`\"model"`). Where neither is,
+        # the one place that reads `"model"` is the key, if the name follows.
+        at = body.index(b'"model"')
+        start = at + len(b'"model"')
+        written = b'"%b"' % asked.encode()
+        found = _NAMED.match(body, start)
+        if found is not None and body.startswith(written, found.end()) and not body.endswith(b"\\", 0, at):
+            return body[: found.end()] + orjson.dumps(native) + body[found.end() + len(written) :]
+    return rename_model(body, native)
+
+
+def labels_of(request: Request) -> dict[str, str]:
+    """What a caller's headers say of agent, run and conversation; see `labels_in`."""
+    return labels_in(request.state.headers)
+
+
+def labels_in(headers: RawHeaderMap) -> dict[str, str]:
+    """What a caller's headers say of agent, run and conversation, where they say anything.
 
     Raises:
         InvalidInput: one is too long or has characters that no name has.
     """
-    found: dict[str, str | None] = {}
-    for label, header in _LABEL_HEADERS.items():
-        value = found[label] = request.headers.get(header)
-        if value is not None and not _LABEL.fullmatch(value):
+    found: dict[str, str] = {}
+    for name, label in _LABEL_NAMES:
+        raw = headers.get(name)
+        if raw is None:
+            continue
+        value = found[label] = raw.decode("latin-1")
+        if not _LABEL.fullmatch(value):
             raise InvalidInput(
-                f"the header {header} is {value[:140]!r}", hint="use 1 to 128 letters, digits and . _ : / @ -"
+                f"the header {name.decode()} is {value[:140]!r}",
+                hint="use 1 to 128 letters, digits and . _ : / @ -",
             )
     return found
 
 
-async def _first(source: AsyncGenerator[bytes]) -> bytes:
-    async for chunk in source:
-        return chunk
+async def _first(
+    events: AsyncGenerator[bytes | StreamEvent], encode: Callable[[bytes | StreamEvent], bytes]
+) -> bytes:
+    async for event in events:
+        if chunk := encode(event):
+            return chunk
     raise ProviderProtocol("the stream ended before it began", hint="the call can be repeated")

@@ -498,7 +498,7 @@ class OpenAIPassing(PassingReader):
 
     def take_event(self, sent: SseEvent) -> None:
         """See `PassingReader`."""
-        if sent.data.strip() == b"[DONE]":
+        if sent.data[:1] != b"{" and sent.data.strip() == b"[DONE]":
             if not self._finished:
                 raise ProviderProtocol(
                     f"the stream of {self.provider} ended without a finish_reason: the answer is incomplete",
@@ -510,6 +510,13 @@ class OpenAIPassing(PassingReader):
         if chunk.get("error"):
             self.error = _embedded_error(self.provider, chunk["error"])
             return
+        if self.model and chunk.get("usage") is None:
+            choices: Any = chunk.get("choices")
+            if choices.__class__ is list and len(choices) == 1:
+                choice: Any = choices[0]
+                if choice.__class__ is dict and choice.get("finish_reason") is None:
+                    self.count_written(choice.get("delta"))  # as nearly every event
+                    return
         self._take(chunk, "delta")
 
     def take_answer(self, answer: JsonObject) -> None:
@@ -553,6 +560,8 @@ def ask_usage(body: bytes, sent: JsonObject) -> bytes:
 
 def _only_usage(event: bytes) -> bool:
     """Whether an event is the chunk that `include_usage` adds: it has usage and no choice."""
+    if b'"usage"' not in event:
+        return False
     for sent in SseParser().feed(event):
         if b'"usage"' in sent.data:
             chunk = mapping(orjson.loads(sent.data))

@@ -128,8 +128,15 @@ class PassingReader(ABC):
 
     def count_written(self, value: object) -> None:
         """Note the text of a delta or a message, for an estimate."""
-        if self.usage is None:
-            self._written_chars += _text_chars(value)[0]
+        if self.usage is not None:
+            return
+        delta = cast(JsonObject, value) if isinstance(value, dict) else {}
+        if len(delta) == 1:
+            content = delta.get("content")
+            if isinstance(content, str) and not content.startswith("data:image/"):
+                self._written_chars += len(content)  # as nearly every delta
+                return
+        self._written_chars += _text_chars(cast(object, value))[0]
 
     def billed(self) -> tuple[Usage, bool]:
         """The usage, and whether it is an estimate by four characters a token."""

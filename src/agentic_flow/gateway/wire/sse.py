@@ -34,6 +34,31 @@ class SseParser:
         """The events completed by these bytes."""
         if not chunk:
             return []
+        if self._at_start and not self._partial and chunk[0] != _BOM[0]:
+            self._at_start = False
+        if self._between and chunk.endswith(b"\n\n") and b"\r" not in chunk:
+            # Whole events, as nearly always: most of them are one line each.
+            events: list[SseEvent] = []
+            for block in chunk[:-2].split(b"\n\n"):
+                if block.startswith(b"data: ") and b"\n" not in block:
+                    events.append(SseEvent("message", block[6:]))
+                elif block:
+                    events += self._feed(block + b"\n\n")
+            return events
+        return self._feed(chunk)
+
+    @property
+    def _between(self) -> bool:
+        """Whether nothing of an event has come yet."""
+        return not (
+            self._at_start
+            or self._after_cr
+            or self._event
+            or self._data
+            or (self._partial and self._partial != [b""])
+        )
+
+    def _feed(self, chunk: bytes) -> list[SseEvent]:
         if self._after_cr and chunk.startswith(b"\n"):
             chunk = chunk[1:]  # the second half of a CRLF that the network cut in two
         self._after_cr = chunk.endswith(b"\r")

@@ -1,0 +1,311 @@
+"""uvicorn's HTTP/1.1 protocol with less work for each request, and a way around ASGI where it costs most.
+
+What uvicorn does for a request is half parsing and half bookkeeping: a timer for each pause between requests,
+two regular expressions for each header, two writes, and so two system calls and two wakings of the client,
+for each answer. Here the head waits for the first of the body, one timer serves a connection for all of its
+life, and an app that knows `Exchange` can answer at once. Everything else is uvicorn's: parsing, pipelining,
+flow control, draining, TLS.
+
+Source: uvicorn 0.54, `uvicorn/protocols/http/httptools_impl.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import urllib.parse
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, cast
+
+import httptools
+from starlette.types import Message, Receive, Send
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+EXTENSION = "agentic_flow.exchange"
+"""Under this name the scope's `extensions` hold the `Exchange`."""
+
+RawHeaders = Iterable[tuple[bytes, bytes]]
+_PLAIN_PATH = frozenset(range(0x21, 0x7F)) - frozenset(b"%#")
+
+
+class Exchange(Protocol):
+    """A request and its answer, beside ASGI: what is there already is had without waiting for it."""
+
+    def whole_body(self) -> bytes | None:
+        """The request's body, if all of it is there; None: receive it by ASGI. Only before the first
+        `receive`."""
+        ...
+
+    def begin(self, status: int, headers: RawHeaders) -> None:
+        """The head of an answer. It is sent with what comes next, or by itself in the loop's next turn."""
+        ...
+
+    def put(self, data: bytes, *, more: bool) -> bool:
+        """A piece of the answer's body, after `begin`. False: more than enough waits to be sent; await
+        `drained` before the next one. What is put after the client has left goes nowhere."""
+        ...
+
+    async def drained(self) -> None:
+        """Wait until the client has taken enough of what was put."""
+        ...
+
+    def on_gone(self, told: Callable[[], None] | None) -> None:
+        """Call this once if the client leaves before its answer is complete; at once if it has left."""
+        ...
+
+
+class AsgiExchange:
+    """An `Exchange` over plain ASGI, for other servers and for clients in tests: what is put is sent by
+    `drained`.
+
+    Args:
+        receive, send: Of the request.
+    """
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive = receive
+        self._send = send
+        self._waiting: list[Message] = []
+        self._watching: asyncio.Task[None] | None = None
+
+    def whole_body(self) -> bytes | None:
+        """See `Exchange`."""
+        return None
+
+    def begin(self, status: int, headers: RawHeaders) -> None:
+        """See `Exchange`."""
+        self._waiting.append({"type": "http.response.start", "status": status, "headers": list(headers)})
+
+    def put(self, data: bytes, *, more: bool) -> bool:
+        """See `Exchange`."""
+        self._waiting.append({"type": "http.response.body", "body": data, "more_body": more})
+        return False
+
+    async def drained(self) -> None:
+        """See `Exchange`."""
+        while self._waiting:
+            await self._send(self._waiting.pop(0))
+
+    def on_gone(self, told: Callable[[], None] | None) -> None:
+        """See `Exchange`. The request's body must have been received."""
+        if self._watching is not None:
+            self._watching.cancel()
+            self._watching = None
+        if told is not None:
+            self._watching = asyncio.get_running_loop().create_task(self._watch(told))
+
+    async def _watch(self, told: Callable[[], None]) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        told()
+
+
+class _Cycle(RequestResponseCycle):
+    """uvicorn's request and answer, as an `Exchange` too."""
+
+    def __init__(self, **about: Any) -> None:
+        super().__init__(**about)
+        self._head: list[bytes] = []
+        self._told: Callable[[], None] | None = None
+
+    # Exchange
+
+    def whole_body(self) -> bytes | None:
+        """See `Exchange`."""
+        if self.more_body or self.disconnected:
+            return None
+        body = bytes(self.body)
+        self.body = bytearray()
+        self.message_event.clear()  # what `receive` waits for now is the end of the connection
+        self.flow.resume_reading()
+        return body
+
+    def begin(self, status: int, headers: RawHeaders) -> None:
+        """See `Exchange`."""
+        if self.response_started:
+            raise RuntimeError("an answer begins once")
+        self.response_started = True
+        self.waiting_for_100_continue = False
+        lines = [STATUS_LINE[status]]
+        for name, value in (*self.default_headers, *headers):
+            if name == b"content-length":
+                self.expected_content_length = int(value)
+                self.chunked_encoding = False
+            elif name == b"transfer-encoding":
+                self.chunked_encoding = value.lower() == b"chunked"
+            elif name == b"connection" and b"close" in value.lower():
+                self.keep_alive = False
+                continue
+            lines.append(name + b": " + value + b"\r\n")
+        if not self.keep_alive:
+            lines.append(b"connection: close\r\n")
+        if self.chunked_encoding is None and self.scope["method"] != "HEAD" and status not in (204, 304):
+            self.chunked_encoding = True
+            lines.append(b"transfer-encoding: chunked\r\n")
+        head = b"".join(lines)
+        if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines) or b"\0" in head:
+            raise RuntimeError("a header has a line break in it")
+        self._head = [head, b"\r\n"]
+
+    def put(self, data: bytes, *, more: bool) -> bool:
+        """See `Exchange`."""
+        if self.disconnected:
+            return True
+        pieces, self._head = self._head, []
+        if self.scope["method"] == "HEAD":
+            self.expected_content_length = 0
+        elif self.chunked_encoding:
+            if data:
+                pieces += (b"%x\r\n" % len(data), data, b"\r\n" if more else b"\r\n0\r\n\r\n")
+            elif not more:
+                pieces.append(b"0\r\n\r\n")
+        else:
+            self.expected_content_length -= len(data)
+            if self.expected_content_length < 0:
+                raise RuntimeError("the body is longer than its content-length")
+            pieces.append(data)
+        # One write is one system call, and one waking of the client.
+        self.transport.write(b"".join(pieces))
+        if not more:
+            self._complete()
+        return not self.flow.write_paused
+
+    async def drained(self) -> None:
+        """See `Exchange`."""
+        if self.flow.write_paused and not self.disconnected:
+            await self.flow.drain()
+
+    def on_gone(self, told: Callable[[], None] | None) -> None:
+        """See `Exchange`."""
+        self._told = told
+        if told is not None and self.disconnected:
+            self.gone()
+
+    def gone(self) -> None:
+        """The client has left."""
+        told, self._told = self._told, None
+        if told is not None:
+            told()
+
+    # ASGI
+
+    async def send(self, message: Any) -> None:
+        """As ASGI has it."""
+        if self.flow.write_paused and not self.disconnected:
+            await self.flow.drain()
+        if self.disconnected:
+            return
+        kind = message["type"]
+        if not self.response_started:
+            if kind != "http.response.start":
+                raise RuntimeError(f"an answer begins with its head, not with {kind!r}")
+            self.begin(message["status"], message.get("headers", ()))
+            asyncio.get_running_loop().call_soon(self._send_head)
+        elif self.response_complete or kind != "http.response.body":
+            raise RuntimeError(f"{kind!r} has no place here")
+        else:
+            self.put(message.get("body", b""), more=message.get("more_body", False))
+
+    def _send_head(self) -> None:
+        """Nothing came that it could be sent with."""
+        if self._head and not self.transport.is_closing():
+            self.transport.write(b"".join(self._head))
+        self._head = []
+
+    def _complete(self) -> None:
+        if self.expected_content_length != 0:
+            raise RuntimeError("the body is shorter than its content-length")
+        self.response_complete = True
+        self._told = None
+        self.message_event.set()
+        if not self.keep_alive:
+            self.transport.close()
+        self.on_response()
+
+
+class ServerProtocol(HttpToolsProtocol):
+    """One connection of a client."""
+
+    def __init__(self, *given: Any, **about: Any) -> None:
+        super().__init__(*given, **about)
+        self._idle_since_s: float | None = None
+        self._idle_timer: asyncio.TimerHandle | None = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See `asyncio.Protocol`."""
+        super().connection_lost(exc)
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
+        cycle = cast(_Cycle | None, self.cycle)
+        if cycle is not None and not cycle.response_complete:
+            cycle.gone()
+
+    def on_headers_complete(self) -> None:
+        """See `httptools.HttpRequestParser`."""
+        parser: Any = self.parser
+        app: Any = cast(Any, self).app
+        scope, url = self.scope, self.url
+        version = parser.get_http_version()
+        scope["method"] = parser.get_method().decode("ascii")
+        if version != "1.1":
+            scope["http_version"] = version
+        if url.startswith(b"/") and _PLAIN_PATH.issuperset(url):
+            raw_path, _, query = url.partition(b"?")
+            path = raw_path.decode("ascii")
+        else:
+            parsed = httptools.parse_url(url)
+            raw_path, query = parsed.path, parsed.query or b""
+            path = urllib.parse.unquote(raw_path.decode("ascii"))
+        scope["path"] = path
+        scope["raw_path"] = raw_path
+        scope["query_string"] = query
+        before = cast(_Cycle | None, self.cycle)
+        cycle = _Cycle(
+            scope=scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=self.access_log,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=self.expect_100_continue,
+            keep_alive=version != "1.0" and parser.should_keep_alive(),
+            on_response=self.on_response_complete,
+        )
+        scope["extensions"] = cast(Any, {EXTENSION: cycle})
+        self.cycle = cycle
+        if before is None or before.response_complete:
+            self._start_asgi_task(cycle, app)
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((cycle, app))
+
+    # One timer for all pauses of a connection: setting one for each is a tenth of a small request.
+
+    def _unset_keepalive_if_required(self) -> None:
+        self._idle_since_s = None
+
+    def on_response_complete(self) -> None:
+        """Go on with what waits, or wait for the next request."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            cycle, app = self.pipeline.pop()
+            self._start_asgi_task(cycle, app)
+            return
+        self._idle_since_s = self.loop.time()
+        if self._idle_timer is None:
+            self._idle_timer = self.loop.call_later(self.timeout_keep_alive, self._look_idle)
+
+    def _look_idle(self) -> None:
+        self._idle_timer = None
+        if self._idle_since_s is None:
+            return  # the end of the request that is under way sets it again
+        left_s = self._idle_since_s + self.timeout_keep_alive - self.loop.time()
+        if left_s <= 0:
+            self.timeout_keep_alive_handler()
+        else:
+            self._idle_timer = self.loop.call_later(left_s, self._look_idle)
