@@ -24,6 +24,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from agentic_flow.gateway.choice_routes import build_choice_routes
 from agentic_flow.gateway.front.openai_embeddings import build_embedding_routes
 from agentic_flow.gateway.front.routes import build_front_routes
 from agentic_flow.gateway.openapi import openapi_document
@@ -141,6 +142,7 @@ def test_every_model_route_is_documented() -> None:
             build_front_routes(cast(Any, None)),
             build_embedding_routes(cast(Any, None), None),
             build_usage_routes(cast(Any, None)),
+            build_choice_routes(cast(Any, None)),
         )
         for route in routes
         for method in route.methods or ()
