@@ -50,7 +50,7 @@ def test_lessons_say_what_was_done_and_what_it_was_about(row: int, action: str, 
     lesson = distil(text, action, success)
     assert action_of(lesson.content) == action
     assert topic_of(lesson.content) == topic_of(text)
-    assert len(topic_of(text)) == 6
+    assert len(topic_of(text)) == 4
     assert not any(word in lesson.text for word in text.partition(" for ")[2].split())
 
 

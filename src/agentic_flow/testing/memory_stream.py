@@ -25,9 +25,6 @@ from numpy.typing import NDArray
 
 from agentic_flow.agentdb.embedding import HashedNgramEmbedder
 
-WORDS_SHARED, WORDS_OWN = 6, 6
-WORDS_EACH = 3
-"""Words of a family that its twin shares, that are its own, and how many of either a task is told in."""
 TOPIC_WORDS_MIN = 2
 """Words that a note and a task have in common, so that the agent takes the one to be about the other."""
 _TOPIC = re.compile(r"(?:Do the|task about) ([a-z ]+?)(?: for |\.)")
@@ -68,6 +65,8 @@ def make_world(
     right_first: float = 0.25,
     trap_first: float = 0.5,
     impossible_share: float = 0.05,
+    words: int = 3,
+    words_told: int = 2,
     change_at: int | None = None,
 ) -> World:
     """A world; nothing but the arguments decides about it.
@@ -77,21 +76,24 @@ def make_world(
         right_first: Chance that the agent believes in the right action by itself.
         trap_first: Chance that it believes in the trap.
         impossible_share: Share of tasks in which nothing works.
+        words: Words of a family that its twin shares, and as many that are its own.
+        words_told: How many of either a task is told in.
         change_at: From this task on every third family has another rule.
     """
     if families % 2:
         raise ValueError(f"{families!r} families are no pairs")
     rng = random.Random(f"memory-stream {seed}")
-    made = _made_words(rng, 60 + actions + families * (WORDS_SHARED // 2 + WORDS_OWN) + families)
+    made = _made_words(rng, 60 + actions + families // 2 * 3 * words)
     detail, made = made[:60], made[60:]
     names, made = tuple(made[:actions]), made[actions:]
-    words: list[tuple[list[str], list[str]]] = []
+    vocabulary: list[tuple[list[str], list[str]]] = []
     rules: list[str] = []
     for _ in range(families // 2):
-        shared, made = made[:WORDS_SHARED], made[WORDS_SHARED:]
-        for _ in range(2):
-            words.append((shared, made[:WORDS_OWN]))
-            made = made[WORDS_OWN:]
+        shared, one, other, made = (
+            *(made[row * words : (row + 1) * words] for row in range(3)),
+            made[3 * words :],
+        )
+        vocabulary += [(shared, one), (shared, other)]
         rules += rng.sample(names, 2)
     stream: list[Task] = []
     for index in range(tasks):
@@ -104,7 +106,11 @@ def make_world(
         if draw < right_first + trap_first:
             first = rule if draw < right_first else trap
             order = [first, *(name for name in order if name != first)]
-        text = _told(rng, *words[family], detail)
+        shared, own = vocabulary[family]
+        topic = rng.sample(shared, words_told) + rng.sample(own, words_told)
+        rng.shuffle(topic)
+        details = f"{' '.join(rng.sample(detail, 2))}, number {rng.randrange(1000)}"
+        text = f"Do the {' '.join(topic)} for {details}"
         possible = rng.random() >= impossible_share
         stream.append(Task(index, family, text, rule if possible else None, tuple(order), rng.random()))
     return World(seed, names, tuple(stream))
@@ -118,12 +124,6 @@ def _made_words(rng: random.Random, count: int) -> list[str]:
     return list(made)
 
 
-def _told(rng: random.Random, shared: Sequence[str], own: Sequence[str], detail: Sequence[str]) -> str:
-    topic = rng.sample(shared, WORDS_EACH) + rng.sample(own, WORDS_EACH)
-    rng.shuffle(topic)
-    return f"Do the {' '.join(topic)} for {' '.join(rng.sample(detail, 2))}, number {rng.randrange(1000)}"
-
-
 @dataclass(frozen=True, slots=True)
 class Note:
     """What a memory tells the agent: an action to take or to avoid, and what kind of task it is about.
@@ -135,6 +135,7 @@ class Note:
     lesson: Literal["do", "avoid"]
     action: str
     topic: frozenset[str]
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,9 +157,11 @@ def act(task: Task, notes: Sequence[Note]) -> Tried:
     """
     own_topic = topic_of(task.text)
     notes = [note for note in notes if len(note.topic & own_topic) >= TOPIC_WORDS_MIN]
-    votes: dict[str, int] = {}
+    votes: dict[str, float] = {}
     for note in notes:
-        votes[note.action] = votes.get(note.action, 0) + (1 if note.lesson == "do" else -1)
+        votes[note.action] = votes.get(note.action, 0.0) + (
+            note.weight if note.lesson == "do" else -note.weight
+        )
     best = max(votes, key=lambda action: votes[action], default="")
     own = next((name for name in task.preference if votes.get(name, 0) >= 0), task.preference[0])
     if votes.get(best, 0) > 0:
