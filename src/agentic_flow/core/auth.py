@@ -50,11 +50,10 @@ class Principal:
 
     def allows(self, scope: str) -> bool:
         """Whether this principal holds `scope` (directly, by `noun:*` or by `*`)."""
-        noun = scope.partition(":")[0]
         return (
             scope in self.scopes
-            or f"{noun}:*" in self.scopes
             or ("*" in self.scopes and not scope.startswith("platform:"))
+            or f"{scope.partition(':')[0]}:*" in self.scopes
         )
 
     def demand(self, scope: str) -> None:

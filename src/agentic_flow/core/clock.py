@@ -27,11 +27,9 @@ class Clock(Protocol):
 class SystemClock:
     """The machine's clock and the running event loop's timer."""
 
-    def time_s(self) -> float:
-        return time.time()
-
-    def monotonic_s(self) -> float:
-        return time.monotonic()
+    # Without a function of Python's in between: a request asks some twenty times.
+    time_s = staticmethod(time.time)
+    monotonic_s = staticmethod(time.monotonic)
 
     async def sleep(self, duration_s: float) -> None:
         await asyncio.sleep(duration_s)

@@ -189,7 +189,7 @@ class CallRecord:
         )
 
 
-def changed(model: AnyModel, **fields: Any) -> AnyModel:
+def changed(model: AnyModel, /, **fields: Any) -> AnyModel:
     """`model.model_copy(update=fields)` of a model without private attributes, at a third of its cost.
 
     Args:

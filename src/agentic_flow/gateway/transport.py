@@ -32,6 +32,7 @@ from agentic_flow.gateway.http1 import (
 CONNECT_TIMEOUT_S = 3.0
 _GRACE_AFTER_END_S = 0.05
 _IDENTITY = frozenset({"", "identity"})
+_CLOCK_RESOLUTION_S = 0.002
 
 
 class HttpAnswer:
@@ -132,6 +133,7 @@ class HttpTransport:
         self.idle_timeout_s = idle_timeout_s
         self.response_max_bytes = response_max_bytes
         self.pool = ConnectionPool()
+        self._alarm: _Alarm | None = None
 
     @asynccontextmanager
     async def open(
@@ -201,14 +203,14 @@ class HttpTransport:
         connection = self.pool.take(target.origin)
         if connection is None:
             connection = await self._connected(target, provider, deadline, patience_s)
-        watch = _Watch(connection, provider, deadline)
+        watch = _Watch(self._alarm_here(), connection, provider, deadline)
         try:
             watch.begin(patience_s)
             connection.ask(head, body)
             await connection.begun()
             watch.end()
-            coding = connection.headers.get("content-encoding", "").strip().lower()
-            if coding not in _IDENTITY:
+            coding = connection.headers.get("content-encoding")
+            if coding and coding.strip().lower() not in _IDENTITY:
                 raise Malformed(f"it has the content coding {coding!r}, which was not asked for")
         except BaseException as error:
             watch.close()
@@ -219,6 +221,12 @@ class HttpTransport:
                 raise _broke(provider, error) from error
             raise
         return HttpAnswer(connection, watch, provider, self)
+
+    def _alarm_here(self) -> _Alarm:
+        loop = asyncio.get_running_loop()
+        if self._alarm is None or self._alarm.loop is not loop:
+            self._alarm = _Alarm(loop)
+        return self._alarm
 
     async def _connected(
         self, target: Target, provider: str, deadline: Deadline, patience_s: float | None
@@ -249,6 +257,8 @@ class HttpTransport:
     async def close(self) -> None:
         """Close the connections that are idle; the transport can be used again and opens others."""
         self.pool.close()
+        if self._alarm is not None and not self._alarm.watches:
+            self._alarm.cancel()
         await asyncio.sleep(0)  # the loop closes sockets in its next turn
 
 
@@ -257,27 +267,23 @@ class _Overdue(TimeoutError):
 
 
 class _Watch:
-    """Bounds every wait for one answer by the deadline and a limit, with one timer for all of them.
+    """Bounds every wait for one answer by the deadline and a limit.
 
-    A timer that fires early, because something came in the meantime, is set again: that is far cheaper than
-    a timer for each chunk.
+    The timer is the transport's: one for each answer, or each chunk, would cost far more.
     """
 
-    __slots__ = (
-        "_armed_s", "_connection", "_deadline", "_due_s", "_idle_s", "_loop", "_patient", "_provider",
-        "_timer",
-    )  # fmt: skip
+    __slots__ = ("_alarm", "_connection", "_deadline", "_idle_s", "_patient", "_provider", "due_s")
 
-    def __init__(self, connection: Connection, provider: str, deadline: Deadline) -> None:
+    def __init__(self, alarm: _Alarm, connection: Connection, provider: str, deadline: Deadline) -> None:
+        self._alarm = alarm
         self._connection = connection
         self._provider = provider
         self._deadline = deadline
         self._idle_s = 0.0
-        self._loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = None
-        self._armed_s = 0.0
-        self._due_s: float | None = None
         self._patient = False  # whether it is the deadline that ends the wait
+        self.due_s = float("inf")
+        """When the wait must be over, by the loop's time."""
+        alarm.watches.add(self)
 
     def begin(self, limit_s: float | None) -> None:
         """A wait begins, of at most `limit_s`; None: until the deadline.
@@ -290,39 +296,62 @@ class _Watch:
             raise _too_late(self._provider)
         self._idle_s = left_s if limit_s is None else limit_s
         self._patient = left_s <= self._idle_s
-        self._due_s = self._loop.time() + min(left_s, self._idle_s)
-        if self._timer is None or self._armed_s > self._due_s:
-            self._arm(self._due_s)
+        self.due_s = self._alarm.loop.time() + min(left_s, self._idle_s)
+        if self.due_s < self._alarm.armed_s:
+            self._alarm.arm(self.due_s)
 
     def end(self) -> None:
         """Something came."""
-        self._due_s = None
+        self.due_s = float("inf")
 
     def close(self) -> None:
         """Nothing is waited for any more."""
-        self._due_s = None
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._alarm.watches.discard(self)
 
     def verdict(self) -> AgenticFlowError:
         """Which of the limits ended the wait."""
         return _too_late(self._provider) if self._patient else _silent(self._provider, self._idle_s)
 
-    def _arm(self, due_s: float) -> None:
+    def ring(self) -> None:
+        """The wait took too long."""
+        self._connection.fail(_Overdue())
+
+
+class _Alarm:
+    """One timer for the waits of all answers under way: setting one for each is a fiftieth of a request.
+
+    It may ring early, because what it was set for is over, and is then set for the next.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.watches: set[_Watch] = set()
+        self.armed_s = float("inf")
+        self._timer: asyncio.TimerHandle | None = None
+
+    def arm(self, due_s: float) -> None:
+        """Ring at this time, by the loop's."""
+        self.cancel()
+        self.armed_s = due_s
+        self._timer = self.loop.call_at(due_s, self._ring)
+
+    def cancel(self) -> None:
+        """Ring no more."""
         if self._timer is not None:
             self._timer.cancel()
-        self._armed_s = due_s
-        self._timer = self._loop.call_at(due_s, self._fire)
+            self._timer = None
+        self.armed_s = float("inf")
 
-    def _fire(self) -> None:
-        self._timer = None
-        if self._due_s is None:
-            return
-        if self._due_s > self._armed_s:
-            self._arm(self._due_s)
-        else:
-            self._connection.fail(_Overdue())
+    def _ring(self) -> None:
+        now_s, self._timer, self.armed_s = self.loop.time(), None, float("inf")
+        # A loop may ring some part of its clock's resolution too early.
+        late = [watch for watch in self.watches if watch.due_s <= now_s + _CLOCK_RESOLUTION_S]
+        for watch in late:
+            watch.due_s = float("inf")
+            watch.ring()
+        next_s = min((watch.due_s for watch in self.watches), default=float("inf"))
+        if next_s != float("inf"):
+            self.arm(next_s)
 
 
 def _silent(provider: str, waited_s: float) -> ProviderFailed:

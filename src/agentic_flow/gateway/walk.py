@@ -532,7 +532,7 @@ class Walk:
         )
 
     def _translated(self, at: Destination) -> CompletionRequest:
-        return self._question.request().model_copy(update={"model": at.model})
+        return changed(self._question.request(), model=at.model)
 
     # Money
 

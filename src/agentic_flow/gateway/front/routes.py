@@ -28,6 +28,7 @@ from agentic_flow.core.errors import AgenticFlowError, InvalidInput, ProviderPro
 from agentic_flow.core.messages import Completion, CompletionRequest, JsonObject, StreamEvent
 from agentic_flow.core.web import deadline_in, known_principal, to_json
 from agentic_flow.core.web_floor import DirectRoute, IncomingBody, OutgoingAnswer, RawHeaderMap
+from agentic_flow.gateway.calls import changed
 from agentic_flow.gateway.front import (
     anthropic_messages,
     openai_chat,
@@ -208,8 +209,9 @@ class _VendorQuestion(BodyQuestion):
         """
         if self._call is None:
             call = self._front.decode(self._sent)
-            asked = call.request.model_copy(update={"agent": self.agent, "run": self.run})
-            self._call = call._replace(request=asked)
+            if self.agent is not None or self.run is not None:
+                call = call._replace(request=changed(call.request, agent=self.agent, run=self.run))
+            self._call = call
         return self._call
 
     def request(self) -> CompletionRequest:
