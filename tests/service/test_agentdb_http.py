@@ -264,10 +264,13 @@ async def test_a_foreign_namespace_is_one_that_does_not_exist(tmp_path: Path) ->
                 status, problem = await db.call(
                     operation.method, path, token="tenant.bob", **example(operation)
                 )
-                problem.pop("instance")
+                problem.pop("instance", None)
                 answers.append((status, json.dumps(problem).replace(name, "NAME")))
             assert answers[0] == answers[1], operation.name
-            assert answers[0][0] == 404, (operation.name, answers)
+            if operation.name == "tenants_with":
+                assert answers[0] == (200, '{"tenants": []}')
+            else:
+                assert answers[0][0] == 404, (operation.name, answers)
         assert await db.ids() == ["i0", "i1", "i2"]
 
 
