@@ -15,7 +15,7 @@ from agentic_flow.core.ports import VectorStore
 from agentic_flow.core.vectors import Filter, Item, Page, Vector
 from agentic_flow.memory.confidence import posterior
 from agentic_flow.memory.ledger import LEDGERS, Ledger, totals
-from agentic_flow.memory.records import ITEMS, MemoryItem, Source
+from agentic_flow.memory.records import ITEMS, MemoryItem
 
 T = TypeVar("T")
 
@@ -258,8 +258,3 @@ def _same(before: MemoryItem, after: MemoryItem, half_life_days: float) -> bool:
         "updated_at_s": after.updated_at_s,
     }
     return before.model_copy(update=numbers) == after.model_copy(update={})
-
-
-def source_of(trajectory_id: str, item: MemoryItem) -> Source | None:
-    """The item's source of this trajectory, if it has one."""
-    return next((one for one in item.sources if one.trajectory_id == trajectory_id), None)
