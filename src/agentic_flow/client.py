@@ -102,6 +102,7 @@ class AsyncClient:
         budget_usd: float | None = None,
         paths_allowed: Sequence[str] = (),
         paths_forbidden: Sequence[str] = (),
+        memory: bool = True,
         on_event: OnEvent | None = None,
     ) -> RunResult:
         """Run a team to its end and return what it found; a run that failed is returned, not raised.
@@ -115,6 +116,7 @@ class AsyncClient:
             budget_usd: Hard limit on the money spent.
             paths_allowed: gitignore-style patterns relative to the input; empty allows all.
             paths_forbidden: Likewise; they win.
+            memory: Whether the agents are told what earlier runs taught.
             on_event: Called with each event as it happens.
 
         Raises:
@@ -129,6 +131,7 @@ class AsyncClient:
             budget_usd=budget_usd,
             paths_allowed=paths_allowed,
             paths_forbidden=paths_forbidden,
+            memory=memory,
         )
         try:
             if on_event is not None:
@@ -214,6 +217,7 @@ class AsyncRuns:
         budget_usd: float | None = None,
         paths_allowed: Sequence[str] = (),
         paths_forbidden: Sequence[str] = (),
+        memory: bool = True,
         idempotency_key: str | None = None,
     ) -> str:
         """Accept a run durably and return its id at once; arguments as in `AsyncClient.run`.
@@ -235,6 +239,7 @@ class AsyncRuns:
                 "budget_usd": budget_usd,
                 "paths_allowed": tuple(paths_allowed),
                 "paths_forbidden": tuple(paths_forbidden),
+                "memory": memory,
             },
         )
         runtime, swarm = await self._client._swarm()  # pyright: ignore[reportPrivateUsage]
@@ -350,6 +355,7 @@ class Client:
         budget_usd: float | None = None,
         paths_allowed: Sequence[str] = (),
         paths_forbidden: Sequence[str] = (),
+        memory: bool = True,
         on_event: OnEvent | None = None,
     ) -> RunResult:
         """See `AsyncClient.run`; `on_event` is called on the loop's thread."""
@@ -363,6 +369,7 @@ class Client:
                 budget_usd=budget_usd,
                 paths_allowed=paths_allowed,
                 paths_forbidden=paths_forbidden,
+                memory=memory,
                 on_event=on_event,
             )
         )

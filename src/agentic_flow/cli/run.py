@@ -61,6 +61,12 @@ def register(app: typer.Typer) -> None:
             list[str] | None,
             typer.Option("--forbid", help="Never these paths; wins over --allow.", metavar="PATTERN"),
         ] = None,
+        no_memory: Annotated[
+            bool,
+            typer.Option(
+                "--no-memory", help="Tell the agents nothing of earlier runs; to compare with runs that do."
+            ),
+        ] = False,
     ) -> None:
         """Put a team of agents to work on a goal and print its answer with citations.
 
@@ -81,6 +87,7 @@ def register(app: typer.Typer) -> None:
                 budget_usd=budget_usd,
                 paths_allowed=allow or (),
                 paths_forbidden=forbid or (),
+                memory=not no_memory,
             )
 
         follow(session, submit)

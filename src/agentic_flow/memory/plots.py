@@ -37,6 +37,18 @@ def plot_kind(path: Path) -> Literal["png", "svg"]:
     return kind
 
 
+def known_pictures(names: Sequence[str]) -> tuple[Picture, ...]:
+    """The pictures of these names, each once.
+
+    Raises:
+        InvalidInput: there is no such picture.
+    """
+    for name in names:
+        if name not in PICTURES:
+            raise InvalidInput(f"there is no picture {name!r}", hint=f"use {', '.join(PICTURES)}")
+    return tuple(picture for picture in PICTURES if picture in names)
+
+
 def figure_class() -> Any:
     """matplotlib's Figure; its types are too loose to be of use.
 

@@ -29,6 +29,7 @@ from agentic_flow.core.settings import PeerSettings, Settings, TlsSettings, secr
 
 if TYPE_CHECKING:
     from agentic_flow.agentdb.erasure import BackupSurvey
+    from agentic_flow.memory.answers import MemoryService
     from agentic_flow.runtime.deferred import RunWatch
     from agentic_flow.runtime.identity import Identity
     from agentic_flow.swarm.definitions import DefinitionCatalog
@@ -87,8 +88,12 @@ class Runtime:
         return await self._once("completer", self._make_completer)
 
     async def store(self) -> VectorStore:
-        """Memory: AgentDB, or its twin."""
+        """The vector database: AgentDB, or its twin."""
         return await self._once("store", self._make_store)
+
+    async def memory(self) -> MemoryService:
+        """What agents learn, over the store; or, for a client of a platform, its twin."""
+        return await self._once("memory", self._make_memory)
 
     async def embedder(self) -> Embedder:
         """What makes vectors of texts, by `agentdb.embedder`."""
@@ -204,6 +209,16 @@ class Runtime:
         opened = await asyncio.to_thread(AgentDB, self.settings.data_dir, settings, embedder)
         return await self._stack.enter_async_context(opened)
 
+    async def _make_memory(self) -> MemoryService:
+        url = self.peer_url("platform")
+        if url is not None and not self._serves:
+            from agentic_flow.memory.remote import RemoteMemory
+
+            return await self._stack.enter_async_context(RemoteMemory(url, **await self._calls("platform")))
+        from agentic_flow.memory.service import Memory
+
+        return Memory(await self.store(), self.settings.memory)
+
     async def _make_embedder(self) -> Embedder:
         from agentic_flow.agentdb.embedders.registry import open_embedder
 
@@ -257,6 +272,8 @@ class Runtime:
             own,
             completer=await self.completer(),
             store=await self.store(),
+            memory=await self.memory(),
+            memory_enabled=settings.memory.enabled,
             toolbox=await self.toolbox(),
             engine=DbosRunEngine(
                 own.database_url.get_secret_value() if own.database_url else None,

@@ -20,7 +20,8 @@ class RunSpec(Frozen):
 
     `inputs` are absolute paths of files or folders on the machine that executes the run. `model` None takes
     the configured default. `paths_allowed` and `paths_forbidden` are gitignore-style patterns relative to
-    the inputs, enforced by every tool; forbidden wins. `budget_usd` is a hard limit.
+    the inputs, enforced by every tool; forbidden wins. `budget_usd` is a hard limit. `memory` False: the team
+    is told nothing of earlier runs; what it does is kept and judged all the same, to compare with.
     """
 
     goal: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=20_000)]
@@ -31,6 +32,7 @@ class RunSpec(Frozen):
     budget_usd: Annotated[float, Field(gt=0)] | None = None
     paths_allowed: tuple[str, ...] = ()
     paths_forbidden: tuple[str, ...] = ()
+    memory: bool = True
 
 
 class Citation(Frozen):
@@ -69,6 +71,28 @@ class AgentReport(Frozen):
     error: str | None = None
 
 
+class RunNote(Frozen):
+    """A note from earlier runs that fits the goal of this one."""
+
+    id: str
+    title: str
+    score: float
+
+
+class RunMemory(Frozen):
+    """What memory had for a run.
+
+    `given`: the agents were shown it, under the certificate `recall_id`; a model that only selects passages
+    reads no notes. `cited`: ids of the notes that agents said they used.
+    """
+
+    recall_id: str | None = None
+    notes: tuple[RunNote, ...] = ()
+    given: bool = False
+    cited: tuple[str, ...] = ()
+    tokens: int = 0
+
+
 class RunResult(Frozen):
     """A run as the store has it; the one object that `agentic-flow run --json` prints."""
 
@@ -83,6 +107,7 @@ class RunResult(Frozen):
     agents: tuple[AgentReport, ...] = ()
     ingest: IngestReport | None = None
     notes: tuple[str, ...] = ()
+    memory: RunMemory | None = None
     error: JsonObject | None = None
     created_at_s: float = 0.0
     updated_at_s: float = 0.0

@@ -22,10 +22,11 @@ from agentic_flow.core.ports import (
     VectorStore,
     WorkflowRecord,
 )
-from agentic_flow.core.settings import AgentDBSettings, MemorySettings, SwarmSettings
-from agentic_flow.memory.trajectories import Trajectories
+from agentic_flow.core.settings import AgentDBSettings, SwarmSettings
+from agentic_flow.memory.answers import MemoryService
 from agentic_flow.swarm.agent_loop import AgentLoop, PydanticAgentLoop
 from agentic_flow.swarm.definitions import AgentDefinition, DefinitionCatalog
+from agentic_flow.swarm.experience import RunExperience, Shown
 from agentic_flow.swarm.inputs import Folder, Inputs
 from agentic_flow.swarm.runs import AgentReport, RunEvent, RunResult, RunSpec, RunStep, RunUsage
 from agentic_flow.swarm.team import DEFAULT_TOOLS, RUN, Brief, RunPayload, Team
@@ -50,7 +51,9 @@ class Swarm:
     Args:
         settings: The `swarm` section.
         completer: Model calls.
-        store: Memory the inputs are read into.
+        store: What the inputs are read into.
+        memory: What runs learn from and leave their trajectories in.
+        memory_enabled: Whether they do.
         toolbox: Tools of the agents.
         engine: Durable workflows; this service registers its own with it.
         catalog: Agent definitions.
@@ -66,10 +69,12 @@ class Swarm:
         *,
         completer: Completer,
         store: VectorStore,
+        memory: MemoryService,
         toolbox: ToolBox,
         engine: RunEngine,
         catalog: DefinitionCatalog,
         ingest_settings: AgentDBSettings,
+        memory_enabled: bool = True,
         stream: bool = True,
         tool_timeout_s: float = 30.0,
         loop: AgentLoop | None = None,
@@ -78,7 +83,7 @@ class Swarm:
         self._completer = completer
         self._engine = engine
         self._catalog = catalog
-        self._trajectories = Trajectories(store, MemorySettings())
+        self._experience = RunExperience(memory, engine, enabled=memory_enabled)
         self._ingest_progress: dict[str, tuple[int, int]] = {}
         self._team = Team(
             settings,
@@ -86,7 +91,7 @@ class Swarm:
             toolbox=toolbox,
             engine=engine,
             inputs=Inputs(store, ingest_settings),
-            trajectories=self._trajectories,
+            experience=self._experience,
             loop=loop or PydanticAgentLoop(),
             stream=stream,
             tool_timeout_s=tool_timeout_s,
@@ -153,8 +158,11 @@ class Swarm:
 
     async def cancel(self, principal: Principal, run_id: str) -> bool:
         principal.demand("runs:write")
-        await self._record(principal, run_id)
-        return await self._engine.cancel(run_id)
+        record = await self._record(principal, run_id)
+        cancelled = await self._engine.cancel(run_id)
+        if cancelled:
+            await self._keep_cancelled(record)
+        return cancelled
 
     async def events(self, principal: Principal, run_id: str, *, after: int = 0) -> AsyncIterator[RunEvent]:
         await self._record(principal, run_id)
@@ -186,6 +194,24 @@ class Swarm:
                 )
                 return
             await asyncio.sleep(_INGEST_EVENT_INTERVAL_S if not seen else _POLL_S)
+
+    async def _keep_cancelled(self, record: WorkflowRecord) -> None:
+        """What a cancelled run did is experience as well; nothing runs in it that could still store that."""
+        payload = RunPayload.model_validate(record.payload)
+        steps = await self._engine.steps(record.workflow_id)
+        recalled = next((step.output for step in steps if step.name == "recall" and step.output), None)
+        await self._experience.record(
+            payload.principal,
+            record.workflow_id,
+            payload.spec,
+            model=payload.briefs["worker"].model,
+            started_at_s=payload.started_at_s,
+            shown=Shown.model_validate(recalled) if recalled else Shown(),
+            cited=(),
+            result=None,
+            failure=None,
+            cancelled=True,
+        )
 
     # ---- parts -------------------------------------------------------------------------------------------
 

@@ -1,12 +1,12 @@
 """The main job as two durable workflows: a run, and each of its agents as a child of the run.
 
-    run:    ingest → (topology says who is next → agents in parallel)* → check citations → result
+    run:    recall → ingest → (topology says who is next → agents in parallel)* → check citations → result
     agent:  prompt → (model call | tool call)* → text
 
-Every effect is a step of the engine: reading the folder, a model call, a tool call, checking citations,
-storing the trajectory. What stands between the steps is pure, so a resumed run walks the recorded path and
-goes on where it stopped. An agent is a workflow of its own because its steps are numbered in its own order,
-whatever its siblings do meanwhile.
+Every effect is a step of the engine: asking memory, reading the folder, a model call, a tool call, checking
+citations, storing the trajectory. What stands between the steps is pure, so a resumed run walks the recorded
+path and goes on where it stopped. An agent is a workflow of its own because its steps are numbered in its own
+order, whatever its siblings do meanwhile.
 """
 
 from __future__ import annotations
@@ -35,12 +35,11 @@ from agentic_flow.core.messages import (
 )
 from agentic_flow.core.ports import Completer, RunEngine, StepContext, ToolBox, WorkflowContext
 from agentic_flow.core.settings import SwarmSettings
-from agentic_flow.memory.records import OBSERVATION_CHARS_MAX, Trajectory, TrajectoryStep
-from agentic_flow.memory.trajectories import Trajectories
 from agentic_flow.swarm import prompts
 from agentic_flow.swarm.agent_loop import AgentLoop, AgentTask
 from agentic_flow.swarm.budget import RunBudget
 from agentic_flow.swarm.citations import Claim, Rejected, parse_claims, rank, verify
+from agentic_flow.swarm.experience import RunExperience, Shown
 from agentic_flow.swarm.inputs import Folder, Inputs
 from agentic_flow.swarm.runs import AgentReport, Citation, RunResult, RunSpec, RunUsage
 from agentic_flow.swarm.topology import PLAN, TOPOLOGIES, Assignment, Role, TeamState
@@ -110,6 +109,8 @@ class _Progress:
     notes: list[str] = field(default_factory=list[str])
     reviewed: list[Claim] = field(default_factory=list[Claim])
     rejected: int = 0
+    shown: Shown = field(default_factory=Shown)
+    cited: dict[str, None] = field(default_factory=dict[str, None])
 
 
 class Team:
@@ -123,7 +124,7 @@ class Team:
         toolbox: ToolBox,
         engine: RunEngine,
         inputs: Inputs,
-        trajectories: Trajectories,
+        experience: RunExperience,
         loop: AgentLoop,
         stream: bool,
         tool_timeout_s: float,
@@ -134,7 +135,7 @@ class Team:
         self._toolbox = toolbox
         self._engine = engine
         self._inputs = inputs
-        self._trajectories = trajectories
+        self._experience = experience
         self._loop = loop
         self._stream = stream
         self._tool_timeout_s = tool_timeout_s
@@ -149,10 +150,11 @@ class Team:
         """The workflow of a run; returns a RunResult as JSON."""
         payload = RunPayload.model_validate(data)
         run_id = context.workflow_id
+        progress = _Progress()
         try:
             await self._budget(run_id, payload)
             async with asyncio.timeout(self._settings.run_timeout_s):
-                result = await self._work(context, payload)
+                result = await self._work(context, payload, progress)
         except TimeoutError:
             failure: AgenticFlowError = LimitExceeded(
                 f"the run did not end within {self._settings.run_timeout_s:g} s",
@@ -161,16 +163,18 @@ class Team:
         except AgenticFlowError as error:
             failure = error
         else:
-            await context.step("trajectory", self._recorder(run_id, payload, result, None))
-            return result.model_dump(mode="json")
+            await self._record(context, payload, progress, result, None)
+            return result.model_copy(update={"notes": tuple(progress.notes)}).model_dump(mode="json")
         finally:
             self._budgets.pop(run_id, None)
-        await context.step("trajectory", self._recorder(run_id, payload, None, failure))
+        await self._record(context, payload, progress, None, failure)
         raise failure
 
-    async def _work(self, context: WorkflowContext, payload: RunPayload) -> RunResult:
+    async def _work(self, context: WorkflowContext, payload: RunPayload, progress: _Progress) -> RunResult:
         spec = payload.spec
-        progress = _Progress()
+        progress.shown = await self._recall(context, payload)
+        if progress.shown.problem is not None:
+            progress.notes.append(f"memory was not asked: {progress.shown.problem}")
         ingest = await self._ingest(context, payload)
         if not payload.briefs["planner"].generative:
             progress.tasks = prompts.split_goal(spec.goal, spec.agents)
@@ -181,6 +185,45 @@ class Team:
         while batch := TOPOLOGIES[spec.topology](self._state(spec, progress)):
             await self._run_batch(context, payload, batch, progress)
         return await self._conclude(context, payload, progress, ingest)
+
+    async def _recall(self, context: WorkflowContext, payload: RunPayload) -> Shown:
+        """What memory has for the goal. A model that only selects passages is told none of it."""
+        generative = any(brief.generative for brief in payload.briefs.values())
+
+        async def ask(_: StepContext) -> JsonObject:
+            shown = await self._experience.recall(
+                payload.principal, context.workflow_id, payload.spec, given=generative
+            )
+            return shown.model_dump(mode="json")
+
+        return Shown.model_validate(await context.step("recall", ask))
+
+    async def _record(
+        self,
+        context: WorkflowContext,
+        payload: RunPayload,
+        progress: _Progress,
+        result: RunResult | None,
+        failure: AgenticFlowError | None,
+    ) -> None:
+        """The run as experience; judged in the background, later."""
+
+        async def record(_: StepContext) -> JsonObject:
+            return await self._experience.record(
+                payload.principal,
+                context.workflow_id,
+                payload.spec,
+                model=payload.briefs["worker"].model,
+                started_at_s=payload.started_at_s,
+                shown=progress.shown,
+                cited=tuple(progress.cited),
+                result=result,
+                failure=failure,
+            )
+
+        recorded = await context.step("trajectory", record)
+        if recorded.get("problem"):
+            progress.notes.append(f"memory did not keep this run: {recorded['problem']}")
 
     def _state(self, spec: RunSpec, progress: _Progress) -> TeamState:
         return TeamState(spec.goal, spec.agents, progress.tasks, progress.done)
@@ -236,14 +279,14 @@ class Team:
                 if not generative:
                     return None
                 paths = await self._paths(context, payload)
-                return prompts.planner_prompt(goal, payload.spec.agents, paths)
+                return prompts.planner_prompt(goal, payload.spec.agents, paths, progress.shown.block)
             case "worker":
                 seen = [key for key in assignment.sees if key != PLAN]
                 if not generative:
                     claims = [claim for key in seen for claim in progress.claims.get(key, [])]
                     return prompts.passages_prompt(question, rank(claims, limit=50))
                 findings = [(key, progress.outputs[key]) for key in seen if key in progress.outputs]
-                return prompts.worker_prompt(goal, question, findings)
+                return prompts.worker_prompt(goal, question, findings, progress.shown.block)
             case "reviewer":
                 if not generative or not progress.reviewed:
                     return None
@@ -283,19 +326,21 @@ class Team:
             progress.notes.append(f"{name} failed: {error.message}")
             return
         output = AgentOutput.model_validate(result)
-        progress.outputs[key] = output.text
+        text, cited = prompts.without_note_ids(output.text, progress.shown.given_ids)
+        progress.cited.update(dict.fromkeys(cited))
+        progress.outputs[key] = text
         progress.authors[key] = name
         progress.done[key] = True
         progress.reports.append(_report(assignment, output.model, "completed", output.usage, None))
         if role == "planner":
-            progress.tasks = prompts.parse_plan(output.text, payload.spec.agents)
+            progress.tasks = prompts.parse_plan(text, payload.spec.agents)
             if not progress.tasks:
                 progress.tasks = (payload.spec.goal,)
                 progress.notes.append("the planner's answer held no tasks: one worker takes the whole goal")
         elif role == "worker":
-            progress.claims[key] = parse_claims(output.text, author=name)
+            progress.claims[key] = parse_claims(text, author=name)
         elif role == "reviewer":
-            self._apply_verdicts(output.text, progress)
+            self._apply_verdicts(text, progress)
 
     def _apply_verdicts(self, text: str, progress: _Progress) -> None:
         verdicts = prompts.parse_verdicts(text)
@@ -402,41 +447,9 @@ class Team:
             agents=tuple(progress.reports),
             ingest=ingest,
             notes=tuple(progress.notes),
+            memory=progress.shown.as_result(tuple(progress.cited)),
             created_at_s=payload.started_at_s,
         )
-
-    def _recorder(
-        self, run_id: str, payload: RunPayload, result: RunResult | None, failure: AgenticFlowError | None
-    ) -> Callable[[StepContext], Any]:
-        async def record(_: StepContext) -> JsonObject:
-            steps = [
-                TrajectoryStep(
-                    agent=step.workflow_id.removeprefix(run_id).lstrip(".") or "run",
-                    name=step.name,
-                    observation=_head(step.output) if step.output else "",
-                    error=str(step.error.get("detail")) if step.error else None,
-                )
-                for step in await self._engine.steps(run_id)
-            ]
-            await self._trajectories.record(
-                payload.tenant,
-                Trajectory(
-                    id=run_id,
-                    run_id=run_id,
-                    task=payload.spec.goal,
-                    model=payload.briefs["worker"].model,
-                    topology=payload.spec.topology,
-                    outcome="completed" if result else "failed",
-                    steps=tuple(steps),
-                    answer=result.answer if result else "",
-                    error=failure.message if failure else None,
-                    usage=result.usage.model_dump(mode="json") if result else {},
-                    started_at_s=payload.started_at_s,
-                ),
-            )
-            return {"steps": len(steps)}
-
-        return record
 
     # ---- an agent ----------------------------------------------------------------------------------------
 
@@ -637,10 +650,6 @@ def _votes(claim: Claim, claims: Sequence[Claim]) -> int:
             and any((c.path, line) in places for c in other.citations for line in (c.line_start, c.line_end))
         }
     )
-
-
-def _head(output: JsonObject) -> str:
-    return orjson.dumps(output).decode()[:OBSERVATION_CHARS_MAX]
 
 
 def _without_evidence(progress: _Progress) -> str:

@@ -1,0 +1,485 @@
+"""The memory service: retrieve, act, judge, distil, consolidate, over a vector store and models.
+
+Source: "ReasoningBank: Scaling Agent Self-Evolving with Reasoning Memory", arXiv 2509.25140.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+from collections.abc import Sequence
+from typing import Protocol
+
+from agentic_flow.core.auth import Principal
+from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
+from agentic_flow.core.errors import Conflict, InvalidInput, NotFound, Unavailable
+from agentic_flow.core.ports import VectorStore
+from agentic_flow.core.settings import MemorySettings
+from agentic_flow.memory.answers import (
+    Edit,
+    Finish,
+    ItemPage,
+    ItemState,
+    Kept,
+    LearnReport,
+    MemoryStatus,
+    Note,
+    TrajectoryOutcome,
+    TrajectoryPage,
+    TrajectoryState,
+)
+from agentic_flow.memory.bank import Bank
+from agentic_flow.memory.beliefs import Explanation
+from agentic_flow.memory.certificates import Certificates, Verification
+from agentic_flow.memory.confidence import posterior
+from agentic_flow.memory.consolidation import ConsolidationReport
+from agentic_flow.memory.importing import ImportReport, LeftOut, MemoryFile
+from agentic_flow.memory.ranking import Note as PackedNote
+from agentic_flow.memory.ranking import pack
+from agentic_flow.memory.records import (
+    EPISODES,
+    SKILLS,
+    TASK_CHARS_MAX,
+    TRAJECTORIES,
+    MemoryItem,
+    Recall,
+    Trajectory,
+    TrajectoryStep,
+    Verdict,
+)
+from agentic_flow.memory.series import MemorySeries, memory_series
+from agentic_flow.memory.trajectories import Trajectories
+from agentic_flow.memory.uplift import Uplift, UpliftReport, assign
+
+READ, WRITE = "memory:read", "memory:write"
+
+_DAY_S = 86_400.0
+_PAGE = 500
+_PROBLEMS_MAX = 10
+# Those that are few; the rest is learned.
+_COUNTED: tuple[TrajectoryState, ...] = ("open", "pending", "shelved")
+
+
+class Learner(Protocol):
+    """What learns in the background."""
+
+    def wake(self, tenant: str) -> None:
+        """Something of this tenant may be due."""
+        ...
+
+    async def settle(self) -> None:
+        """Return when nothing is due."""
+        ...
+
+    async def judging_model(self, principal: Principal) -> str | None:
+        """The model that judges and distils, or None when that goes mechanically."""
+        ...
+
+
+class Memory:
+    """What agents learn, by tenant. See MemoryService for each method.
+
+    Args:
+        store: Keeps everything, in the tenants' namespaces that begin with `memory.`.
+        settings: The `memory` section.
+        clock: Time.
+        rng: Draws what is kept back from a recall.
+    """
+
+    learner: Learner | None
+    """Learns in this process; None: it does not, though another one over the same store may."""
+
+    def __init__(
+        self,
+        store: VectorStore,
+        settings: MemorySettings,
+        *,
+        clock: Clock = SYSTEM_CLOCK,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.settings = settings
+        self.learner = None
+        self._store = store
+        self._clock = clock
+        self._rng = rng or random.SystemRandom()
+        self.bank = Bank(store, settings, clock=clock)
+        self.records = Trajectories(store, settings, clock=clock)
+        self.certificates = Certificates(store, self.bank, clock=clock)
+        self.outcomes = Uplift(store, clock=clock)
+
+    # ---- before a run ------------------------------------------------------------------------------------
+
+    async def recall(
+        self,
+        principal: Principal,
+        task: str,
+        *,
+        k: int | None = None,
+        tokens_max: int | None = None,
+        tags: Sequence[str] = (),
+        recall_id: str | None = None,
+        explain: bool = False,
+        preview: bool = False,
+    ) -> Recall:
+        """See MemoryService. What is kept back by chance is not replaced by something else."""
+        principal.demand(READ)
+        _check_task(task)
+        tenant = principal.tenant
+        found = await self.bank.recall(tenant, task, k=k, tokens_max=tokens_max, tags=tags, explain=explain)
+        if preview:
+            return found.model_copy(update={"id": "preview"})
+        share = self.settings.withheld_share
+        withheld = assign(self._rng, [one.item.id for one in found.items], share)
+        if withheld:
+            found = self._without(found, withheld, tokens_max)
+        recall = found.model_copy(update={"id": recall_id or f"recall-{secrets.token_hex(10)}"})
+        if not recall.items and not recall.withheld:
+            # Nothing was found, so there is nothing to attest; an empty bank writes nothing.
+            return recall
+        try:
+            await self.certificates.issue(tenant, recall, withheld_share=share)
+        except Conflict:
+            # The step that asked died before it was recorded, and the bank has changed since.
+            recall = recall.model_copy(update={"id": f"{recall.id}.{secrets.token_hex(4)}"})
+            await self.certificates.issue(tenant, recall, withheld_share=share)
+        await self.bank.note_shown(tenant, [one.item.id for one in recall.items])
+        return recall
+
+    def _without(self, found: Recall, withheld: Sequence[str], tokens_max: int | None) -> Recall:
+        kept = tuple(one for one in found.items if one.item.id not in withheld)
+        now_s, half_life_days = self._clock.time_s(), self.settings.recency_half_life_days
+        packed = pack(
+            [PackedNote(one.item, posterior(one.item, now_s, half_life_days).mean) for one in kept],
+            self.settings.context_tokens_max if tokens_max is None else tokens_max,
+        )
+        return found.model_copy(
+            update={
+                "items": kept,
+                "context": packed.context,
+                "tokens": packed.tokens,
+                "withheld": tuple(withheld),
+            }
+        )
+
+    # ---- runs --------------------------------------------------------------------------------------------
+
+    async def start(self, principal: Principal, trajectory: Trajectory) -> Trajectory:
+        """See MemoryService."""
+        principal.demand(WRITE)
+        return await self.records.start(principal.tenant, trajectory)
+
+    async def append(
+        self,
+        principal: Principal,
+        trajectory_id: str,
+        steps: Sequence[TrajectoryStep],
+        *,
+        key: str | None = None,
+    ) -> None:
+        """See MemoryService."""
+        principal.demand(WRITE)
+        await self.records.append(principal.tenant, trajectory_id, steps, key=key)
+
+    async def finish(self, principal: Principal, trajectory_id: str, end: Finish) -> Trajectory:
+        """See MemoryService."""
+        principal.demand(WRITE)
+        ended = await self.records.finish(
+            principal.tenant,
+            trajectory_id,
+            outcome=end.outcome,
+            answer=end.answer,
+            error=end.error,
+            usage=end.usage,
+            cited=end.cited,
+            verdict=end.verdict,
+        )
+        self._wake(principal.tenant)
+        return ended
+
+    async def record(self, principal: Principal, trajectory: Trajectory) -> None:
+        """See MemoryService."""
+        principal.demand(WRITE)
+        # How far it was learned from is ours to say.
+        fresh = trajectory.model_copy(update={"item_ids": (), "attempts": 0, "problem": None})
+        await self.records.record(principal.tenant, fresh)
+        self._wake(principal.tenant)
+
+    async def trajectory(self, principal: Principal, trajectory_id: str) -> Trajectory:
+        """See MemoryService."""
+        principal.demand(READ)
+        found = await self.records.get(principal.tenant, trajectory_id)
+        if found is None:
+            raise NotFound(
+                f"there is no trajectory {trajectory_id!r}",
+                hint="list them with `agentic-flow memory trajectories`",
+            )
+        return found
+
+    async def trajectories(
+        self,
+        principal: Principal,
+        *,
+        state: TrajectoryState | None = None,
+        outcome: TrajectoryOutcome | None = None,
+        agent: str | None = None,
+        since_s: float | None = None,
+        cursor: str | None = None,
+        limit: int = 100,
+    ) -> TrajectoryPage:
+        """See MemoryService."""
+        principal.demand(READ)
+        found, following = await self.records.list_trajectories(
+            principal.tenant,
+            state=state,
+            outcome=outcome,
+            agent=agent,
+            since_s=since_s,
+            cursor=cursor,
+            limit=limit,
+        )
+        return TrajectoryPage(trajectories=tuple(found), cursor=following)
+
+    async def similar(self, principal: Principal, task: str, *, k: int = 5) -> list[Trajectory]:
+        """See MemoryService."""
+        principal.demand(READ)
+        _check_task(task)
+        return await self.records.similar(principal.tenant, task, k=k)
+
+    async def add_verdict(self, principal: Principal, trajectory_id: str, verdict: Verdict) -> Trajectory:
+        """See MemoryService."""
+        principal.demand(WRITE)
+        judged = await self.records.add_verdict(principal.tenant, trajectory_id, verdict)
+        self._wake(principal.tenant)
+        return judged
+
+    def _wake(self, tenant: str) -> None:
+        if self.learner is not None:
+            self.learner.wake(tenant)
+
+    async def learn(self, principal: Principal, *, timeout_s: float = 60.0) -> LearnReport:
+        """See MemoryService."""
+        principal.demand(WRITE)
+        if self.learner is None:
+            raise Unavailable(
+                "this process does not learn", hint="ask the platform, or run the command where runs run"
+            )
+        tenant = principal.tenant
+        before, _ = await self.records.list_trajectories(tenant, state="pending", limit=_PAGE)
+        self.learner.wake(tenant)
+        settled = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.learner.settle()
+        except TimeoutError:
+            settled = False
+        report = LearnReport(settled=settled, waiting=await self.records.waiting(tenant))
+        for one in before:
+            after = await self.records.get(tenant, one.id)
+            if after is not None and after.state == "learned":
+                report = report.model_copy(
+                    update={"learned": report.learned + 1, "items": report.items + len(after.item_ids)}
+                )
+            elif after is not None and after.problem is not None:
+                report = report.model_copy(update={"failed": report.failed + 1})
+        return report
+
+    async def retry(self, principal: Principal) -> list[str]:
+        """See MemoryService."""
+        principal.demand(WRITE)
+        again = await self.records.retry_shelved(principal.tenant)
+        self._wake(principal.tenant)
+        return again
+
+    # ---- items -------------------------------------------------------------------------------------------
+
+    async def add(self, principal: Principal, note: Note) -> Kept:
+        """See MemoryService."""
+        principal.demand(WRITE)
+        now_s = self._clock.time_s()
+        item = MemoryItem(
+            id=f"note-{secrets.token_hex(6)}",
+            title=note.title,
+            description=note.description,
+            content=note.content,
+            lesson=note.lesson,
+            origin="person",
+            tags=note.tags,
+            created_at_s=now_s,
+            updated_at_s=now_s,
+        )
+        (done,) = await self.bank.add(principal.tenant, [item], idempotency_key=item.id)
+        return Kept(id=done.id, merged_into=done.merged_into)
+
+    async def items(
+        self,
+        principal: Principal,
+        *,
+        state: ItemState | None = None,
+        cursor: str | None = None,
+        limit: int = 100,
+    ) -> ItemPage:
+        """See MemoryService."""
+        principal.demand(READ)
+        found, following = await self.bank.list_items(
+            principal.tenant, state=state, cursor=cursor, limit=limit
+        )
+        return ItemPage(items=tuple(found), cursor=following)
+
+    async def explain(self, principal: Principal, item_id: str) -> Explanation:
+        """See MemoryService."""
+        principal.demand(READ)
+        return await self.bank.explain(principal.tenant, item_id)
+
+    async def edit(self, principal: Principal, item_id: str, edit: Edit) -> MemoryItem:
+        """See MemoryService."""
+        principal.demand(WRITE)
+        return await self.bank.edit(
+            principal.tenant,
+            item_id,
+            title=edit.title,
+            description=edit.description,
+            content=edit.content,
+            tags=edit.tags,
+        )
+
+    async def forget(self, principal: Principal, item_id: str) -> bool:
+        """See MemoryService."""
+        principal.demand(WRITE)
+        return await self.bank.remove(principal.tenant, item_id)
+
+    async def consolidate(self, principal: Principal) -> ConsolidationReport:
+        """See MemoryService."""
+        principal.demand(WRITE)
+        return await self.bank.consolidate(principal.tenant)
+
+    # ---- evidence ----------------------------------------------------------------------------------------
+
+    async def uplift(self, principal: Principal, *, item_id: str | None = None) -> UpliftReport:
+        """See MemoryService."""
+        principal.demand(READ)
+        wanted = None if item_id is None else [item_id]
+        return await self.outcomes.report(principal.tenant, item_ids=wanted)
+
+    async def verify(self, principal: Principal, recall_id: str | None = None) -> Verification:
+        """See MemoryService."""
+        principal.demand(READ)
+        return await self.certificates.verify(principal.tenant, recall_id)
+
+    async def series(self, principal: Principal) -> MemorySeries:
+        """See MemoryService."""
+        principal.demand(READ)
+        tenant = principal.tenant
+        ended: list[Trajectory] = []
+        cursor: str | None = None
+        while True:
+            part, cursor = await self.records.list_trajectories(tenant, cursor=cursor, limit=_PAGE)
+            # Only what the curves need: steps and answers are the most of it.
+            ended += [one.model_copy(update={"steps": (), "answer": ""}) for one in part]
+            if cursor is None:
+                break
+        items: list[MemoryItem] = []
+        while True:
+            some, cursor = await self.bank.list_items(tenant, cursor=cursor, limit=_PAGE)
+            items += some
+            if cursor is None:
+                break
+        shown: dict[str, bool] = {}
+        for one in ended:
+            if one.recall_id is not None:
+                certificate = await self.certificates.get(tenant, one.recall_id)
+                shown[one.recall_id] = certificate is not None and bool(certificate.shown)
+        now_s, half_life_days = self._clock.time_s(), self.settings.recency_half_life_days
+        return memory_series(
+            ended,
+            items,
+            shown=shown,
+            belief=lambda item: posterior(item, now_s, half_life_days).mean,
+            now_s=now_s,
+        )
+
+    async def take_in(self, principal: Principal, found: MemoryFile, *, learn: bool = False) -> ImportReport:
+        """See MemoryService. A file that is taken in again adds nothing."""
+        principal.demand(WRITE)
+        tenant = principal.tenant
+        ids = [item.id for item in found.items]
+        here = {
+            item.id
+            for start in range(0, len(ids), _PAGE)
+            for item in await self.bank.get(tenant, ids[start : start + _PAGE])
+        }
+        fresh = [item for item in found.items if item.id not in here]
+        merged = 0
+        for start in range(0, len(fresh), _PAGE):
+            part = fresh[start : start + _PAGE]
+            done = await self.bank.add(tenant, part, idempotency_key=f"import-{part[0].id}-{len(part)}")
+            merged += sum(one.merged_into is not None for one in done)
+        left_out = list(found.left_out)
+        added = present = old = 0
+        cut_s = self._clock.time_s() - self.settings.retention_days * _DAY_S
+        for trajectory in found.trajectories:
+            if not learn and (trajectory.ended_at_s or trajectory.started_at_s) < cut_s:
+                old += 1
+            elif learn and await self.records.get(tenant, trajectory.id) is None:
+                await self.records.record(tenant, trajectory)
+                added += 1
+            elif not learn and await self.records.keep(tenant, trajectory):
+                added += 1
+            else:
+                present += 1
+        if old:
+            days = f"{self.settings.retention_days:g}"
+            left_out.append(
+                LeftOut(where="trajectories", count=old, why=f"older than memory.retention_days ({days})")
+            )
+        if learn and added:
+            self._wake(tenant)
+        return ImportReport(
+            format=found.format,
+            items_added=len(fresh) - merged,
+            items_merged=merged,
+            items_present=len(found.items) - len(fresh),
+            trajectories_added=added,
+            trajectories_present=present,
+            left_out=tuple(left_out),
+        )
+
+    async def status(self, principal: Principal) -> MemoryStatus:
+        """See MemoryService."""
+        principal.demand(READ)
+        tenant = principal.tenant
+        rows = {one.name: one.items for one in await self._store.stats(tenant)}
+        counts: dict[str, int] = {}
+        problems: list[str] = []
+        for state in _COUNTED:
+            counts[state] = 0
+            cursor: str | None = None
+            while True:
+                page, cursor = await self.records.list_trajectories(
+                    tenant, state=state, cursor=cursor, limit=_PAGE
+                )
+                counts[state] += len(page)
+                problems += [f"{one.id}: {one.problem}" for one in page if state == "shelved"]
+                if cursor is None:
+                    break
+        counts["learned"] = max(0, rows.get(TRAJECTORIES, 0) - sum(counts.values()))
+        return MemoryStatus(
+            enabled=self.settings.enabled,
+            learns=self.learner is not None,
+            judge=None if self.learner is None else await self.learner.judging_model(principal),
+            bank=await self.bank.stats(tenant),
+            trajectories=counts,
+            recalls=(await self.certificates.head(tenant)).sequence,
+            skills=rows.get(SKILLS, 0),
+            episodes=rows.get(EPISODES, 0),
+            problems=tuple(problems[:_PROBLEMS_MAX]),
+        )
+
+
+def _check_task(task: str) -> None:
+    if not task.strip():
+        raise InvalidInput("the task is empty", hint="say in a sentence what is to be done")
+    if len(task) > TASK_CHARS_MAX:
+        raise InvalidInput(
+            f"the task has {len(task)!r} characters, more than {TASK_CHARS_MAX!r}", hint="shorten it"
+        )

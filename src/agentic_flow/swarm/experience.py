@@ -1,0 +1,231 @@
+"""What a run takes from memory, and what it leaves there: the recall before it, its trajectory after it.
+
+Memory never costs a run its answer: what goes wrong with it becomes a note of the run.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+
+from agentic_flow.core.auth import Principal
+from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
+from agentic_flow.core.errors import AgenticFlowError
+from agentic_flow.core.messages import Completion, Frozen, JsonObject, ToolCallPart
+from agentic_flow.core.ports import RunEngine, StepRecord
+from agentic_flow.memory.answers import MemoryService
+from agentic_flow.memory.records import (
+    OBSERVATION_CHARS_MAX,
+    Recall,
+    Trajectory,
+    TrajectoryStep,
+    Verdict,
+)
+from agentic_flow.swarm.runs import RunMemory, RunNote, RunResult, RunSpec
+
+# Steps of the run itself that are about memory: learning from them would be learning from itself.
+_OWN = frozenset({"recall", "trajectory"})
+_TOOL = "tool:"
+
+
+class Shown(Frozen):
+    """What memory had for a run, as the run recorded it. `given`: the agents were shown it.
+
+    `withheld`: something was kept back by chance, so the run is part of a comparison even if it was shown
+    nothing. `problem`: memory could not be asked, and why.
+    """
+
+    recall_id: str | None = None
+    notes: tuple[RunNote, ...] = ()
+    context: str = ""
+    tokens: int = 0
+    given: bool = False
+    withheld: bool = False
+    problem: str | None = None
+
+    @classmethod
+    def of(cls, recall: Recall, *, given: bool) -> Shown:
+        """What a recall brought."""
+        return cls(
+            recall_id=recall.id if given and (recall.items or recall.withheld) else None,
+            notes=tuple(RunNote(id=r.item.id, title=r.item.title, score=r.score) for r in recall.items),
+            context=recall.context if given else "",
+            tokens=recall.tokens if given else 0,
+            given=given and bool(recall.items),
+            withheld=bool(recall.withheld),
+        )
+
+    @property
+    def block(self) -> str:
+        """The notes for a prompt, or ''."""
+        return self.context if self.given else ""
+
+    @property
+    def given_ids(self) -> tuple[str, ...]:
+        """Ids that an agent can have used."""
+        return tuple(note.id for note in self.notes) if self.given else ()
+
+    def as_result(self, cited: tuple[str, ...]) -> RunMemory | None:
+        """What the run's result says of it; None when memory had nothing."""
+        if not self.notes and self.recall_id is None:
+            return None
+        return RunMemory(
+            recall_id=self.recall_id, notes=self.notes, given=self.given, cited=cited, tokens=self.tokens
+        )
+
+
+class RunExperience:
+    """Memory as runs use it.
+
+    Args:
+        memory: The service.
+        engine: Has the recorded steps of runs.
+        enabled: Whether runs use memory at all.
+        clock: Dates verdicts.
+    """
+
+    def __init__(
+        self, memory: MemoryService, engine: RunEngine, *, enabled: bool, clock: Clock = SYSTEM_CLOCK
+    ) -> None:
+        self._memory = memory
+        self._engine = engine
+        self._enabled = enabled
+        self._clock = clock
+
+    async def recall(self, principal: Principal, run_id: str, spec: RunSpec, *, given: bool) -> Shown:
+        """What memory has for a goal.
+
+        Args:
+            given: Whether the agents will be shown it; if not, this only looks.
+        """
+        if not self._enabled or not spec.memory:
+            return Shown()
+        try:
+            recall = await self._memory.recall(
+                _for_memory(principal), spec.goal, recall_id=run_id, preview=not given
+            )
+        except AgenticFlowError as error:
+            return Shown(problem=error.message)
+        return Shown.of(recall, given=given)
+
+    async def record(
+        self,
+        principal: Principal,
+        run_id: str,
+        spec: RunSpec,
+        *,
+        model: str,
+        started_at_s: float,
+        shown: Shown,
+        cited: tuple[str, ...],
+        result: RunResult | None,
+        failure: AgenticFlowError | None,
+        cancelled: bool = False,
+    ) -> JsonObject:
+        """Keep an ended run as a trajectory; how many steps it has, or the `problem` that was in the way."""
+        if not self._enabled:
+            return {"steps": 0}
+        steps = trajectory_steps(run_id, await self._engine.steps(run_id))
+        trajectory = Trajectory(
+            # A cancelled run can be resumed; what it comes to then is an experience of its own.
+            id=f"{run_id}-cancelled" if cancelled else run_id,
+            run_id=run_id,
+            task=spec.goal,
+            agent="team",
+            model=model,
+            topology=spec.topology,
+            outcome="cancelled" if cancelled else "completed" if result else "failed",
+            steps=tuple(steps),
+            steps_total=len(steps),
+            answer=result.answer if result else "",
+            error=failure.message if failure else None,
+            usage=result.usage.model_dump(mode="json") if result else {},
+            recall_id=shown.recall_id,
+            cited=cited,
+            verdicts=self._checked(spec, result),
+            started_at_s=started_at_s,
+        )
+        try:
+            await self._memory.record(_for_memory(principal), trajectory)
+        except AgenticFlowError as error:
+            return {"steps": 0, "problem": error.message}
+        return {"steps": len(steps)}
+
+    def _checked(self, spec: RunSpec, result: RunResult | None) -> tuple[Verdict, ...]:
+        """What the check of the citations says: an answer about files that cites none of them has failed."""
+        if result is None or not spec.inputs or result.citations:
+            return ()
+        return (
+            Verdict(
+                outcome="failure",
+                confidence=0.8,
+                reasons=("no citation of the answer stood the check against the files",),
+                source="reviewer",
+                subject="citation check",
+                at_s=self._clock.time_s(),
+            ),
+        )
+
+
+def _for_memory(principal: Principal) -> Principal:
+    """Whoever may run may have what runs taught and leave what they did, in the same tenant."""
+    return Principal(principal.tenant, principal.subject, frozenset({"memory:read", "memory:write"}))
+
+
+def trajectory_steps(run_id: str, steps: Sequence[StepRecord]) -> list[TrajectoryStep]:
+    """The steps in order. What a tool was called with stands in the model's answer before it.
+
+    Args:
+        run_id: Of the run; its agents' workflows are named after it.
+        steps: Recorded steps of the run and its agents, in order of completion.
+    """
+    asked: dict[str, dict[str, deque[ToolCallPart]]] = defaultdict(lambda: defaultdict(deque))
+    found: list[TrajectoryStep] = []
+    for step in steps:
+        agent = step.workflow_id.removeprefix(run_id).lstrip(".") or "run"
+        if agent == "run" and step.name in _OWN:
+            continue
+        error = str(step.error.get("detail")) if step.error else None
+        action, observation, cost_usd = "", "", 0.0
+        if step.name == "model" and step.output:
+            completion = Completion.model_validate(step.output)
+            for call in completion.tool_calls:
+                asked[agent][call.name].append(call)
+            action = ", ".join(call.name for call in completion.tool_calls)
+            observation = completion.text
+            cost_usd = completion.usage.cost_usd or 0.0
+        elif step.name.startswith(_TOOL) and step.output:
+            waiting = asked[agent][step.name.removeprefix(_TOOL)]
+            if waiting:
+                action = _json(waiting.popleft().arguments)
+            observation = _json(step.output.get("content"))
+            if step.output.get("is_error"):
+                error = error or _detail(step.output.get("content")) or "the tool refused or failed"
+        elif step.output:
+            observation = _json(step.output)
+        found.append(
+            TrajectoryStep(
+                agent=agent,
+                name=step.name,
+                action=action[:OBSERVATION_CHARS_MAX],
+                observation=observation[:OBSERVATION_CHARS_MAX],
+                error=error,
+                cost_usd=cost_usd,
+                at_s=step.completed_at_s or step.started_at_s or 0.0,
+            )
+        )
+    return found
+
+
+def _json(value: Any) -> str:
+    return orjson.dumps(value, default=str).decode()
+
+
+def _detail(content: Any) -> str | None:
+    if not isinstance(content, dict):
+        return None
+    told: Any = content.get("detail")  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType] - JSON
+    return told if isinstance(told, str) else None
