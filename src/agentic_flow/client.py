@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from agentic_flow.core.ports import RunState
     from agentic_flow.core.settings import Settings
     from agentic_flow.core.vectors import SearchResult
+    from agentic_flow.memory.answers import LearnReport
     from agentic_flow.runtime.build import Runtime
     from agentic_flow.swarm.runs import RunEvent, RunResult, RunService, RunSpec, RunStep
 
@@ -143,6 +144,11 @@ class AsyncClient:
             with move_on_after(_CANCEL_TIMEOUT_S, shield=True):
                 await self.runs.cancel(run_id)
             raise
+
+    async def learn(self, *, timeout_s: float = 60.0) -> LearnReport:
+        """Learn now from the runs that wait for it, for at most `timeout_s` seconds."""
+        runtime = await self._open()
+        return await (await runtime.memory()).learn(runtime.principal, timeout_s=timeout_s)
 
     async def models(self) -> list[ModelInfo]:
         """The models that can be asked now, the default one first."""

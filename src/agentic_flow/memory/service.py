@@ -50,7 +50,7 @@ from agentic_flow.memory.records import (
 )
 from agentic_flow.memory.series import MemorySeries, memory_series
 from agentic_flow.memory.trajectories import Trajectories
-from agentic_flow.memory.uplift import Uplift, UpliftReport, assign
+from agentic_flow.memory.uplift import Exposure, Uplift, UpliftReport, assign
 
 READ, WRITE = "memory:read", "memory:write"
 
@@ -68,8 +68,8 @@ class Learner(Protocol):
         """Something of this tenant may be due."""
         ...
 
-    async def settle(self) -> None:
-        """Return when nothing is due."""
+    async def settle(self, tenant: str | None = None) -> None:
+        """Learn from what is due, and return when nothing is."""
         ...
 
     async def judging_model(self, principal: Principal) -> str | None:
@@ -107,6 +107,20 @@ class Memory:
         self.records = Trajectories(store, settings, clock=clock)
         self.certificates = Certificates(store, self.bank, clock=clock)
         self.outcomes = Uplift(store, clock=clock)
+
+    async def shown(self, tenant: str, recall_id: str) -> Sequence[str]:
+        """Ids of the items that a recall showed."""
+        certificate = await self.certificates.get(tenant, recall_id)
+        return () if certificate is None else certificate.shown
+
+    async def note_outcome(self, principal: Principal, trajectory: Trajectory, verdict: Verdict) -> None:
+        """Let a judged run count in the comparison of runs with and without the items of its recall."""
+        if trajectory.recall_id is None:
+            return
+        certificate = await self.certificates.get(principal.tenant, trajectory.recall_id)
+        if certificate is not None:
+            exposure = Exposure.of(certificate, cited=trajectory.cited, stratum=trajectory.agent)
+            await self.outcomes.record(principal.tenant, exposure, verdict)
 
     # ---- before a run ------------------------------------------------------------------------------------
 
@@ -266,11 +280,10 @@ class Memory:
             )
         tenant = principal.tenant
         before, _ = await self.records.list_trajectories(tenant, state="pending", limit=_PAGE)
-        self.learner.wake(tenant)
         settled = True
         try:
             async with asyncio.timeout(timeout_s):
-                await self.learner.settle()
+                await self.learner.settle(tenant)
         except TimeoutError:
             settled = False
         report = LearnReport(settled=settled, waiting=await self.records.waiting(tenant))

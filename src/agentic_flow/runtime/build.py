@@ -30,6 +30,8 @@ from agentic_flow.core.settings import PeerSettings, Settings, TlsSettings, secr
 if TYPE_CHECKING:
     from agentic_flow.agentdb.erasure import BackupSurvey
     from agentic_flow.memory.answers import MemoryService
+    from agentic_flow.memory.records import Trajectory, Verdict
+    from agentic_flow.memory.service import Memory
     from agentic_flow.runtime.deferred import RunWatch
     from agentic_flow.runtime.identity import Identity
     from agentic_flow.swarm.definitions import DefinitionCatalog
@@ -217,7 +219,39 @@ class Runtime:
             return await self._stack.enter_async_context(RemoteMemory(url, **await self._calls("platform")))
         from agentic_flow.memory.service import Memory
 
-        return Memory(await self.store(), self.settings.memory)
+        memory = Memory(await self.store(), self.settings.memory)
+        if not self._serves or self._serves & {"platform", "swarm"}:
+            # A database by itself keeps no models: who runs agents learns from what they did.
+            await self._add_learner(memory)
+        return memory
+
+    async def _add_learner(self, memory: Memory) -> None:
+        from agentic_flow.memory.distill import Distiller
+        from agentic_flow.memory.episodes import Episodes
+        from agentic_flow.memory.judge import Judge
+        from agentic_flow.memory.learning import Learner
+        from agentic_flow.memory.skills import Skills
+
+        own, store, completer = self.settings.memory, await self.store(), await self.completer()
+        skills = Skills(store)
+        episodes = Episodes(store, completer, model=own.judge_model, retention_days=own.retention_days)
+
+        async def learn_skill(principal: Principal, trajectory: Trajectory, verdict: Verdict) -> None:
+            await skills.learn(principal.tenant, trajectory, verdict)
+
+        learner = Learner(
+            memory.records,
+            memory.bank,
+            Judge(completer, model=own.judge_model),
+            Distiller(completer, model=own.judge_model),
+            own,
+            after=(memory.note_outcome, learn_skill, episodes.reflect),
+            shown=memory.shown,
+        )
+        memory.learner = learner
+        if self._serves and own.enabled:
+            learner.start()
+            self.on_exit(learner.close)
 
     async def _make_embedder(self) -> Embedder:
         from agentic_flow.agentdb.embedders.registry import open_embedder

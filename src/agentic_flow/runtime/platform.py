@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 PROBE_TIMEOUT_S = 2.0
 RUN_ROOTS = ("/v1/runs",)
-MEMORY_ROOTS = ("/v1/namespaces", "/v1/namespace-stats", "/v1/tenants-with")
+MEMORY_ROOTS = ("/v1/namespaces", "/v1/namespace-stats", "/v1/tenants-with", "/v1/memory")
 
 Ready = Callable[[], Awaitable[dict[str, bool]]]
 """Name of what is needed → whether it works."""
@@ -205,10 +205,12 @@ class _Apps:
         return build_routes(await self._runtime.swarm(takeover=True))
 
     async def _memory_routes(self) -> Sequence[BaseRoute]:
-        await imported("agentic_flow.agentdb.routes")
+        await imported("agentic_flow.agentdb.routes", "agentic_flow.memory.routes")
         from agentic_flow.agentdb.routes import build_routes
+        from agentic_flow.memory.routes import build_routes as learning_routes
 
-        return build_routes(await self._runtime.store(), self._settings.agentdb)
+        routes = build_routes(await self._runtime.store(), self._settings.agentdb)
+        return [*learning_routes(await self._runtime.memory()), *routes]
 
     async def _agentdb(self) -> _Face:
         from agentic_flow.agentdb.routes import PUBLIC_PATHS, build_document_route, build_routes
@@ -218,7 +220,13 @@ class _Apps:
         async def ready() -> dict[str, bool]:
             return {"database": await _works(store.namespaces(DEFAULT_TENANT))}
 
-        routes: list[BaseRoute] = [*build_routes(store, self._settings.agentdb), build_document_route()]
+        from agentic_flow.memory.routes import build_routes as learning_routes
+
+        routes: list[BaseRoute] = [
+            *build_routes(store, self._settings.agentdb),
+            build_document_route(),
+            *learning_routes(await self._runtime.memory()),
+        ]
         return _Face(routes, ready, PUBLIC_PATHS)
 
     async def _swarm(self) -> _Face:
