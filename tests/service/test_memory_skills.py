@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from agentic_flow.agentdb.service import AgentDB
 from agentic_flow.core.errors import InvalidInput, NotFound
 from agentic_flow.core.settings import AgentDBSettings
+from agentic_flow.core.vectors import Item
 from agentic_flow.memory.records import SKILLS, Outcome, Trajectory, TrajectoryStep, Verdict, VerdictSource
 from agentic_flow.memory.skills import (
     EXAMPLES_MAX,
@@ -208,6 +210,20 @@ async def test_processes_that_learn_at_once_make_one_skill(tmp_path: Path) -> No
         listed, _ = await learners[1].list_skills(T)
         assert [found.id for found in listed] == [skill.id]
         assert skill.supported == 9
+
+
+async def test_the_turn_of_a_learner_that_died_ends(db: AgentDB) -> None:
+    """Catches a learner that waits for ever for one that is gone."""
+    skills = Skills(db)
+    await skills.learn(T, weather("Paris"), verdict())
+    (trace,) = (await db.list_items(T, SKILLS)).items
+    held = Item(id=f"turn.{trace.metadata['signature']}", text="turn", expires_at_s=time.time() + 0.5)
+    await db.upsert(T, SKILLS, [held])
+    begun_s = time.time()
+    await skills.learn(T, weather("Rome"), verdict())
+    assert time.time() >= begun_s + 0.3
+    assert {row.id for row in (await db.list_items(T, SKILLS)).items} >= {trace.id}
+    assert await db.get(T, SKILLS, [held.id]) == []
 
 
 async def test_a_removed_skill_comes_back_by_new_runs_only(db: AgentDB) -> None:

@@ -39,7 +39,6 @@ from agentic_flow.memory.ranking import Note as PackedNote
 from agentic_flow.memory.ranking import pack
 from agentic_flow.memory.records import (
     EPISODES,
-    SKILLS,
     TASK_CHARS_MAX,
     TRAJECTORIES,
     MemoryItem,
@@ -49,6 +48,7 @@ from agentic_flow.memory.records import (
     Verdict,
 )
 from agentic_flow.memory.series import MemorySeries, memory_series
+from agentic_flow.memory.skills import Skills
 from agentic_flow.memory.trajectories import Trajectories
 from agentic_flow.memory.uplift import Exposure, Uplift, UpliftReport, assign
 
@@ -107,6 +107,7 @@ class Memory:
         self.records = Trajectories(store, settings, clock=clock)
         self.certificates = Certificates(store, self.bank, clock=clock)
         self.outcomes = Uplift(store, clock=clock)
+        self.skills = Skills(store, clock=clock)
 
     async def shown(self, tenant: str, recall_id: str) -> Sequence[str]:
         """Ids of the items that a recall showed."""
@@ -483,7 +484,7 @@ class Memory:
             bank=await self.bank.stats(tenant),
             trajectories=counts,
             recalls=(await self.certificates.head(tenant)).sequence,
-            skills=rows.get(SKILLS, 0),
+            skills=await self.skills.count(tenant),
             episodes=rows.get(EPISODES, 0),
             problems=tuple(problems[:_PROBLEMS_MAX]),
         )

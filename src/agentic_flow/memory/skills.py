@@ -7,8 +7,10 @@ The runs' own traces are kept beside the skills (`memory.skills`) until they are
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Annotated, Literal
 
 import orjson
@@ -68,9 +70,12 @@ RETIRE_BELOW = 0.5
 TRACE_MAX_BYTES = 8_192
 TRACE_DAYS = 30.0
 TRIES_MAX = 20
+TURN_S = 30.0
+"""Time after which the turn of a learner that died is over."""
+_TURN_RETRY_S = 0.02
 _CANDIDATES = 20
 _DAY_S = 86_400.0
-_TRACE, _SKILL = "t.", "s."
+_TRACE, _SKILL, _TURN = "t.", "s.", "turn."
 
 
 class SkillVersion(Frozen):
@@ -155,6 +160,7 @@ class Skills:
     def __init__(self, store: VectorStore, *, clock: Clock = SYSTEM_CLOCK) -> None:
         self._rows = Rows(store, SKILLS, searched=True)
         self._clock = clock
+        self._learning: dict[str, asyncio.Lock] = {}
 
     # ---- learning ----------------------------------------------------------------------------------------
 
@@ -177,16 +183,37 @@ class Skills:
         if known is not None and known.metadata.get("skill") is not None:
             return await self._find(tenant, str(known.metadata["skill"]))
         await self._rows.put(tenant, [self._trace_row(trace, None)])
-        alike = await self._alike(tenant, trace)
-        belongs = await self._skill_of(tenant, trace, alike)
-        free = [trace, *(one for one, taken in alike if taken is None)]
-        runs = sorted(free, key=lambda one: (one.at_s, one.trajectory_id))
-        # Two processes that make the same skill at once name it alike, and one joins the other's.
-        skill_id = belongs or f"skill-{_digest([list(trace.tools), runs[0].trajectory_id])}"
-        skill = await self._changed(tenant, skill_id, lambda old: self._supported(skill_id, old, runs))
-        if skill is not None:
-            await self._rows.put(tenant, [self._trace_row(one, skill_id) for one in runs])
+        async with self._turn(tenant, _signature(trace.tools)):
+            alike = await self._alike(tenant, trace)
+            belongs = await self._skill_of(tenant, trace, alike)
+            free = [trace, *(one for one, taken in alike if taken is None)]
+            runs = sorted(free, key=lambda one: (one.at_s, one.trajectory_id))
+            skill_id = belongs or f"skill-{_digest([list(trace.tools), runs[0].trajectory_id])}"
+            skill = await self._changed(tenant, skill_id, lambda old: self._supported(skill_id, old, runs))
+            if skill is not None:
+                await self._rows.put(tenant, [self._trace_row(one, skill_id) for one in runs])
         return skill
+
+    @asynccontextmanager
+    async def _turn(self, tenant: str, signature: str) -> AsyncGenerator[None]:
+        """Learners take turns for runs with the same tools, in other processes too: two that look for a skill
+        at once would both find none and make one each. A dead one's turn ends by itself."""
+        row_id = _TURN + signature
+        async with self._learning.setdefault(tenant, asyncio.Lock()):
+            for _ in range(round(2 * TURN_S / _TURN_RETRY_S)):
+                ends_at_s = self._clock.time_s() + TURN_S
+                row = Item(id=row_id, text="turn", metadata={"kind": "turn"}, expires_at_s=ends_at_s)
+                try:
+                    await self._rows.put(tenant, [row], expected_version=0)
+                except Conflict:
+                    await self._clock.sleep(_TURN_RETRY_S)
+                    continue
+                try:
+                    yield
+                finally:
+                    await self._rows.delete(tenant, [row_id])
+                return
+        raise Conflict(f"others keep learning skills with the tools of {signature!r}", hint="try again")
 
     async def _alike(self, tenant: str, trace: Trace) -> list[tuple[Trace, str | None]]:
         """Other runs of alike tasks with the same tools, nearest first, and the skill each belongs to."""
@@ -330,6 +357,10 @@ class Skills:
         """One page in id order, retired ones too, and the cursor of the next; None at the end."""
         rows, after = await self._rows.page(tenant, where={"kind": "skill"}, cursor=cursor, limit=limit)
         return [_read_skill(row) for row in rows], after
+
+    async def count(self, tenant: str) -> int:
+        """How many there are, retired ones too."""
+        return len([row async for row in self._rows.all(tenant, where={"kind": "skill"})])
 
     async def versions(self, tenant: str, skill_id: str) -> tuple[SkillVersion, ...]:
         """The versions that are kept, the newest last.

@@ -230,14 +230,12 @@ class Runtime:
         from agentic_flow.memory.episodes import Episodes
         from agentic_flow.memory.judge import Judge
         from agentic_flow.memory.learning import Learner
-        from agentic_flow.memory.skills import Skills
 
         own, store, completer = self.settings.memory, await self.store(), await self.completer()
-        skills = Skills(store)
         episodes = Episodes(store, completer, model=own.judge_model, retention_days=own.retention_days)
 
         async def learn_skill(principal: Principal, trajectory: Trajectory, verdict: Verdict) -> None:
-            await skills.learn(principal.tenant, trajectory, verdict)
+            await memory.skills.learn(principal.tenant, trajectory, verdict)
 
         learner = Learner(
             memory.records,
