@@ -67,6 +67,8 @@ class Answer:
         others_free_nano: The part of it that live workers reported as not reserved.
         wanted: Another worker waits for money of this account.
         over_nano: By how much spent and held are past the limit.
+        closed: The worker's slice is gone. One that was asked to be closed stays while a call of the worker
+            waits for money of the account.
     """
 
     ceiling_nano: int
@@ -75,6 +77,7 @@ class Answer:
     others_free_nano: int
     wanted: bool
     over_nano: int
+    closed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +196,7 @@ def _close(account_id: str, draft: _Draft, live_workers: int, decision: Decision
         drawn += min(share, max(0, ask.wish_nano + draft.taken - draft.free - drawn))
     held = ask.reserved_nano + draft.free + drawn
     total_held = draft.others_held + held
+    gone = ask.close and held == 0 and draft.lacking == 0
     decision.answers[account_id] = Answer(
         ceiling_nano=ask.spent_nano + held,
         settled_nano=draft.settled,
@@ -200,7 +204,7 @@ def _close(account_id: str, draft: _Draft, live_workers: int, decision: Decision
         others_free_nano=books.others_free_nano,
         wanted=books.wanted,
         over_nano=max(0, draft.settled + total_held - ask.limit_nano),
+        closed=gone,
     )
-    gone = ask.close and held == 0 and draft.lacking == 0
     own = Slice(ask.spent_nano + held, ask.spent_nano, ask.reserved_nano + draft.taken, draft.lacking)
     decision.changes[account_id] = Change(draft.settled, total_held, None if gone else own)

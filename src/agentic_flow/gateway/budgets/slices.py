@@ -370,11 +370,8 @@ class Purses:
                 purse.freeze()
             if ask.deficit and answer.over_nano:
                 over.append(Over(purse, answer.over_nano))
-            if (
-                ask.close
-                and purse.open_calls == 0
-                and purse.spent_nano == ask.spent_nano == answer.ceiling_nano
-            ):
+            # From zero only if the ledger did so too: told less than before, it would take money back.
+            if answer.closed and purse.open_calls == 0 and purse.spent_nano == ask.spent_nano:
                 purse.start_again()
         return over
 
