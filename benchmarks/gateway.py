@@ -227,7 +227,11 @@ def section() -> str:
 
 def soak_section() -> str:
     """The section about memory: measured now."""
-    soaked = soak(SOAK_REQUESTS)
+    return soak_text_of(soak(SOAK_REQUESTS))
+
+
+def soak_text_of(soaked: Figures) -> str:
+    """The section about memory from figures."""
     growth, most = soaked["growth_mb"], max(soaked["memory_mb"])
     rows = [
         (
