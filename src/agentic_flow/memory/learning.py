@@ -137,7 +137,10 @@ class Learner:
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._at_work: set[tuple[str, str]] = set()
+        self._again: set[tuple[str, str]] = set()
         self._learned = 0
+        self._overtaken = 0
         self._shelved = 0
         self._failures: Counter[str] = Counter()
         self._problem: str | None = None
@@ -190,12 +193,12 @@ class Learner:
             tenant: Whose; None: every tenant's that this process may know of.
         """
         while True:
-            begun = self._learned
+            begun = self._learned, self._overtaken
             tenants = [tenant] if tenant is not None else await self._trajectories.tenants()
             await asyncio.gather(*(self._drain(one) for one in tenants))
             await self._idle.wait()
             # What was finished meanwhile may have made others due; what stays due now is out of reach.
-            if self._learned == begun:
+            if (self._learned, self._overtaken) == begun:
                 return
 
     async def retry_shelved(self, tenant: str) -> list[str]:
@@ -282,15 +285,27 @@ class Learner:
 
     async def learn_one(self, tenant: str, trajectory_id: str) -> bool:
         """Learn from one trajectory if it is due; whether that was done, by this call."""
-        async with self._places:
-            self._running += 1
-            self._idle.clear()
-            try:
-                return await self._learn_claimed(tenant, trajectory_id)
-            finally:
-                self._running -= 1
-                if not self._running:
-                    self._idle.set()
+        one = tenant, trajectory_id
+        if one in self._at_work:
+            self._again.add(one)  # two at once would only undo each other
+            return False
+        self._at_work.add(one)
+        try:
+            async with self._places:
+                self._running += 1
+                self._idle.clear()
+                try:
+                    return await self._learn_claimed(tenant, trajectory_id)
+                finally:
+                    self._running -= 1
+                    if not self._running:
+                        self._idle.set()
+        finally:
+            self._at_work.discard(one)
+            if one in self._again:
+                self._again.discard(one)
+                if self._keepers:
+                    self.wake(tenant, trajectory_id)
 
     async def _learn_claimed(self, tenant: str, trajectory_id: str) -> bool:
         try:
@@ -332,8 +347,10 @@ class Learner:
             self._learned += 1
             self._since[tenant] += 1
         else:
-            # It changed meanwhile: it is due again, or another worker has it.
+            # It changed meanwhile: it is due again.
             await self._trajectories.note_items(tenant, trajectory.id, item_ids, verdict.outcome)
+            self._overtaken += 1
+            self._again.add((tenant, trajectory.id))
         return done
 
     async def _kept(

@@ -430,13 +430,16 @@ class Trajectories:
         self, tenant: str, trajectory_id: str, item_ids: Sequence[str], taught: Outcome
     ) -> None:
         """Keep which items carry what was distilled from a trajectory that changed meanwhile, so that they
-        can be taken back.
+        can be taken back. While it is pending it is due at once: whoever claimed it meanwhile does not know
+        of them, and cannot settle it any more.
         """
+        now_s = self._clock.time_s()
 
         def change(stored: Trajectory) -> Trajectory:
             known = stored.item_ids if stored.taught in (taught, None) else ()
             ids = tuple(dict.fromkeys((*known, *item_ids)))
-            return stored.model_copy(update={"item_ids": ids, "taught": taught})
+            due_at_s = now_s if stored.state == "pending" else stored.due_at_s
+            return stored.model_copy(update={"item_ids": ids, "taught": taught, "due_at_s": due_at_s})
 
         await self._change(tenant, trajectory_id, change)
 
