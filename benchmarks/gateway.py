@@ -254,7 +254,7 @@ its end. Load average of the machine: {soaked["load_average"]:.1f}.
 
 def main() -> None:
     """Print the section or the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--system", choices=list(systems.SYSTEMS), action="append", help="measure only these")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="length of each measurement")

