@@ -5,14 +5,19 @@ goal in one of the rooms. The mission names the kind of the house in a few words
 houses of one kind the goal is always behind the door of one colour. The agent sees what MiniGrid lets it see
 (seven by seven cells before it, not through walls), keeps a map, and plans on it. Without advice it opens the
 doors in an order of its own until its steps run out.
+
+Run as a program it serves walks, one JSON object a line, to whoever keeps the agent's memory: the two need
+not share an interpreter. See `serve`.
 """
 
 from __future__ import annotations
 
+import json
 import random
+import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from minigrid.core.constants import COLOR_NAMES, DIR_TO_VEC, IDX_TO_COLOR, IDX_TO_OBJECT
@@ -20,6 +25,8 @@ from minigrid.core.grid import Grid
 from minigrid.core.mission import MissionSpace
 from minigrid.core.world_object import Door, Goal, Wall
 from minigrid.minigrid_env import MiniGridEnv
+
+from memory_minigrid_notes import EMPTY, FOUND, Advice, Note, advice_of, used
 
 LEFT, RIGHT, FORWARD, TOGGLE = 0, 1, 2, 5
 SIZE = 19
@@ -34,6 +41,10 @@ KINDS = (
     ("theatre", "wardrobe", "stage", "tailor", "velvet"),
     ("mill", "sluice", "wheel", "miller", "flour"),
     ("mill", "timber", "wheel", "sawyer", "plank"),
+    ("castle", "kitchen", "tower", "cook", "spit"),
+    ("castle", "armoury", "tower", "smith", "helm"),
+    ("station", "parcel", "platform", "porter", "scales"),
+    ("station", "signal", "platform", "lever", "lantern"),
 )
 """What missions of each kind are told in; neighbours share words, and not the rule."""
 
@@ -96,10 +107,10 @@ class Episode:
 def episodes(seed: int, count: int) -> list[Episode]:
     """The houses of a seed, in their order; nothing but the arguments decides about them."""
     rng = random.Random(f"minigrid {seed}")
-    colours = [rng.choice(COLOR_NAMES) for _ in KINDS]
-    for kind in range(1, len(KINDS), 2):
-        while colours[kind] == colours[kind - 1]:
-            colours[kind] = rng.choice(COLOR_NAMES)
+    # Each colour is right for as many kinds: else notes on any house would tell something of every house.
+    colours: list[str] = []
+    while not colours or any(colours[kind] == colours[kind - 1] for kind in range(1, len(KINDS), 2)):
+        colours = rng.sample(COLOR_NAMES * (len(KINDS) // len(COLOR_NAMES)), len(KINDS))
     made: list[Episode] = []
     for index in range(count):
         kind = rng.randrange(len(KINDS))
@@ -111,16 +122,8 @@ def episodes(seed: int, count: int) -> list[Episode]:
 
 
 @dataclass(frozen=True)
-class Advice:
-    """What notes say of doors: colours to open first, colours to leave for last."""
-
-    first: tuple[str, ...] = ()
-    last: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Seen:
-    """One thing the agent did and what it saw then."""
+    """A door that the agent opened and what it saw then."""
 
     action: str
     observation: str
@@ -310,23 +313,31 @@ def walk(episode: Episode, advice: Advice, *, steps_max: int) -> Walk:
         if walker.ended:
             break
         goal = walker.goal()
-        log.append(Seen(f"open the {wanted} door", "the goal is there" if goal else "an empty room"))
+        log.append(Seen(f"the {wanted} door", EMPTY if goal is None else FOUND))
         if goal is not None:
             walker.go_to(goal)
     house.close()
     return Walk(walker.reached, walker.steps if walker.reached else steps_max, tuple(log))
 
 
-def advice_of(texts: Sequence[tuple[str, str]]) -> Advice:
-    """What notes say of doors.
+def serve() -> None:
+    """Answer a line of standard input with one of standard output, until that ends.
 
-    Args:
-        texts: Lesson (`do` or `avoid`) and content of each note, the best first.
+    The first line is `{"seed", "count", "steps_max"}` and is answered by the list of missions, in order; each
+    later one is `{"episode", "notes": [{"lesson", "text"}]}`, answered by what became of the walk and by
+    `used`, indices of notes.
     """
-    first: dict[str, None] = {}
-    last: dict[str, None] = {}
-    for lesson, content in texts:
-        for colour in COLOR_NAMES:
-            if f"open the {colour} door" in content:
-                (first if lesson == "do" else last).setdefault(colour)
-    return Advice(tuple(first), tuple(last))
+    told_first = json.loads(sys.stdin.readline())
+    stream = episodes(told_first["seed"], told_first["count"])
+    print(json.dumps([one.mission for one in stream]), flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        notes = [Note(**one) for one in asked["notes"]]
+        done = walk(stream[asked["episode"]], advice_of(notes), steps_max=told_first["steps_max"])
+        print(
+            json.dumps({**asdict(done), "used": used(notes, [seen.action for seen in done.log])}), flush=True
+        )
+
+
+if __name__ == "__main__":
+    serve()

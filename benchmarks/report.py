@@ -1,7 +1,7 @@
 """Writes RESULTS.md beside this file, a section for each benchmark; those that are not renewed keep theirs.
 
 Usage: python benchmarks/report.py [--only SECTION]… [--kept]
-       sections: answers ingest steps startup agentdb million http router gateway soak
+       sections: answers ingest steps startup agentdb million http router gateway soak minigrid
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import cli_startup  # noqa: E402
 import gateway  # noqa: E402
 import http_search  # noqa: E402
 import ingest  # noqa: E402
+import memory_minigrid  # noqa: E402
 import router  # noqa: E402
 import steps  # noqa: E402
 
@@ -44,6 +45,7 @@ SECTIONS: dict[str, tuple[str, Callable[[bool], str]]] = {
     "router": (router.TITLE, lambda _: router.section()),
     "gateway": (gateway.TITLE, lambda _: gateway.section()),
     "soak": (gateway.SOAK_TITLE, lambda _: gateway.soak_section()),
+    "minigrid": (memory_minigrid.TITLE, lambda _: memory_minigrid.section()),
 }
 """Name → title and what measures and writes it, in the order of the document."""
 
