@@ -386,6 +386,29 @@ def test_mechanical_items_say_what_happened() -> None:
     assert all(SECRET not in item.model_dump_json() for item in (worked, instead, failed))
 
 
+@pytest.mark.parametrize(
+    ("task", "kept"),
+    [
+        ("close ticket 8812 of the shop", "close ticket … of the shop"),
+        (
+            "close tickets 8812, 8,813 and 17.5.",
+            "close tickets …, … and ….",
+        ),
+        ("find why 404 is answered on port 8080", "find why 404 is answered on port 8080"),
+        ("update v1.2 to 2.0-rc1 in app-3/x and E1042 at 10:30", None),
+    ],
+)
+def test_mechanical_items_leave_out_numbers_of_one_run(task: str, kept: str | None) -> None:
+    """Catches an item for each ticket number, and one that loses the number that mattered or half a name."""
+    step = TrajectoryStep(name="open", action="logs-404.txt", observation="port 8080: 404")
+    made = Trajectory(id="t-5", task=task, steps=(step,), answer="done", outcome="completed")
+    for outcome in ("success", "failure"):
+        (item,) = mechanical_items(made, Verdict(outcome=outcome, source="mechanical"), 5.0)
+        assert item.title.partition(": ")[2] == (kept or task)
+        assert repr(kept or task) in item.description
+        assert item.sources[0].task == task
+
+
 @given(st.text(alphabet="ab.-_:", min_size=1, max_size=197), st.sampled_from(["success", "failure"]))
 def test_item_ids_fit_and_tell_their_outcome(tail: str, outcome: Any) -> None:
     """Catches an id that the store refuses, or is another one's, and an outcome that is not told apart."""

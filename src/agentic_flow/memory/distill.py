@@ -10,8 +10,9 @@ Source: the extraction of "ReasoningBank", arXiv 2509.25140: title, description,
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Literal
 
 from agentic_flow.core.auth import Principal
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock, Deadline
@@ -19,11 +20,16 @@ from agentic_flow.core.errors import ProviderProtocol
 from agentic_flow.core.messages import CompletionRequest, JsonObject
 from agentic_flow.core.ports import Completer
 from agentic_flow.memory.judge import writing_model
-from agentic_flow.memory.prompting import only_answer, plain, quote, record_lines, request
+from agentic_flow.memory.prompting import (
+    bounded_item,
+    kept_items,
+    only_answer,
+    plain,
+    quote,
+    record_lines,
+    request,
+)
 from agentic_flow.memory.records import (
-    CONTENT_CHARS_MAX,
-    DESCRIPTION_CHARS_MAX,
-    TITLE_CHARS_MAX,
     MemoryItem,
     Outcome,
     Source,
@@ -38,6 +44,9 @@ _SOURCE_TASK_CHARS_MAX = 300
 _TASK_CHARS_MAX = 200
 _STEPS_TOLD_MAX = 12
 _TOLD_CHARS_MAX = 200
+# Counts, tickets, days; not what stands within a name, a version or a path.
+_DIGITS = re.compile(r"\d+(?:[.,]\d+)*")
+_NUMBER = re.compile(rf"(?<![\w./:-]){_DIGITS.pattern}(?![\w/:-]|[.,]\w)")
 
 _FORM = (
     "An item has a title of a few words; a description that says in a sentence or two when it applies and "
@@ -132,14 +141,14 @@ def read_items(text: str) -> list[JsonObject]:
     Raises:
         ProviderProtocol: there is no list of items, or one with no item that could be kept.
     """
-    return only_answer(text, _read, "items")
+    return only_answer(text, lambda value: kept_items(value, ITEMS_MAX), "items")
 
 
 def mechanical_items(trajectory: Trajectory, verdict: Verdict, now_s: float) -> list[MemoryItem]:
     """Items made of what was tried and what followed; no model has understood them."""
     steps = trajectory.steps
     found: list[JsonObject] = []
-    task = plain(" ".join(trajectory.task.split()), _TASK_CHARS_MAX)
+    task = _kind_of_task(trajectory)
     if verdict.outcome == "success":
         took = _told([step for step in steps if step.error is None])
         if took:
@@ -168,7 +177,7 @@ def mechanical_items(trajectory: Trajectory, verdict: Verdict, now_s: float) -> 
     recovered = _recovery(steps)
     if recovered is not None:
         found.append(recovered)
-    kept = [item for one in found if (item := _bounded(one)) is not None]
+    kept = [item for one in found if (item := bounded_item(one)) is not None]
     return _items(trajectory, verdict, kept, now_s, "mechanical")
 
 
@@ -180,33 +189,7 @@ def item_id(trajectory_id: str, outcome: Outcome, number: int) -> str:
     return f"{trajectory_id}.{outcome[0]}{number}"
 
 
-# ---- reading and writing items -----------------------------------------------------------------------------
-
-
-def _read(value: JsonObject) -> list[JsonObject] | None:
-    given = value.get("items")
-    if not isinstance(given, list):
-        return None
-    listed = cast(list[Any], given)
-    kept = [item for one in listed if (item := _bounded(one)) is not None]
-    # An empty list says that there is nothing to learn; a list of nothing that can be kept says nothing.
-    return kept[:ITEMS_MAX] if kept or not listed else None
-
-
-def _bounded(value: Any) -> JsonObject | None:
-    if not isinstance(value, dict):
-        return None
-    given = cast(JsonObject, value)
-    title = " ".join(plain(given.get("title"), TITLE_CHARS_MAX).split())
-    content = plain(given.get("content"), CONTENT_CHARS_MAX)
-    if not title or not content:
-        return None
-    return {
-        "title": title,
-        "description": " ".join(plain(given.get("description"), DESCRIPTION_CHARS_MAX).split()),
-        "content": content,
-        "lesson": given.get("lesson"),
-    }
+# ---- writing items -----------------------------------------------------------------------------------------
 
 
 def _items(
@@ -240,6 +223,16 @@ def _items(
         )
         for number, one in enumerate(found[:ITEMS_MAX], 1)
     ]
+
+
+def _kind_of_task(trajectory: Trajectory) -> str:
+    """The task without numbers that no step had to do with: they are of this run, not of tasks like it, and
+    would keep what two runs teach alike apart."""
+    done = "\n".join(f"{step.action}\n{step.observation}\n{step.error or ''}" for step in trajectory.steps)
+    had = set(_DIGITS.findall(done))
+    # Masked first: half of a number that is a secret would not be recognised.
+    task = plain(" ".join(trajectory.task.split()), _TASK_CHARS_MAX)
+    return _NUMBER.sub(lambda found: found[0] if found[0] in had else "…", task)
 
 
 def _told(steps: Sequence[TrajectoryStep]) -> str:

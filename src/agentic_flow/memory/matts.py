@@ -12,7 +12,7 @@ import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from typing import Literal, Protocol
 
 from agentic_flow.core.auth import Principal
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock, Deadline
@@ -23,6 +23,7 @@ from agentic_flow.memory.episodes import mechanical_reflection, read_reflection,
 from agentic_flow.memory.judge import mechanical_verdict, writing_model
 from agentic_flow.memory.prompting import (
     RECORD_CHARS_MAX,
+    kept_items,
     only_answer,
     plain,
     quote,
@@ -31,7 +32,6 @@ from agentic_flow.memory.prompting import (
 )
 from agentic_flow.memory.records import (
     CONTENT_CHARS_MAX,
-    DESCRIPTION_CHARS_MAX,
     TASK_CHARS_MAX,
     TITLE_CHARS_MAX,
     VERDICT_RANK,
@@ -404,28 +404,8 @@ def _item(title: str, counted: str, lines: Sequence[str], lesson: str) -> JsonOb
 
 
 def _read(value: JsonObject) -> list[JsonObject] | None:
-    given = value.get("items")
-    if not isinstance(given, list):
-        return None
-    listed = cast(list[Any], given)
-    kept = [one for entry in listed if (one := _bounded(entry)) is not None]
-    return kept[:ITEMS_MAX] if kept or not listed else None
-
-
-def _bounded(value: Any) -> JsonObject | None:
-    if not isinstance(value, dict):
-        return None
-    given = cast(JsonObject, value)
-    title = " ".join(plain(given.get("title"), TITLE_CHARS_MAX).split())
-    content = plain(given.get("content"), CONTENT_CHARS_MAX)
-    if not title or not content:
-        return None
-    return {
-        "title": title,
-        "description": " ".join(plain(given.get("description"), DESCRIPTION_CHARS_MAX).split()),
-        "content": content,
-        "lesson": "avoid" if given.get("lesson") == "avoid" else "do",
-    }
+    found = kept_items(value, ITEMS_MAX)
+    return None if found is None else [{**one, "lesson": one["lesson"] or "do"} for one in found]
 
 
 def _items(

@@ -21,7 +21,13 @@ from typing import Any, TypeVar, cast
 from agentic_flow.core.errors import ProviderProtocol
 from agentic_flow.core.messages import CompletionRequest, JsonObject, Message, TextPart
 from agentic_flow.core.redaction import redact
-from agentic_flow.memory.records import Trajectory, TrajectoryStep
+from agentic_flow.memory.records import (
+    CONTENT_CHARS_MAX,
+    DESCRIPTION_CHARS_MAX,
+    TITLE_CHARS_MAX,
+    Trajectory,
+    TrajectoryStep,
+)
 
 Answer = TypeVar("Answer")
 
@@ -158,6 +164,40 @@ def only_answer(text: str, read: Callable[[JsonObject], Answer | None], what: st
         f"the model was asked for {what} and gave {problem}: {text[:200]!r}",
         hint="another judge_model may keep to the form",
     )
+
+
+def kept_items(value: JsonObject, items_max: int) -> list[JsonObject] | None:
+    """The items that an answer lists, at most so many, each as `bounded_item` keeps it.
+
+    None where it lists none; an empty list says that there is nothing to learn, a list of nothing that can be
+    kept says nothing.
+    """
+    given = value.get("items")
+    if not isinstance(given, list):
+        return None
+    listed = cast(list[Any], given)
+    kept = [item for one in listed if (item := bounded_item(one)) is not None]
+    return kept[:items_max] if kept or not listed else None
+
+
+def bounded_item(value: Any) -> JsonObject | None:
+    """Title, description, content and lesson (`do`, `avoid` or None) as they may be kept.
+
+    None without a title or a content.
+    """
+    if not isinstance(value, dict):
+        return None
+    given = cast(JsonObject, value)
+    title = " ".join(plain(given.get("title"), TITLE_CHARS_MAX).split())
+    content = plain(given.get("content"), CONTENT_CHARS_MAX)
+    if not title or not content:
+        return None
+    return {
+        "title": title,
+        "description": " ".join(plain(given.get("description"), DESCRIPTION_CHARS_MAX).split()),
+        "content": content,
+        "lesson": given["lesson"] if given.get("lesson") in ("do", "avoid") else None,
+    }
 
 
 def plain(text: Any, chars_max: int) -> str:
