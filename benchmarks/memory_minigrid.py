@@ -433,8 +433,8 @@ advise first and those they warn of last. The memory is the product's as its run
 settings and without a model: trajectories are judged and distilled by rules from what was recorded. "Plain
 append" is the reference's way with the same distilled items: each one kept, the nearest {NOTES_MAX} by brute
 force, all believed alike. A walk that fails counts with all its steps; "lost by notes" are walks that failed
-with them and succeed without. Nothing misleads here but the other kinds' notes: outcomes are recorded
-truly, so what is believed matters little, and keeping everything does as well.
+with them and succeed without. Nothing misleads here but notes on other kinds of houses: outcomes are
+recorded truly, so this says nothing of wrong verdicts, which the simulated stream is about.
 
 `python benchmarks/memory_minigrid.py`"""
 
