@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import sys
 import threading
@@ -29,13 +30,16 @@ from pydantic import ValidationError
 from agentic_flow.core.errors import Conflict, InvalidInput, PathNotFound
 
 if TYPE_CHECKING:
+    from agentic_flow.core.auth import Principal
     from agentic_flow.core.messages import ModelInfo
     from agentic_flow.core.ports import RunState
     from agentic_flow.core.settings import Settings
     from agentic_flow.core.vectors import SearchResult
-    from agentic_flow.memory.answers import LearnReport
+    from agentic_flow.memory.answers import LearnReport, MemoryService
+    from agentic_flow.memory.bound import BoundMemory, WaitedMemory
     from agentic_flow.runtime.build import Runtime
     from agentic_flow.swarm.runs import RunEvent, RunResult, RunService, RunSpec, RunStep
+    from agentic_flow.swarm.tries import SeveralTries
 
 T = TypeVar("T")
 Inputs = str | Path | Sequence[str | Path] | None
@@ -145,10 +149,47 @@ class AsyncClient:
                 await self.runs.cancel(run_id)
             raise
 
+    @property
+    def learns_here(self) -> bool:
+        """Whether nobody but this process would learn from its runs: no server has its part in them."""
+        peers = self.settings.peers
+        return peers.platform_url is None and peers.swarm_url is None
+
     async def learn(self, *, timeout_s: float = 60.0) -> LearnReport:
         """Learn now from the runs that wait for it, for at most `timeout_s` seconds."""
         runtime = await self._open()
         return await (await runtime.memory()).learn(runtime.principal, timeout_s=timeout_s)
+
+    @functools.cached_property
+    def memory(self) -> BoundMemory:
+        """What agents learned: recall, record, verdicts, items, skills, episodes; see MemoryService."""
+        from agentic_flow.memory.bound import BoundMemory
+
+        async def opened() -> tuple[MemoryService, Principal]:
+            runtime = await self._open()
+            return await runtime.memory(), runtime.principal
+
+        return BoundMemory(opened)
+
+    async def matts(self, goal: str, *, k: int = 3, sequential: bool = False, **options: Any) -> SeveralTries:
+        """Run a goal several times, compare the runs, and keep what that teaches.
+
+        Args:
+            goal: The question or task.
+            k: Runs at the same time; with `sequential`, one after the other until one succeeds, at most.
+            sequential: Each run is told how the earlier ones went.
+            options: As in `run`, for each of them; a budget is for each.
+
+        Raises:
+            InvalidInput: an argument is wrong.
+            Unavailable: memory does not learn where it is asked.
+        """
+        from agentic_flow.swarm.tries import try_several
+
+        runtime, swarm = await self._swarm()
+        spec = self.runs.spec(goal, **options)
+        memory = await runtime.memory()
+        return await try_several(swarm, memory, runtime.principal, spec, k=k, sequential=sequential)
 
     async def models(self) -> list[ModelInfo]:
         """The models that can be asked now, the default one first."""
@@ -224,17 +265,49 @@ class AsyncRuns:
         paths_allowed: Sequence[str] = (),
         paths_forbidden: Sequence[str] = (),
         memory: bool = True,
+        refines: Sequence[str] = (),
         idempotency_key: str | None = None,
     ) -> str:
         """Accept a run durably and return its id at once; arguments as in `AsyncClient.run`.
 
         Args:
+            refines: Earlier runs of this goal, of which the team is told how they went.
             idempotency_key: The same key and arguments give the same run, however often they are sent.
         """
+        spec = self.spec(
+            goal,
+            input=input,
+            topology=topology,
+            agents=agents,
+            model=model,
+            budget_usd=budget_usd,
+            paths_allowed=paths_allowed,
+            paths_forbidden=paths_forbidden,
+            memory=memory,
+            refines=refines,
+        )
+        runtime, swarm = await self._client._swarm()  # pyright: ignore[reportPrivateUsage]
+        return await swarm.submit(runtime.principal, spec, idempotency_key=idempotency_key)
+
+    def spec(
+        self,
+        goal: str,
+        *,
+        input: Inputs = None,
+        topology: str | None = None,
+        agents: int | None = None,
+        model: str | None = None,
+        budget_usd: float | None = None,
+        paths_allowed: Sequence[str] = (),
+        paths_forbidden: Sequence[str] = (),
+        memory: bool = True,
+        refines: Sequence[str] = (),
+    ) -> RunSpec:
+        """What a run is asked, with the configured defaults; arguments as in `submit`."""
         from agentic_flow.swarm.runs import RunSpec
 
         chosen = self._client.settings.swarm
-        spec: RunSpec = validated(
+        return validated(
             RunSpec,
             {
                 "goal": goal,
@@ -246,10 +319,9 @@ class AsyncRuns:
                 "paths_allowed": tuple(paths_allowed),
                 "paths_forbidden": tuple(paths_forbidden),
                 "memory": memory,
+                "refines": tuple(refines),
             },
         )
-        runtime, swarm = await self._client._swarm()  # pyright: ignore[reportPrivateUsage]
-        return await swarm.submit(runtime.principal, spec, idempotency_key=idempotency_key)
 
     async def wait(self, run_id: str) -> RunResult:
         """The run's result, once it has ended."""
@@ -379,6 +451,21 @@ class Client:
                 on_event=on_event,
             )
         )
+
+    @functools.cached_property
+    def memory(self) -> WaitedMemory:
+        """See `AsyncClient.memory`."""
+        from agentic_flow.memory.bound import WaitedMemory
+
+        return WaitedMemory(self._async.memory, self._call)
+
+    def learn(self, *, timeout_s: float = 60.0) -> LearnReport:
+        """See `AsyncClient.learn`."""
+        return self._call(lambda: self._async.learn(timeout_s=timeout_s))
+
+    def matts(self, goal: str, *, k: int = 3, sequential: bool = False, **options: Any) -> SeveralTries:
+        """See `AsyncClient.matts`."""
+        return self._call(lambda: self._async.matts(goal, k=k, sequential=sequential, **options))
 
     def models(self) -> list[ModelInfo]:
         """See `AsyncClient.models`."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from agentic_flow.cli.output import console, money, print_table
 
 if TYPE_CHECKING:
-    from agentic_flow.swarm.runs import RunResult, RunStep
+    from agentic_flow.swarm.runs import RunMemory, RunResult, RunStep
 
 _QUOTE_LINES_MAX = 6
 
@@ -60,7 +60,29 @@ def _print_table(result: RunResult) -> None:
         read = f"read {report.added + report.changed} files, {report.unchanged} unchanged"
         left_out = ", ".join(f"{count} {why}" for why, count in skipped.items())
         sys.stdout.write(f"{read}{f'; skipped {left_out}' if left_out else ''}\n")
+    if result.memory is not None:
+        sys.stdout.write(f"memory: {_memory(result.memory)}\n")
     sys.stdout.flush()
+
+
+def _memory(had: RunMemory) -> str:
+    """What the run had from memory, in words: how much, which, and what of it was used."""
+    if not had.asked:
+        return "not used (--no-memory, or memory.enabled is off)"
+    parts = [
+        f"{len(found)} {one if len(found) == 1 else many} ({', '.join(entry.id for entry in found)})"
+        for found, one, many in (
+            (had.notes, "note", "notes"),
+            (had.tries, "earlier try", "earlier tries"),
+        )
+        if found
+    ]
+    if not parts:
+        return "nothing that is kept fits the goal"
+    had_what = " and ".join(parts)
+    if not had.given:
+        return f"{had_what} would fit; a model that only selects passages is not given any"
+    return f"the agents were given {had_what}; they cited {', '.join(had.cited) or 'none'}"
 
 
 def _usage(usage: object) -> tuple[object, ...]:

@@ -14,7 +14,7 @@ import typer
 
 from agentic_flow.cli.output import console, print_error, talk
 from agentic_flow.cli.session import Session
-from agentic_flow.core.errors import Cancelled, from_problem
+from agentic_flow.core.errors import AgenticFlowError, Cancelled, from_problem
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -35,12 +35,18 @@ class Display(Protocol):
 
 
 def follow(session: Session, begin: Begin) -> None:
-    """Begin a run with `begin`, show it while it goes, print it when it has ended.
+    """Begin a run with `begin`, show it while it goes, print it when it has ended, and learn from it.
 
     Exits with 0 for a completed run, with the error's code for a failed one, and with 130 when Ctrl-C (or
     somebody elsewhere) cancelled it.
     """
-    result = asyncio.run(_follow(session, begin))
+    code = asyncio.run(_follow(session, begin))
+    if code:
+        raise typer.Exit(code)
+
+
+def _print_end(session: Session, result: RunResult) -> int:
+    """Print the run as it ended; the exit code that tells how."""
     if result.state == "cancelled":
         error = Cancelled(
             f"run {result.run_id} was cancelled",
@@ -55,10 +61,10 @@ def follow(session: Session, begin: Begin) -> None:
     session.show(result, lambda: print_result(result))
     if error is not None:
         print_error(error, as_json=False)  # with --json, stdout has the run itself, its error included
-        raise typer.Exit(error.exit_code)
+    return error.exit_code if error is not None else 0
 
 
-async def _follow(session: Session, begin: Begin) -> RunResult:
+async def _follow(session: Session, begin: Begin) -> int:
     from agentic_flow.client import AsyncClient
 
     stopped = asyncio.Event()
@@ -79,7 +85,44 @@ async def _follow(session: Session, begin: Begin) -> RunResult:
                 finally:
                     watching.cancel()
                     stopping.cancel()
-            return await client.runs.wait(run_id)
+            result = await client.runs.wait(run_id)
+            code = _print_end(session, result)
+            if result.state != "cancelled":
+                await _learn(client, stopped)
+            return code
+
+
+async def _learn(client: AsyncClient, stopped: asyncio.Event) -> None:
+    """Learn for a bounded time, after the answer is out; what is left is kept, and said.
+
+    A server learns by itself. Here nothing would, once this process has ended.
+    """
+    own = client.settings.memory
+    if not own.enabled or not client.learns_here:
+        return
+    report = None
+    if own.learn_at_end_s > 0 and not stopped.is_set():
+        learning = asyncio.ensure_future(client.learn(timeout_s=own.learn_at_end_s))
+        stopping = asyncio.create_task(stopped.wait())
+        await asyncio.wait({learning, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if learning.done():
+            try:
+                report = learning.result()
+            except AgenticFlowError as error:
+                talk(f"nothing was learned: {error.message}")
+        else:
+            learning.cancel()
+            await asyncio.wait({learning})
+    if report is not None and report.learned:
+        talk(f"learned from {_counted(report.learned, 'run')}: {_counted(report.items, 'item')}")
+    if report is None or report.waiting:
+        waiting = "this run" if report is None else _counted(report.waiting, "run")
+        talk(f"{waiting} to be learned from later: `agentic-flow memory learn`, or by a server")
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 async def _watch(client: AsyncClient, run_id: str, display: Display) -> None:

@@ -288,6 +288,10 @@ class MemorySettings(Section):
         default=3, description="Items that a task is given at most."
     )
     context_tokens_max: Count = Field(default=1500, description="Tokens of the block that carries them.")
+    tries_recalled: Annotated[int, Field(ge=0, le=10)] = Field(
+        default=2, description="Reflections on failed tries of like tasks that a task is given at most."
+    )
+    tries_tokens_max: Count = Field(default=800, description="Tokens of the block that carries them.")
     mmr_lambda: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         default=0.75, description="1 chooses items by relevance alone, less avoids items that say the same."
     )
@@ -304,6 +308,10 @@ class MemorySettings(Section):
     )
     learners_max: Annotated[int, Field(ge=1, le=32)] = Field(
         default=2, description="Trajectories of one process that are learned from at a time."
+    )
+    learn_at_end_s: Annotated[float, Field(ge=0.0, le=600.0)] = Field(
+        default=20.0,
+        description="Longest time that a run of the command line learns after its answer; 0: not at all.",
     )
     items_max: Count = Field(
         default=100_000, description="Items of one tenant; past it the least believed and used go first."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, StringConstraints
@@ -12,7 +12,9 @@ from agentic_flow.core.messages import Frozen
 from agentic_flow.memory.beliefs import BankStats, Explanation
 from agentic_flow.memory.certificates import Verification
 from agentic_flow.memory.consolidation import ConsolidationReport
+from agentic_flow.memory.episodes import Episode
 from agentic_flow.memory.importing import ImportReport, MemoryFile
+from agentic_flow.memory.procedures import FilledStep
 from agentic_flow.memory.records import (
     ANSWER_CHARS_MAX,
     CONTENT_CHARS_MAX,
@@ -26,6 +28,7 @@ from agentic_flow.memory.records import (
     Verdict,
 )
 from agentic_flow.memory.series import MemorySeries
+from agentic_flow.memory.skills import FoundSkill, Skill
 from agentic_flow.memory.uplift import UpliftReport
 
 PAGE_MAX = 1000
@@ -114,6 +117,50 @@ class MemoryStatus(Frozen):
     recalls: int = 0
     skills: int = 0
     episodes: int = 0
+    problems: tuple[str, ...] = ()
+
+
+class SkillPage(Frozen):
+    """One page of skills in id order; pass `cursor` back for the next, None is the end."""
+
+    skills: tuple[Skill, ...] = ()
+    cursor: str | None = None
+
+
+class EpisodePage(Frozen):
+    """One page of episodes in id order; pass `cursor` back for the next, None is the end."""
+
+    episodes: tuple[Episode, ...] = ()
+    cursor: str | None = None
+
+
+class EarlierTries(Frozen):
+    """What was made of tries that did not succeed. `context` is the block for the prompt, '' without any."""
+
+    tries: tuple[Episode, ...] = ()
+    context: str = ""
+    tokens: int = 0
+
+
+class Assessment(Frozen):
+    """What became of one try, and what was made of it if it failed."""
+
+    trajectory_id: str
+    verdict: Verdict
+    episode: Episode | None = None
+
+
+class Contrasted(Frozen):
+    """Tries of one task compared: each with its verdict, which was best, and what the contrast taught.
+
+    `items` are as they were written; `kept` says under which id each is in the bank, or what it was merged
+    into. `problems` are errors of models in whose place it went mechanically.
+    """
+
+    tries: tuple[Assessment, ...]
+    best: str
+    items: tuple[MemoryItem, ...] = ()
+    kept: tuple[Kept, ...] = ()
     problems: tuple[str, ...] = ()
 
 
@@ -267,4 +314,119 @@ class MemoryService(Protocol):
 
     async def status(self, principal: Principal) -> MemoryStatus:
         """How memory stands."""
+        ...
+
+    # Skills, episodes, several tries of one task
+
+    async def list_skills(
+        self, principal: Principal, *, cursor: str | None = None, limit: int = 100
+    ) -> SkillPage:
+        """One page of skills in id order, retired ones too."""
+        ...
+
+    async def find_skills(self, principal: Principal, task: str, *, k: int = 3) -> list[FoundSkill]:
+        """Skills for a task, with the values that the task names; perhaps none."""
+        ...
+
+    async def show_skill(self, principal: Principal, skill_id: str) -> Skill:
+        """One skill with its versions and their use.
+
+        Raises:
+            NotFound: there is none of this id.
+        """
+        ...
+
+    async def use_skill(
+        self,
+        principal: Principal,
+        skill_id: str,
+        parameters: Mapping[str, object],
+        *,
+        version: int | None = None,
+    ) -> list[FilledStep]:
+        """The tool calls of a skill with these values by hole; nothing is run.
+
+        Raises:
+            NotFound: there is no such skill or version.
+            InvalidInput: a value is missing, or is for no hole.
+        """
+        ...
+
+    async def record_skill_use(
+        self,
+        principal: Principal,
+        skill_id: str,
+        trajectory_id: str,
+        verdict: Verdict,
+        *,
+        version: int | None = None,
+    ) -> Skill:
+        """Count how a run that used the skill ended; once a run, by its most trusted verdict."""
+        ...
+
+    async def forget_skill(self, principal: Principal, skill_id: str) -> bool:
+        """Delete a skill; whether there was one."""
+        ...
+
+    async def list_episodes(
+        self, principal: Principal, *, cursor: str | None = None, limit: int = 100
+    ) -> EpisodePage:
+        """One page of episodes in id order."""
+        ...
+
+    async def show_episode(self, principal: Principal, episode_id: str) -> Episode:
+        """What was made of one failed try.
+
+        Raises:
+            NotFound: there is none of this id.
+        """
+        ...
+
+    async def forget_episode(self, principal: Principal, episode_id: str) -> bool:
+        """Delete an episode; whether there was one."""
+        ...
+
+    async def tries(
+        self,
+        principal: Principal,
+        task: str,
+        *,
+        k: int | None = None,
+        tokens_max: int | None = None,
+        of: Sequence[str] = (),
+    ) -> EarlierTries:
+        """What an agent should know of earlier tries before it begins.
+
+        Args:
+            task: What is to be done.
+            k: Failed tries of like tasks at most, the newest first; by default `memory.tries_recalled`.
+            tokens_max: Size of the block; by default `memory.tries_tokens_max`.
+            of: Ids of trajectories of this very task, which come first and do not count towards `k`.
+        """
+        ...
+
+    async def assess(
+        self, principal: Principal, trajectory_id: str, *, timeout_s: float = 60.0
+    ) -> Assessment:
+        """Learn from one trajectory now, and say what became of it.
+
+        Raises:
+            NotFound: there is none of this id.
+            Unavailable: this process does not learn, or nothing could judge it in time.
+        """
+        ...
+
+    async def contrast(
+        self, principal: Principal, tries: Sequence[Trajectory], *, timeout_s: float = 120.0
+    ) -> Contrasted:
+        """Compare tries of one task with each other, and keep what that teaches.
+
+        Args:
+            tries: At most 16, ended, with what their steps observed.
+            timeout_s: Of the calls of models.
+
+        Raises:
+            InvalidInput: there are none or too many, or they are of different tasks.
+            Unavailable: this process does not learn.
+        """
         ...

@@ -189,6 +189,10 @@ class Episodes:
         rows, after = await self._rows.page(tenant, cursor=cursor, limit=limit)
         return [_read(row) for row in rows], after
 
+    async def get(self, tenant: str, ids: Sequence[str]) -> dict[str, Episode]:
+        """Those of these ids that there are, by id."""
+        return {key: _read(row) for key, row in (await self._rows.get(tenant, ids)).items()}
+
     async def remove(self, tenant: str, episode_id: str) -> bool:
         """Whether there was one."""
         return await self._rows.delete(tenant, [episode_id]) > 0
@@ -250,6 +254,11 @@ def mechanical_reflection(trajectory: Trajectory) -> Reflection:
 
 def episodes_context(episodes: Sequence[Episode], tokens_max: int) -> str:
     """The block that shows episodes to an agent, quoted; as many as fit, "" when none does."""
+    return pack_episodes(episodes, tokens_max)[0]
+
+
+def pack_episodes(episodes: Sequence[Episode], tokens_max: int) -> tuple[str, tuple[Episode, ...]]:
+    """The block of `episodes_context`, and the episodes that it holds: the first ones, as many as fit."""
     room = tokens_max * CHARS_PER_TOKEN - len(OPENING) - len(PREFACE) - len(CLOSING) - 3
     blocks: list[str] = []
     for episode in episodes:
@@ -264,7 +273,9 @@ def episodes_context(episodes: Sequence[Episode], tokens_max: int) -> str:
         if room < 0:
             break
         blocks.append(block)
-    return "\n".join([OPENING, PREFACE, *blocks, CLOSING]) if blocks else ""
+    if not blocks:
+        return "", ()
+    return "\n".join([OPENING, PREFACE, *blocks, CLOSING]), tuple(episodes[: len(blocks)])
 
 
 def _alike(hit: Hit, task: str) -> bool:

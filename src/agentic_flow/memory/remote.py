@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 from urllib.parse import quote
 
@@ -12,7 +12,11 @@ from agentic_flow.core.auth import Principal
 from agentic_flow.core.clock import Deadline
 from agentic_flow.core.http_twin import HttpTwin
 from agentic_flow.memory.answers import (
+    Assessment,
+    Contrasted,
+    EarlierTries,
     Edit,
+    EpisodePage,
     Finish,
     ItemPage,
     ItemState,
@@ -20,6 +24,7 @@ from agentic_flow.memory.answers import (
     LearnReport,
     MemoryStatus,
     Note,
+    SkillPage,
     TrajectoryOutcome,
     TrajectoryPage,
     TrajectoryState,
@@ -27,9 +32,12 @@ from agentic_flow.memory.answers import (
 from agentic_flow.memory.beliefs import Explanation
 from agentic_flow.memory.certificates import Verification
 from agentic_flow.memory.consolidation import ConsolidationReport
+from agentic_flow.memory.episodes import Episode
 from agentic_flow.memory.importing import ImportReport, LeftOut, MemoryFile
+from agentic_flow.memory.procedures import FilledStep
 from agentic_flow.memory.records import MemoryItem, Recall, Trajectory, TrajectoryStep, Verdict
 from agentic_flow.memory.series import MemorySeries
+from agentic_flow.memory.skills import FoundSkill, Skill
 from agentic_flow.memory.uplift import UpliftReport
 
 IMPORT_BYTES = 4 * 1024 * 1024
@@ -184,8 +192,7 @@ class RemoteMemory(HttpTwin):
 
     async def forget(self, principal: Principal, item_id: str) -> bool:
         """See MemoryService."""
-        answer = await self.call("DELETE", _item(item_id), principal=principal, idempotent=False)
-        return bool(answer["forgotten"])
+        return await self._forget(principal, _item(item_id))
 
     async def consolidate(self, principal: Principal) -> ConsolidationReport:
         """See MemoryService."""
@@ -235,6 +242,123 @@ class RemoteMemory(HttpTwin):
         """See MemoryService."""
         return MemoryStatus.model_validate(await self.call("GET", f"{_ROOT}/status", principal=principal))
 
+    # Skills, episodes, several tries of one task
+
+    async def list_skills(
+        self, principal: Principal, *, cursor: str | None = None, limit: int = 100
+    ) -> SkillPage:
+        """See MemoryService."""
+        params = _params(cursor=cursor, limit=limit)
+        return SkillPage.model_validate(
+            await self.call("GET", f"{_ROOT}/skills", params=params, principal=principal)
+        )
+
+    async def find_skills(self, principal: Principal, task: str, *, k: int = 3) -> list[FoundSkill]:
+        """See MemoryService."""
+        body = {"task": task, "k": k}
+        answer = await self._post(principal, f"{_ROOT}/skills/find", body, idempotent=True)
+        return [FoundSkill.model_validate(one) for one in answer["skills"]]
+
+    async def show_skill(self, principal: Principal, skill_id: str) -> Skill:
+        """See MemoryService."""
+        return Skill.model_validate(await self.call("GET", _skill(skill_id), principal=principal))
+
+    async def use_skill(
+        self,
+        principal: Principal,
+        skill_id: str,
+        parameters: Mapping[str, object],
+        *,
+        version: int | None = None,
+    ) -> list[FilledStep]:
+        """See MemoryService."""
+        body = {"parameters": dict(parameters), "version": version}
+        answer = await self._post(principal, f"{_skill(skill_id)}/use", body, idempotent=True)
+        return [FilledStep.model_validate(one) for one in answer["steps"]]
+
+    async def record_skill_use(
+        self,
+        principal: Principal,
+        skill_id: str,
+        trajectory_id: str,
+        verdict: Verdict,
+        *,
+        version: int | None = None,
+    ) -> Skill:
+        """See MemoryService."""
+        body = {
+            "trajectory_id": trajectory_id,
+            "verdict": verdict.model_dump(mode="json"),
+            "version": version,
+        }
+        answer = await self._post(principal, f"{_skill(skill_id)}/uses", body, idempotent=True)
+        return Skill.model_validate(answer)
+
+    async def forget_skill(self, principal: Principal, skill_id: str) -> bool:
+        """See MemoryService."""
+        return await self._forget(principal, _skill(skill_id))
+
+    async def list_episodes(
+        self, principal: Principal, *, cursor: str | None = None, limit: int = 100
+    ) -> EpisodePage:
+        """See MemoryService."""
+        params = _params(cursor=cursor, limit=limit)
+        return EpisodePage.model_validate(
+            await self.call("GET", f"{_ROOT}/episodes", params=params, principal=principal)
+        )
+
+    async def show_episode(self, principal: Principal, episode_id: str) -> Episode:
+        """See MemoryService."""
+        return Episode.model_validate(await self.call("GET", _episode(episode_id), principal=principal))
+
+    async def forget_episode(self, principal: Principal, episode_id: str) -> bool:
+        """See MemoryService."""
+        return await self._forget(principal, _episode(episode_id))
+
+    async def tries(
+        self,
+        principal: Principal,
+        task: str,
+        *,
+        k: int | None = None,
+        tokens_max: int | None = None,
+        of: Sequence[str] = (),
+    ) -> EarlierTries:
+        """See MemoryService."""
+        body = {"task": task, "k": k, "tokens_max": tokens_max, "of": list(of)}
+        answer = await self._post(principal, f"{_ROOT}/tries", body, idempotent=True)
+        return EarlierTries.model_validate(answer)
+
+    async def assess(
+        self, principal: Principal, trajectory_id: str, *, timeout_s: float = 60.0
+    ) -> Assessment:
+        """See MemoryService."""
+        answer = await self.call(
+            "POST",
+            f"{_trajectory(trajectory_id)}/assessment",
+            body={"timeout_s": timeout_s},
+            principal=principal,
+            deadline=Deadline.after(timeout_s + self._timeout_s, self._clock),
+        )
+        return Assessment.model_validate(answer)
+
+    async def contrast(
+        self, principal: Principal, tries: Sequence[Trajectory], *, timeout_s: float = 120.0
+    ) -> Contrasted:
+        """See MemoryService."""
+        answer = await self.call(
+            "POST",
+            f"{_ROOT}/contrast",
+            body={"tries": [one.model_dump(mode="json") for one in tries], "timeout_s": timeout_s},
+            principal=principal,
+            deadline=Deadline.after(timeout_s + self._timeout_s, self._clock),
+        )
+        return Contrasted.model_validate(answer)
+
+    async def _forget(self, principal: Principal, path: str) -> bool:
+        answer = await self.call("DELETE", path, principal=principal, idempotent=False)
+        return bool(answer["forgotten"])
+
     async def _post(self, principal: Principal, path: str, body: Any, *, idempotent: bool = False) -> Any:
         return await self.call("POST", path, body=body, principal=principal, idempotent=idempotent)
 
@@ -245,6 +369,14 @@ def _trajectory(trajectory_id: str) -> str:
 
 def _item(item_id: str) -> str:
     return f"{_ROOT}/items/{quote(item_id, safe='')}"
+
+
+def _skill(skill_id: str) -> str:
+    return f"{_ROOT}/skills/{quote(skill_id, safe='')}"
+
+
+def _episode(episode_id: str) -> str:
+    return f"{_ROOT}/episodes/{quote(episode_id, safe='')}"
 
 
 def _params(**values: str | float | None) -> dict[str, str | int | float]:

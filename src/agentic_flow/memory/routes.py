@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, StringConstraints
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -18,7 +18,6 @@ from agentic_flow.core.openapi import Operation, document, routes_of
 from agentic_flow.core.web import json_response, principal_of
 from agentic_flow.memory.answers import (
     LEARN_TIMEOUT_MAX_S,
-    PAGE_MAX,
     Edit,
     Finish,
     ItemPage,
@@ -37,9 +36,18 @@ from agentic_flow.memory.beliefs import Explanation
 from agentic_flow.memory.certificates import Verification
 from agentic_flow.memory.consolidation import ConsolidationReport
 from agentic_flow.memory.importing import ImportReport, MemoryFile
+from agentic_flow.memory.know_how_routes import (
+    READ,
+    ROOT,
+    WRITE,
+    Cursor,
+    Limit,
+    Task,
+    WasForgotten,
+    know_how_operations,
+)
 from agentic_flow.memory.ranking import ITEMS_RECALLED_MAX
 from agentic_flow.memory.records import (
-    TASK_CHARS_MAX,
     Id,
     MemoryItem,
     Recall,
@@ -50,21 +58,16 @@ from agentic_flow.memory.records import (
 from agentic_flow.memory.series import MemorySeries
 from agentic_flow.memory.uplift import UpliftReport
 
-READ, WRITE = "memory:read", "memory:write"
 DOCUMENT_PATH = "/v1/memory/openapi.json"
 PUBLIC_PATHS = frozenset({DOCUMENT_PATH})
 
-_ROOT = "/v1/memory"
-_TRAJECTORY = f"{_ROOT}/trajectories/{{trajectory_id}}"
-_ITEM = f"{_ROOT}/items/{{item_id}}"
+_TRAJECTORY = f"{ROOT}/trajectories/{{trajectory_id}}"
+_ITEM = f"{ROOT}/items/{{item_id}}"
 _DESCRIPTION = (
     "Memory that learns: what agents did is kept, judged and distilled into items, which later tasks are "
     "given as far as outcomes speak for them. The tenant is the caller's and cannot be named. What an answer "
     "acknowledges is on disk; learning goes on in the background."
 )
-Task = Annotated[str, StringConstraints(min_length=1, max_length=TASK_CHARS_MAX)]
-Limit = Annotated[int, Field(ge=1, le=PAGE_MAX)]
-Cursor = Annotated[str, Field(max_length=1024)]
 
 
 class RecallQuery(Frozen):
@@ -116,12 +119,6 @@ class Retried(Frozen):
     """Ids of trajectories that are due again."""
 
     ids: tuple[str, ...]
-
-
-class WasForgotten(Frozen):
-    """Whether there was such an item."""
-
-    forgotten: bool
 
 
 class Done(Frozen):
@@ -179,7 +176,7 @@ def openapi_document() -> JsonObject:
         operations(None),
         title="Memory",
         description=_DESCRIPTION,
-        path_types={"trajectory_id": Id, "item_id": Id},
+        path_types=dict.fromkeys(("trajectory_id", "item_id", "skill_id", "episode_id"), Id),
     )
 
 
@@ -190,6 +187,7 @@ def operations(memory: MemoryService | None) -> list[Operation]:
         *_recall_operations(_Recalls(faces)),
         *_trajectory_operations(_Trajectories(faces)),
         *_item_operations(_Items(faces)),
+        *know_how_operations(faces),
         *_whole_operations(_Whole(faces)),
     ]
 
@@ -235,7 +233,7 @@ def _recall_operations(faces: _Recalls) -> list[Operation]:
         Operation(
             name="recall",
             method="POST",
-            path=f"{_ROOT}/recall",
+            path=f"{ROOT}/recall",
             summary="Items that help with a task, and the block of text that carries them; perhaps none.",
             notes="Every answer with items is certified in the tenant's chain, by the `id` that comes back.",
             scope=READ,
@@ -246,7 +244,7 @@ def _recall_operations(faces: _Recalls) -> list[Operation]:
         Operation(
             name="similar_trajectories",
             method="POST",
-            path=f"{_ROOT}/similar",
+            path=f"{ROOT}/similar",
             summary="Trajectories of tasks like this one, nearest first.",
             scope=READ,
             body=SimilarQuery,
@@ -256,7 +254,7 @@ def _recall_operations(faces: _Recalls) -> list[Operation]:
         Operation(
             name="verify_recalls",
             method="GET",
-            path=f"{_ROOT}/recalls/verification",
+            path=f"{ROOT}/recalls/verification",
             summary="Whether the chain of recall certificates is whole, and what became of the items since.",
             scope=READ,
             query=VerifyOptions,
@@ -315,7 +313,7 @@ def _trajectory_operations(faces: _Trajectories) -> list[Operation]:
         Operation(
             name="list_trajectories",
             method="GET",
-            path=f"{_ROOT}/trajectories",
+            path=f"{ROOT}/trajectories",
             summary="One page of trajectories in id order.",
             notes="Open ones come without their newest steps; one by itself has them.",
             scope=READ,
@@ -326,7 +324,7 @@ def _trajectory_operations(faces: _Trajectories) -> list[Operation]:
         Operation(
             name="record_trajectory",
             method="POST",
-            path=f"{_ROOT}/trajectories",
+            path=f"{ROOT}/trajectories",
             summary="Store a whole trajectory that has ended; it is learned from in the background.",
             notes="The same id again replaces it until it was learned from.",
             scope=WRITE,
@@ -337,7 +335,7 @@ def _trajectory_operations(faces: _Trajectories) -> list[Operation]:
         Operation(
             name="start_trajectory",
             method="POST",
-            path=f"{_ROOT}/trajectories/start",
+            path=f"{ROOT}/trajectories/start",
             summary="Begin a trajectory, to which steps are added.",
             scope=WRITE,
             body=Trajectory,
@@ -420,7 +418,7 @@ def _item_operations(faces: _Items) -> list[Operation]:
         Operation(
             name="list_memory_items",
             method="GET",
-            path=f"{_ROOT}/items",
+            path=f"{ROOT}/items",
             summary="One page of items in id order.",
             scope=READ,
             query=ItemOptions,
@@ -430,7 +428,7 @@ def _item_operations(faces: _Items) -> list[Operation]:
         Operation(
             name="add_memory_item",
             method="POST",
-            path=f"{_ROOT}/items",
+            path=f"{ROOT}/items",
             summary="Keep an item that a person wrote.",
             notes="One that says the same as another is merged into that.",
             scope=WRITE,
@@ -503,7 +501,7 @@ def _whole_operations(faces: _Whole) -> list[Operation]:
         Operation(
             name="memory_status",
             method="GET",
-            path=f"{_ROOT}/status",
+            path=f"{ROOT}/status",
             summary="How memory stands: items, trajectories by state, what was shelved and why.",
             scope=READ,
             handler=faces.status,
@@ -512,7 +510,7 @@ def _whole_operations(faces: _Whole) -> list[Operation]:
         Operation(
             name="memory_series",
             method="GET",
-            path=f"{_ROOT}/series",
+            path=f"{ROOT}/series",
             summary="Success with and without memory over time, growth, distribution of belief.",
             scope=READ,
             handler=faces.series,
@@ -521,7 +519,7 @@ def _whole_operations(faces: _Whole) -> list[Operation]:
         Operation(
             name="memory_uplift",
             method="GET",
-            path=f"{_ROOT}/uplift",
+            path=f"{ROOT}/uplift",
             summary="What items do: success of runs that were shown them against runs they were kept from.",
             scope=READ,
             query=UpliftOptions,
@@ -531,7 +529,7 @@ def _whole_operations(faces: _Whole) -> list[Operation]:
         Operation(
             name="learn",
             method="POST",
-            path=f"{_ROOT}/learn",
+            path=f"{ROOT}/learn",
             summary="Learn now from what is due, and say what came of it.",
             scope=WRITE,
             body=Learning,
@@ -541,7 +539,7 @@ def _whole_operations(faces: _Whole) -> list[Operation]:
         Operation(
             name="retry_shelved",
             method="POST",
-            path=f"{_ROOT}/retry",
+            path=f"{ROOT}/retry",
             summary="Make shelved trajectories due again.",
             scope=WRITE,
             handler=faces.retry,
@@ -550,7 +548,7 @@ def _whole_operations(faces: _Whole) -> list[Operation]:
         Operation(
             name="consolidate",
             method="POST",
-            path=f"{_ROOT}/consolidate",
+            path=f"{ROOT}/consolidate",
             summary="Merge equal lessons, settle contradictions, prune.",
             scope=WRITE,
             handler=faces.consolidate,
@@ -559,7 +557,7 @@ def _whole_operations(faces: _Whole) -> list[Operation]:
         Operation(
             name="import_memory",
             method="POST",
-            path=f"{_ROOT}/import",
+            path=f"{ROOT}/import",
             summary="Take in what a file of another memory holds.",
             notes="The caller reads the file; `agentic-flow memory import` does.",
             scope=WRITE,

@@ -9,11 +9,10 @@ import asyncio
 import random
 import secrets
 from collections.abc import Sequence
-from typing import Protocol
 
 from agentic_flow.core.auth import Principal
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
-from agentic_flow.core.errors import Conflict, InvalidInput, NotFound, Unavailable
+from agentic_flow.core.errors import Conflict, NotFound
 from agentic_flow.core.ports import VectorStore
 from agentic_flow.core.settings import MemorySettings
 from agentic_flow.memory.answers import (
@@ -35,11 +34,11 @@ from agentic_flow.memory.certificates import Certificates, Verification
 from agentic_flow.memory.confidence import posterior
 from agentic_flow.memory.consolidation import ConsolidationReport
 from agentic_flow.memory.importing import ImportReport, LeftOut, MemoryFile
+from agentic_flow.memory.know_how import READ, WRITE, KnowHow, check_task
 from agentic_flow.memory.ranking import Note as PackedNote
 from agentic_flow.memory.ranking import pack
 from agentic_flow.memory.records import (
     EPISODES,
-    TASK_CHARS_MAX,
     TRAJECTORIES,
     MemoryItem,
     Recall,
@@ -48,11 +47,8 @@ from agentic_flow.memory.records import (
     Verdict,
 )
 from agentic_flow.memory.series import MemorySeries, memory_series
-from agentic_flow.memory.skills import Skills
 from agentic_flow.memory.trajectories import Trajectories
 from agentic_flow.memory.uplift import Exposure, Uplift, UpliftReport, assign
-
-READ, WRITE = "memory:read", "memory:write"
 
 _DAY_S = 86_400.0
 _PAGE = 500
@@ -61,23 +57,7 @@ _PROBLEMS_MAX = 10
 _COUNTED: tuple[TrajectoryState, ...] = ("open", "pending", "shelved")
 
 
-class Learner(Protocol):
-    """What learns in the background."""
-
-    def wake(self, tenant: str) -> None:
-        """Something of this tenant may be due."""
-        ...
-
-    async def settle(self, tenant: str | None = None) -> None:
-        """Learn from what is due, and return when nothing is."""
-        ...
-
-    async def judging_model(self, principal: Principal) -> str | None:
-        """The model that judges and distils, or None when that goes mechanically."""
-        ...
-
-
-class Memory:
+class Memory(KnowHow):
     """What agents learn, by tenant. See MemoryService for each method.
 
     Args:
@@ -87,9 +67,6 @@ class Memory:
         rng: Draws what is kept back from a recall.
     """
 
-    learner: Learner | None
-    """Learns in this process; None: it does not, though another one over the same store may."""
-
     def __init__(
         self,
         store: VectorStore,
@@ -98,16 +75,12 @@ class Memory:
         clock: Clock = SYSTEM_CLOCK,
         rng: random.Random | None = None,
     ) -> None:
-        self.settings = settings
-        self.learner = None
+        bank = Bank(store, settings, clock=clock)
+        super().__init__(store, settings, Trajectories(store, settings, clock=clock), bank, clock=clock)
         self._store = store
-        self._clock = clock
         self._rng = rng or random.SystemRandom()
-        self.bank = Bank(store, settings, clock=clock)
-        self.records = Trajectories(store, settings, clock=clock)
         self.certificates = Certificates(store, self.bank, clock=clock)
         self.outcomes = Uplift(store, clock=clock)
-        self.skills = Skills(store, clock=clock)
 
     async def shown(self, tenant: str, recall_id: str) -> Sequence[str]:
         """Ids of the items that a recall showed."""
@@ -139,7 +112,7 @@ class Memory:
     ) -> Recall:
         """See MemoryService. What is kept back by chance is not replaced by something else."""
         principal.demand(READ)
-        _check_task(task)
+        check_task(task)
         tenant = principal.tenant
         found = await self.bank.recall(tenant, task, k=k, tokens_max=tokens_max, tags=tags, explain=explain)
         if preview:
@@ -258,7 +231,7 @@ class Memory:
     async def similar(self, principal: Principal, task: str, *, k: int = 5) -> list[Trajectory]:
         """See MemoryService."""
         principal.demand(READ)
-        _check_task(task)
+        check_task(task)
         return await self.records.similar(principal.tenant, task, k=k)
 
     async def add_verdict(self, principal: Principal, trajectory_id: str, verdict: Verdict) -> Trajectory:
@@ -275,16 +248,13 @@ class Memory:
     async def learn(self, principal: Principal, *, timeout_s: float = 60.0) -> LearnReport:
         """See MemoryService."""
         principal.demand(WRITE)
-        if self.learner is None:
-            raise Unavailable(
-                "this process does not learn", hint="ask the platform, or run the command where runs run"
-            )
+        learner = self._learning()
         tenant = principal.tenant
         before, _ = await self.records.list_trajectories(tenant, state="pending", limit=_PAGE)
         settled = True
         try:
             async with asyncio.timeout(timeout_s):
-                await self.learner.settle(tenant)
+                await learner.settle(tenant)
         except TimeoutError:
             settled = False
         report = LearnReport(settled=settled, waiting=await self.records.waiting(tenant))
@@ -487,13 +457,4 @@ class Memory:
             skills=await self.skills.count(tenant),
             episodes=rows.get(EPISODES, 0),
             problems=tuple(problems[:_PROBLEMS_MAX]),
-        )
-
-
-def _check_task(task: str) -> None:
-    if not task.strip():
-        raise InvalidInput("the task is empty", hint="say in a sentence what is to be done")
-    if len(task) > TASK_CHARS_MAX:
-        raise InvalidInput(
-            f"the task has {len(task)!r} characters, more than {TASK_CHARS_MAX!r}", hint="shorten it"
         )

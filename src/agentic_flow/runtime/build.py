@@ -237,16 +237,18 @@ class Runtime:
         async def learn_skill(principal: Principal, trajectory: Trajectory, verdict: Verdict) -> None:
             await memory.skills.learn(principal.tenant, trajectory, verdict)
 
+        judge = Judge(completer, model=own.judge_model)
         learner = Learner(
             memory.records,
             memory.bank,
-            Judge(completer, model=own.judge_model),
+            judge,
             Distiller(completer, model=own.judge_model),
             own,
             after=(memory.note_outcome, learn_skill, episodes.reflect),
             shown=memory.shown,
         )
         memory.learner = learner
+        memory.ask_models(completer, judge, episodes)
         if self._serves and own.enabled:
             learner.start()
             self.on_exit(learner.close)

@@ -6,7 +6,7 @@ Memory never costs a run its answer: what goes wrong with it becomes a note of t
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import orjson
@@ -16,7 +16,7 @@ from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
 from agentic_flow.core.errors import AgenticFlowError
 from agentic_flow.core.messages import Completion, Frozen, JsonObject, ToolCallPart
 from agentic_flow.core.ports import RunEngine, StepRecord
-from agentic_flow.memory.answers import MemoryService
+from agentic_flow.memory.answers import EarlierTries, MemoryService
 from agentic_flow.memory.records import (
     OBSERVATION_CHARS_MAX,
     Recall,
@@ -24,22 +24,24 @@ from agentic_flow.memory.records import (
     TrajectoryStep,
     Verdict,
 )
-from agentic_flow.swarm.runs import RunMemory, RunNote, RunResult, RunSpec
+from agentic_flow.swarm.runs import RunMemory, RunNote, RunResult, RunSpec, RunStep, RunTry
 
 # Steps of the run itself that are about memory: learning from them would be learning from itself.
-_OWN = frozenset({"recall", "trajectory"})
+_OWN = frozenset({"assign", "recall", "trajectory"})
 _TOOL = "tool:"
 
 
 class Shown(Frozen):
     """What memory had for a run, as the run recorded it. `given`: the agents were shown it.
 
-    `withheld`: something was kept back by chance, so the run is part of a comparison even if it was shown
-    nothing. `problem`: memory could not be asked, and why.
+    `asked`: memory was asked at all. `withheld`: something was kept back by chance, so the run is part of a
+    comparison even if it was shown nothing. `problem`: memory could not be asked, and why.
     """
 
+    asked: bool = True
     recall_id: str | None = None
     notes: tuple[RunNote, ...] = ()
+    tries: tuple[RunTry, ...] = ()
     context: str = ""
     tokens: int = 0
     given: bool = False
@@ -47,33 +49,44 @@ class Shown(Frozen):
     problem: str | None = None
 
     @classmethod
-    def of(cls, recall: Recall, *, given: bool) -> Shown:
-        """What a recall brought."""
+    def of(cls, recall: Recall, earlier: EarlierTries, *, given: bool) -> Shown:
+        """What a recall brought, and what was made of earlier tries."""
+        blocks = [block for block in (recall.context, earlier.context) if block] if given else []
         return cls(
             recall_id=recall.id if given and (recall.items or recall.withheld) else None,
             notes=tuple(RunNote(id=r.item.id, title=r.item.title, score=r.score) for r in recall.items),
-            context=recall.context if given else "",
-            tokens=recall.tokens if given else 0,
-            given=given and bool(recall.items),
+            tries=tuple(RunTry(id=one.id, task=one.task) for one in earlier.tries),
+            context="\n\n".join(blocks),
+            tokens=recall.tokens + earlier.tokens if given else 0,
+            given=bool(blocks),
             withheld=bool(recall.withheld),
         )
 
     @property
     def block(self) -> str:
-        """The notes for a prompt, or ''."""
+        """The notes and tries for a prompt, or ''."""
         return self.context if self.given else ""
 
     @property
     def given_ids(self) -> tuple[str, ...]:
         """Ids that an agent can have used."""
-        return tuple(note.id for note in self.notes) if self.given else ()
+        return tuple(one.id for one in (*self.notes, *self.tries)) if self.given else ()
 
-    def as_result(self, cited: tuple[str, ...]) -> RunMemory | None:
-        """What the run's result says of it; None when memory had nothing."""
-        if not self.notes and self.recall_id is None:
-            return None
+    def notes_of(self, cited: Iterable[str]) -> tuple[str, ...]:
+        """Those of the ids that are notes: only they are believed more or less by how runs end."""
+        known = {note.id for note in self.notes}
+        return tuple(one for one in cited if one in known)
+
+    def as_result(self, cited: tuple[str, ...]) -> RunMemory:
+        """What the run's result says of it."""
         return RunMemory(
-            recall_id=self.recall_id, notes=self.notes, given=self.given, cited=cited, tokens=self.tokens
+            asked=self.asked,
+            recall_id=self.recall_id,
+            notes=self.notes,
+            tries=self.tries,
+            given=self.given,
+            cited=cited,
+            tokens=self.tokens,
         )
 
 
@@ -102,14 +115,16 @@ class RunExperience:
             given: Whether the agents will be shown it; if not, this only looks.
         """
         if not self._enabled or not spec.memory:
-            return Shown()
+            return Shown(asked=False)
+        own = _for_memory(principal)
+        earlier = EarlierTries()
         try:
-            recall = await self._memory.recall(
-                _for_memory(principal), spec.goal, recall_id=run_id, preview=not given
-            )
+            recall = await self._memory.recall(own, spec.goal, recall_id=run_id, preview=not given)
+            if given:
+                earlier = await self._memory.tries(own, spec.goal, of=spec.refines)
         except AgenticFlowError as error:
             return Shown(problem=error.message)
-        return Shown.of(recall, given=given)
+        return Shown.of(recall, earlier, given=given)
 
     async def record(
         self,
@@ -144,7 +159,7 @@ class RunExperience:
             error=failure.message if failure else None,
             usage=result.usage.model_dump(mode="json") if result else {},
             recall_id=shown.recall_id,
-            cited=cited,
+            cited=shown.notes_of(cited),
             verdicts=self._checked(spec, result),
             started_at_s=started_at_s,
         )
@@ -218,6 +233,31 @@ def trajectory_steps(run_id: str, steps: Sequence[StepRecord]) -> list[Trajector
             )
         )
     return found
+
+
+def memory_of(steps: Sequence[StepRecord]) -> RunMemory | None:
+    """What memory had for a run that has not completed, from its recorded steps; None before it was asked."""
+    recalled = next((step.output for step in steps if step.name == "recall" and step.output), None)
+    return Shown.model_validate(recalled).as_result(()) if recalled else None
+
+
+def steps_of_run(run_id: str, steps: Sequence[RunStep]) -> list[TrajectoryStep]:
+    """`trajectory_steps` of a run as callers see it."""
+    return trajectory_steps(
+        run_id,
+        [
+            StepRecord(
+                workflow_id=run_id if one.agent == "run" else f"{run_id}.{one.agent}",
+                index=one.index,
+                name=one.name,
+                output=one.output,
+                error=one.error,
+                started_at_s=one.started_at_s,
+                completed_at_s=one.completed_at_s,
+            )
+            for one in steps
+        ],
+    )
 
 
 def _json(value: Any) -> str:

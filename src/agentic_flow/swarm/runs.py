@@ -11,6 +11,7 @@ from agentic_flow.agentdb.ingest import IngestReport
 from agentic_flow.core.auth import Principal
 from agentic_flow.core.messages import Frozen, JsonObject
 from agentic_flow.core.ports import RunState
+from agentic_flow.memory.records import Id
 
 TopologyName = Literal["hierarchical", "mesh", "ring", "star"]
 
@@ -21,7 +22,8 @@ class RunSpec(Frozen):
     `inputs` are absolute paths of files or folders on the machine that executes the run. `model` None takes
     the configured default. `paths_allowed` and `paths_forbidden` are gitignore-style patterns relative to
     the inputs, enforced by every tool; forbidden wins. `budget_usd` is a hard limit. `memory` False: the team
-    is told nothing of earlier runs; what it does is kept and judged all the same, to compare with.
+    is told nothing of earlier runs; what it does is kept and judged all the same, to compare with. `refines`
+    are earlier runs of this goal, of which the team is told how they went, in this order.
     """
 
     goal: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=20_000)]
@@ -33,6 +35,7 @@ class RunSpec(Frozen):
     paths_allowed: tuple[str, ...] = ()
     paths_forbidden: tuple[str, ...] = ()
     memory: bool = True
+    refines: Annotated[tuple[Id, ...], Field(max_length=16)] = ()
 
 
 class Citation(Frozen):
@@ -79,15 +82,26 @@ class RunNote(Frozen):
     score: float
 
 
+class RunTry(Frozen):
+    """An earlier try of a task like this run's goal, which did not succeed. `id` is its trajectory's."""
+
+    id: str
+    task: str
+
+
 class RunMemory(Frozen):
     """What memory had for a run.
 
-    `given`: the agents were shown it, under the certificate `recall_id`; a model that only selects passages
-    reads no notes. `cited`: ids of the notes that agents said they used.
+    `asked`: whether the run looked at all; not with `memory` False, nor where memory is off.
+    `given`: the agents were shown it, the notes under the certificate `recall_id`; a model that only selects
+    passages reads none of it. `tries`: earlier ones, of which the agents were told what went wrong.
+    `cited`: ids of the notes and tries that agents said they used.
     """
 
+    asked: bool = True
     recall_id: str | None = None
     notes: tuple[RunNote, ...] = ()
+    tries: tuple[RunTry, ...] = ()
     given: bool = False
     cited: tuple[str, ...] = ()
     tokens: int = 0

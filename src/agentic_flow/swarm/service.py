@@ -26,7 +26,7 @@ from agentic_flow.core.settings import AgentDBSettings, SwarmSettings
 from agentic_flow.memory.answers import MemoryService
 from agentic_flow.swarm.agent_loop import AgentLoop, PydanticAgentLoop
 from agentic_flow.swarm.definitions import AgentDefinition, DefinitionCatalog
-from agentic_flow.swarm.experience import RunExperience, Shown
+from agentic_flow.swarm.experience import RunExperience, Shown, memory_of
 from agentic_flow.swarm.inputs import Folder, Inputs
 from agentic_flow.swarm.runs import AgentReport, RunEvent, RunResult, RunSpec, RunStep, RunUsage
 from agentic_flow.swarm.team import DEFAULT_TOOLS, RUN, Brief, RunPayload, Team
@@ -294,7 +294,7 @@ def partial_result(record: WorkflowRecord, steps: Sequence[StepRecord]) -> RunRe
         tool_calls=sum(agent.usage.tool_calls for agent in agents),
         time_s=max(0.0, record.updated_at_s - record.created_at_s),
     )
-    return base.model_copy(update={"agents": agents, "usage": usage})
+    return base.model_copy(update={"agents": agents, "usage": usage, "memory": memory_of(steps)})
 
 
 def _agent_so_far(key: str, steps: Sequence[StepRecord], model: str) -> AgentReport:
