@@ -212,7 +212,8 @@ def pooled(claims: Sequence[Claim]) -> list[tuple[float, bool]]:
     """For each claim, how far it is believed given all of them, and whether another says the opposite.
 
     Items often speak of one matter in other words, or for and against it. What bears out one bears out its
-    like and speaks against its opposite: the more, the nearer the other is to the task.
+    like and speaks against its opposite. All evidence counts the more, the nearer its item is to the task, an
+    item's own too: so a lesson of one kind of task gives way to what is known of another that sounds alike.
 
     Args:
         claims: Of the candidates for one task.
@@ -228,7 +229,10 @@ def pooled(claims: Sequence[Claim]) -> list[tuple[float, bool]]:
         groups.setdefault(claim.says.marks, []).append(index)
     believed: list[tuple[float, bool]] = []
     for index, claim in enumerate(claims):
-        alpha, beta, disputed = claim.alpha, claim.beta, False
+        # Elsewhere it may hold: what it came to there says little of a task that it is further from.
+        farness = 1.0 - nearness[index]
+        alpha, beta = claim.alpha - farness * claim.successes, claim.beta - farness * claim.failures
+        disputed = False
         for other_index in groups[claim.says.marks]:
             other, weight = claims[other_index], nearness[other_index]
             if other_index == index or weight == 0.0 or not same_matter(claim.says, other.says):
