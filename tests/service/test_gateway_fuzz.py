@@ -6,11 +6,14 @@ The server is a process of its own, with the fake provider behind it; the docume
 from __future__ import annotations
 
 import copy
+import importlib
+import inspect
 import json
+import pkgutil
 import re
 import signal
-from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import requests
@@ -23,13 +26,11 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
+from starlette.routing import Route
 
-from agentic_flow.gateway.choice_routes import build_choice_routes
-from agentic_flow.gateway.front.openai_embeddings import build_embedding_routes
-from agentic_flow.gateway.front.routes import build_front_routes
+from agentic_flow import gateway
 from agentic_flow.gateway.openapi import openapi_document
-from agentic_flow.gateway.routes import build_routes
-from agentic_flow.gateway.usage_routes import build_usage_routes
+from agentic_flow.runtime import platform as platform_faces
 from agentic_flow.testing.fake_provider import FakeProvider, Reply
 
 WAIT_S = 30.0
@@ -94,12 +95,13 @@ def _with_models(document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
+# What is asked may store policies, by which the platform then judges: those come last.
 CASES = [
     (name, mode)
-    for name in OPERATIONS
+    for name in sorted(OPERATIONS, key=lambda name: name == "replace_policies")
     for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
-    # Whatever stands in a path is a name that a model could have.
-    if (name, mode) != ("show_model", GenerationMode.NEGATIVE)
+    # Whatever stands in a path is a name that a model could have; the other takes nothing at all.
+    if mode is GenerationMode.POSITIVE or name not in ("show_model", "budget_workers")
 ]
 
 
@@ -133,17 +135,23 @@ def _excused(case: Any, response: Any) -> bool:
     return response.status_code == 502 and '"provider_rejected"' in response.text
 
 
+def _builders() -> Iterator[tuple[str, Callable[..., list[Route]]]]:
+    """Every function of the gateway that builds routes, in whatever module it stands."""
+    for module in pkgutil.walk_packages(gateway.__path__, f"{gateway.__name__}."):
+        for name, found in vars(importlib.import_module(module.name)).items():
+            if re.fullmatch(r"build_(\w+_)?routes", name) and found.__module__ == module.name:
+                yield f"{module.name}.{name}", found
+
+
 def test_every_model_route_is_documented() -> None:
     """Catches a route beside the document, and a reference in it that leads nowhere."""
+    built: dict[str, list[Route]] = {}
+    for name, build in _builders():
+        given = [None for one in inspect.signature(build).parameters.values() if one.default is one.empty]
+        built[name] = build(*given)
     served = {
         (str(route.path).replace(":path}", "}"), method.lower())
-        for routes in (
-            build_routes(cast(Any, None)),
-            build_front_routes(cast(Any, None)),
-            build_embedding_routes(cast(Any, None), None),
-            build_usage_routes(cast(Any, None)),
-            build_choice_routes(cast(Any, None)),
-        )
+        for routes in built.values()
         for route in routes
         for method in route.methods or ()
         if method != "HEAD"
@@ -152,3 +160,14 @@ def test_every_model_route_is_documented() -> None:
     assert served == {(path, method) for path, methods in document["paths"].items() for method in methods}
     for reference in set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document))):
         assert reference in document["components"]["schemas"]
+
+
+def test_whatever_the_platform_builds_of_the_gateway_is_compared_with_the_document() -> None:
+    """Catches a builder of routes that the platform uses and the comparison above would not find."""
+    used = set(re.findall(r"build_(?:\w+_)?routes", inspect.getsource(platform_faces)))
+    found = {name.rpartition(".")[2] for name, _ in _builders()}
+    assert used & found == found, "a builder that nobody serves"
+    imported = re.findall(
+        r"from agentic_flow\.gateway[\w.]* import (\w*routes\w*)", inspect.getsource(platform_faces)
+    )
+    assert set(imported) == found

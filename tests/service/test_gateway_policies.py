@@ -150,6 +150,16 @@ def test_what_could_not_be_followed_is_not_stored(store: PolicyStore) -> None:
     assert store.current().version == 0
 
 
+def test_a_number_that_no_answer_could_show_is_not_stored(store: PolicyStore) -> None:
+    """Catches policies that every later request for them would fail on."""
+    rule = {"name": "maximum_size", "options": {"input_tokens_max": 2**64}}
+    with pytest.raises(InvalidInput, match="64"):
+        store.put(
+            GatewayPolicies.model_validate({"guardrails": [rule]}), expected_version=None, by="a", reason="b"
+        )
+    assert store.current().version == 0
+
+
 @pytest.mark.parametrize(
     ("statement", "told"),
     [

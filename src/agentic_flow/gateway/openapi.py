@@ -31,6 +31,7 @@ from agentic_flow.core.messages import Completion, CompletionRequest, JsonObject
 from agentic_flow.core.openapi import JSON, PROBLEM, Operation, Problem, document, document_route
 from agentic_flow.gateway import choice_routes, routes, usage_routes
 from agentic_flow.gateway.front.routes import SCOPE
+from agentic_flow.gateway.operator_document import MORE_ERRORS, operator_operations
 from agentic_flow.gateway.routing.choice import ChoiceRequest, ExplainedChoice
 from agentic_flow.gateway.usage_table import USAGE_KEYS
 
@@ -398,6 +399,7 @@ def _operations() -> list[Operation]:
             "usage", "GET", "/v1/usage", "What calls used and cost.", None, usage_routes.SCOPE, UsageTable,
             query=UsageQuery,
         ),
+        *operator_operations(),
     ]  # fmt: skip
 
 
@@ -434,6 +436,8 @@ def _responses(path: str, operation: Mapping[str, Any]) -> JsonObject:
     responses: JsonObject = {"200": answer}
     asks = "requestBody" in operation
     kinds = _ASKING if asks else _NAMING if name in ("resolve", "show_model") else _READING
+    if path.startswith(("/v1/budgets", "/v1/policies")):
+        kinds = (*_READING, *MORE_ERRORS.get(name, ()))
     shape = _ERRORS.get(path)
     media_type = PROBLEM if shape is None else JSON
     schema = {"$ref": f"#/components/schemas/{'Problem' if shape is None else shape.__name__}"}

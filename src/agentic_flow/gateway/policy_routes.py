@@ -25,6 +25,7 @@ from agentic_flow.gateway.policy_store import PolicyStore, PolicyWatch, StoredPo
 
 SCOPE = "platform:admin"
 HISTORY_DEFAULT = 50
+VERSION_MAX = 10**18 - 1
 _ANY = "*"
 
 _log = structlog.get_logger(__name__)
@@ -37,7 +38,7 @@ class NewPolicies(BaseModel):
 
     policies: dict[str, Any]
     reason: str
-    expected_version: Annotated[int, Field(ge=0)] | None = None
+    expected_version: Annotated[int, Field(ge=0, le=VERSION_MAX)] | None = None
 
 
 def build_policy_routes(store: PolicyStore, watch: PolicyWatch) -> list[Route]:

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import orjson
 import structlog
 from pydantic import ValidationError
 
@@ -315,10 +316,11 @@ def _written(policies: GatewayPolicies) -> str:
     try:
         document = policies.model_dump_json(exclude_unset=True)
         type(policies).model_validate_json(document)
-    except ValueError as error:
+        orjson.dumps(policies.model_dump(mode="json"))  # as it leaves over HTTP: whole numbers of 64 bits
+    except (ValueError, TypeError) as error:
         raise InvalidInput(
             f"the policies cannot be written as JSON: {' '.join(str(error).split())[:200]}",
-            hint="give text, numbers, lists and tables only",
+            hint="give text, numbers of 64 bits, lists and tables only",
         ) from error
     return document
 
