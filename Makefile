@@ -14,7 +14,7 @@ CRASH := $(wildcard tests/integration/test_*crash*.py)
 PYTEST := $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-integration test-crash check-retrieval bench bench-agentdb bench-peers bench-gateway bench-gateway-soak bench-gateway-peers reference lint format lock clean
+.PHONY: help setup setup-dev demo test test-integration test-crash check-retrieval bench bench-agentdb bench-peers bench-gateway bench-gateway-soak bench-gateway-peers bench-memory reference lint format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' Makefile
@@ -92,6 +92,9 @@ $(PORTKEY)/.peer: benchmarks/gateway_peers/package.json
 	@cd $(PORTKEY) && npm install --silent --no-audit --no-fund --no-package-lock || \
 		echo "Portkey was not installed: it is left out" >&2
 	@touch $@
+
+bench-memory: setup-dev $(BENCH_VENV)/.peers ## whether memory helps: real rollouts in MiniGrid
+	@$(BIN)/python benchmarks/report.py --only minigrid
 
 reference: setup-dev ## write docs/reference from the code
 	@$(BIN)/python scripts/reference.py
