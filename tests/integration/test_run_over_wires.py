@@ -69,7 +69,7 @@ async def test_a_team_answers_over_each_wire(tmp_path: Path, wire: str, stream: 
     }
 
 
-@pytest.mark.parametrize("topology", ["mesh", "ring", "star"])
+@pytest.mark.parametrize("topology", ["mesh", "ring", "star", "adaptive"])
 async def test_every_topology_answers(tmp_path: Path, topology: str) -> None:
     """Catches a topology that only works on paper."""
     folder = make_folder(tmp_path)

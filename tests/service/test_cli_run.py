@@ -17,7 +17,17 @@ from agentic_flow.testing.fake_provider import FakeProvider, Reply
 from agentic_flow.testing.fake_wires import SeenRequest
 
 PROMISED = {"run_id", "state", "model", "answer", "citations", "usage", "agents"}
-BESIDE = {"goal", "topology", "ingest", "memory", "notes", "error", "created_at_s", "updated_at_s"}
+BESIDE = {
+    "acceptance",
+    "goal",
+    "topology",
+    "ingest",
+    "memory",
+    "notes",
+    "error",
+    "created_at_s",
+    "updated_at_s",
+}
 QUESTION = "What switches the kettle off when the temperature reaches the limit?"
 
 

@@ -143,6 +143,12 @@ class LimitExceeded(AgenticFlowError):
     code = "limit_exceeded"
 
 
+class NotAccepted(AgenticFlowError):
+    """A run has a result that does not meet its acceptance criteria."""
+
+    code = "not_accepted"
+
+
 class Cancelled(AgenticFlowError):
     code = "cancelled"
 
@@ -226,6 +232,7 @@ ROWS: dict[str, Row] = {
         Row(
             LimitExceeded, 422, "invalid_request_error", "invalid_request_error", -32031, "limit_exceeded", 6
         ),
+        Row(NotAccepted, 422, "invalid_request_error", "invalid_request_error", -32032, "limit_exceeded", 6),
         Row(Cancelled, 499, "server_error", "api_error", -32800, "cancelled", 130),
         Row(DeadlineExceeded, 504, "server_error", "timeout_error", -32008, "deadline_exceeded", 7),
         Row(Unavailable, 503, "server_error", "overloaded_error", -32010, "unavailable", 7),

@@ -15,6 +15,9 @@
     [project.entry-points."agentic_flow.guardrails"]
     my-guardrail = "my_package.guardrails:make"  # (options of the rule) -> Guardrail
 
+    [project.entry-points."agentic_flow.topologies"]
+    my-topology = "my_package.topologies:next"   # (TeamState) -> tuple of Assignment
+
 A provider is built by the same kind of function as the built-in ones, and may replace one of the same name.
 """
 
@@ -34,6 +37,7 @@ Group = Literal[
     "agentic_flow.guardrails",
     "agentic_flow.providers",
     "agentic_flow.toolsets",
+    "agentic_flow.topologies",
 ]
 
 

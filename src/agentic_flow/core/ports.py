@@ -230,7 +230,8 @@ class ToolScope:
     `roots` maps the name a model uses for a folder to the real folder; a path a tool takes is
     `ROOTNAME/relative/path`, or just `relative/path` while there is a single root. `paths_allowed` and
     `paths_forbidden` are gitignore-style patterns against that relative path; forbidden wins.
-    `tools_allowed` None means every tool that policy allows. `namespace` is the memory of the run.
+    `tools_allowed` None means every tool that policy allows. `namespace` is the memory of the run, `board`
+    the blackboard that its agent shares with others; None: it has none.
     """
 
     roots: Mapping[str, Path] = field(default_factory=dict[str, Path])
@@ -240,6 +241,7 @@ class ToolScope:
     namespace: str | None = None
     run_id: str | None = None
     agent: str | None = None
+    board: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

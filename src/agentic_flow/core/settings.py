@@ -16,8 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from agentic_flow.core import plugins
 from agentic_flow.core.errors import Conflict, InvalidInput, InvalidSettings, PathNotFound
 
 ENV_PREFIX = "AGENTIC_FLOW_"
@@ -250,16 +259,30 @@ class ToolsSettings(Section):
     policy_file: Path | None = Field(default=None, description="TOML file of allow, ask and deny rules.")
 
 
+BUILT_IN_TOPOLOGIES = ("adaptive", "hierarchical", "mesh", "pipeline", "ring", "star")
+
+
 class SwarmSettings(Section):
     """Runs and the agents that do them."""
 
     database_url: SecretStr | None = Field(
         default=None, description="`postgresql://…` for the run database. Unset: SQLite in the data folder."
     )
-    topology: Literal["hierarchical", "mesh", "ring", "star"] = Field(
-        default="hierarchical", description="Who talks to whom."
+    topology: str = Field(
+        default="hierarchical",
+        description="Who talks to whom: adaptive, hierarchical, mesh, pipeline, ring, star or a plug-in's.",
     )
     agents_max: Annotated[int, Field(ge=1, le=64)] = Field(default=4, description="Worker agents of one run.")
+    batch_size: Annotated[int, Field(ge=1, le=64)] = Field(
+        default=64, description="Agents of one run that work at once; more of them work in waves."
+    )
+    parallel: bool = Field(
+        default=True, description="Whether agents work at once at all; false: one after the other."
+    )
+    delegation_depth_max: Annotated[int, Field(ge=0, le=8)] = Field(
+        default=2, description="How deep questions of agents to other roles may be nested; 0: none."
+    )
+    delegations_max: Count = Field(default=4, description="Questions that one agent may pass to other roles.")
     steps_max: Count = Field(default=12, description="Model calls of one agent before it must answer.")
     tool_calls_max: Count = Field(default=40, description="Tool calls of one agent.")
     output_tokens_max: Count = Field(default=4096, description="Output tokens of one model call.")
@@ -272,6 +295,15 @@ class SwarmSettings(Section):
     citations_max: Count = Field(default=10, description="Citations in the merged answer.")
     runs_parallel_max: Count = Field(default=16, description="Runs of one process at a time; more wait.")
     lease_s: Positive = Field(default=10.0, description="A process silent for this long has lost its runs.")
+
+    @field_validator("topology")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in BUILT_IN_TOPOLOGIES:
+            others = plugins.names("agentic_flow.topologies")
+            if name not in others:
+                raise ValueError(f"use one of {', '.join([*BUILT_IN_TOPOLOGIES, *others])}")
+        return name
 
 
 class MemorySettings(Section):
@@ -384,6 +416,8 @@ ALIASES = {
     "OPENAI_BASE_URL": "gateway.openai.base_url",
     "SWARM_TOPOLOGY": "swarm.topology",
     "MAX_AGENTS": "swarm.agents_max",
+    "BATCH_SIZE": "swarm.batch_size",
+    "ENABLE_PARALLEL_EXECUTION": "swarm.parallel",
 }
 
 # Read by the shell-completion machinery and by tests, not settings of the product.

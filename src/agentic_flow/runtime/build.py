@@ -325,6 +325,8 @@ class Runtime:
         await imported("agentic_flow.agentdb.reading", "agentic_flow.agentdb.tools", *TOOL_MODULES)
         from agentic_flow.agentdb.reading import text_of
         from agentic_flow.agentdb.tools import memory_tools
+        from agentic_flow.memory.tools import reasoning_tools
+        from agentic_flow.swarm.blackboard import board_tools
         from agentic_flow.tools.files import file_tools
         from agentic_flow.tools.policy import load_policy
         from agentic_flow.tools.shell import shell_tools
@@ -335,7 +337,13 @@ class Runtime:
         audit = await self._audit()
         store = await self.store()
         # One reader for memory, tools and reviews: line numbers mean the same lines everywhere.
-        tools = [*file_tools(text_of=text_of), *shell_tools(settings), *memory_tools(store)]
+        tools = [
+            *file_tools(text_of=text_of),
+            *shell_tools(settings),
+            *memory_tools(store),
+            *board_tools(store),
+        ]
+        tools += reasoning_tools(await self.memory())
         for toolset in plugins.load_all("agentic_flow.toolsets").values():
             tools += toolset()
         return StandardToolBox(tools, settings=settings, policy=policy, audit=audit)

@@ -78,7 +78,9 @@ class Folder:
             tuple(data["paths_forbidden"]),
         )
 
-    def scope(self, run_id: str, agent: str, tools: Sequence[str] = ()) -> ToolScope:
+    def scope(
+        self, run_id: str, agent: str, tools: Sequence[str] = (), *, board: str | None = None
+    ) -> ToolScope:
         """What this agent's tools may touch."""
         return ToolScope(
             roots=dict(self.roots),
@@ -88,6 +90,7 @@ class Folder:
             namespace=self.namespace,
             run_id=run_id,
             agent=agent,
+            board=board,
         )
 
 

@@ -12,8 +12,34 @@ from agentic_flow.core.auth import Principal
 from agentic_flow.core.messages import Frozen, JsonObject
 from agentic_flow.core.ports import RunState
 from agentic_flow.memory.records import Id
+from agentic_flow.swarm.criteria import CRITERIA_MAX, Checked, Criterion
+from agentic_flow.swarm.topology import Role
 
-TopologyName = Literal["hierarchical", "mesh", "ring", "star"]
+TEAM_LEVELS_MAX = 3
+
+TopologyName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+Count = Annotated[int, Field(ge=1)]
+AgentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+
+
+class RoleChoice(Frozen):
+    """How a role is played in one run; what is None stays as it is by default.
+
+    `agent` names an agent definition, `model` a model, `tools` the tools in place of the definition's.
+    """
+
+    agent: AgentName | None = None
+    model: str | None = None
+    tools: Annotated[tuple[str, ...], Field(max_length=100)] | None = None
+
+
+class Stage(Frozen):
+    """One stage of a pipeline: an agent definition, and its task (None: the run's goal)."""
+
+    agent: AgentName
+    task: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=20_000)] | None = (
+        None
+    )
 
 
 class RunSpec(Frozen):
@@ -24,6 +50,17 @@ class RunSpec(Frozen):
     the inputs, enforced by every tool; forbidden wins. `budget_usd` is a hard limit. `memory` False: the team
     is told nothing of earlier runs; what it does is kept and judged all the same, to compare with. `refines`
     are earlier runs of this goal, of which the team is told how they went, in this order.
+
+    Shape: `topology` is a built-in one or a plug-in's name, `agents` the worker agents, of which `teams`
+    makes some leads: (2,) with 8 agents are 2 leads of 3 workers. `rounds_max` are the rounds of a mesh,
+    `laps` of a ring, `stages` of a pipeline. `reviewers` vote on each claim; `quorum` is how many voices a
+    claim, or a round of a mesh, needs (None: more than half). `batch_size` bounds the agents at work at once.
+
+    `roles` change how a role is played. `acceptance` must hold of the answer, or the run has failed. `board`:
+    "topology" gives a blackboard to the agents who may speak to each other anyway, "all" one to everybody.
+
+    Limits, each within the setting of that name: `deadline_s` from acceptance to the end, `steps_max` and
+    `tool_calls_max` of one agent, `tokens_max` of the run, `output_tokens_max` of one model call.
     """
 
     goal: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=20_000)]
@@ -36,6 +73,21 @@ class RunSpec(Frozen):
     paths_forbidden: tuple[str, ...] = ()
     memory: bool = True
     refines: Annotated[tuple[Id, ...], Field(max_length=16)] = ()
+    teams: Annotated[tuple[Annotated[int, Field(ge=1, le=16)], ...], Field(max_length=TEAM_LEVELS_MAX)] = ()
+    rounds_max: Annotated[int, Field(ge=2, le=10)] = 2
+    laps: Annotated[int, Field(ge=1, le=10)] = 1
+    stages: Annotated[tuple[Stage, ...], Field(max_length=16)] = ()
+    reviewers: Annotated[int, Field(ge=1, le=9)] = 1
+    quorum: Annotated[int, Field(ge=1, le=64)] | None = None
+    batch_size: Annotated[int, Field(ge=1, le=64)] | None = None
+    roles: dict[Role, RoleChoice] = Field(default_factory=dict[Role, RoleChoice])
+    acceptance: Annotated[tuple[Criterion, ...], Field(max_length=CRITERIA_MAX)] = ()
+    board: Literal["none", "topology", "all"] = "none"
+    deadline_s: Annotated[float, Field(gt=0)] | None = None
+    steps_max: Count | None = None
+    tool_calls_max: Count | None = None
+    tokens_max: Count | None = None
+    output_tokens_max: Count | None = None
 
 
 class Citation(Frozen):
@@ -52,7 +104,10 @@ class Citation(Frozen):
 
 
 class RunUsage(Frozen):
-    """What a run (or an agent) consumed. `cost_usd` None: a model without a known price took part."""
+    """What a run (or an agent) consumed. `cost_usd` None: a model without a known price took part.
+
+    `delegations` counts questions to other roles, `delegation_depth` how deep they went.
+    """
 
     input_tokens: int = 0
     output_tokens: int = 0
@@ -60,6 +115,8 @@ class RunUsage(Frozen):
     model_calls: int = 0
     tool_calls: int = 0
     time_s: float = 0.0
+    delegations: int = 0
+    delegation_depth: int = 0
 
 
 class AgentReport(Frozen):
@@ -122,6 +179,7 @@ class RunResult(Frozen):
     ingest: IngestReport | None = None
     notes: tuple[str, ...] = ()
     memory: RunMemory | None = None
+    acceptance: tuple[Checked, ...] = ()
     error: JsonObject | None = None
     created_at_s: float = 0.0
     updated_at_s: float = 0.0
@@ -131,7 +189,8 @@ class RunEvent(Frozen):
     """Something that happened in a run. `sequence` grows by one per event of a run, from 1.
 
     Kinds: `ingest_progress` (done, total files; live only), `step_finished` (agent, name: a model or tool
-    call or another recorded step), `agent_finished`, `run_finished`.
+    call or another recorded step; of a step `assign` the data say who works next, on whose words, in which
+    shape, and why if it changed), `agent_finished`, `run_finished`.
     """
 
     sequence: int

@@ -19,18 +19,31 @@ from agentic_flow.core.ports import (
     RunState,
     StepRecord,
     ToolBox,
+    ToolScope,
     VectorStore,
     WorkflowRecord,
 )
 from agentic_flow.core.settings import AgentDBSettings, SwarmSettings
 from agentic_flow.memory.answers import MemoryService
+from agentic_flow.swarm.acceptance import Acceptance
+from agentic_flow.swarm.admission import check_criteria, check_spec, check_tools
 from agentic_flow.swarm.agent_loop import AgentLoop, PydanticAgentLoop
 from agentic_flow.swarm.definitions import AgentDefinition, DefinitionCatalog
 from agentic_flow.swarm.experience import RunExperience, Shown, memory_of
 from agentic_flow.swarm.inputs import Folder, Inputs
-from agentic_flow.swarm.runs import AgentReport, RunEvent, RunResult, RunSpec, RunStep, RunUsage
-from agentic_flow.swarm.team import DEFAULT_TOOLS, RUN, Brief, RunPayload, Team
-from agentic_flow.swarm.topology import Role
+from agentic_flow.swarm.member import Budgets, Members
+from agentic_flow.swarm.payloads import RUN, Brief, RunPayload, from_record
+from agentic_flow.swarm.runs import (
+    AgentReport,
+    RoleChoice,
+    RunEvent,
+    RunResult,
+    RunSpec,
+    RunStep,
+    RunUsage,
+)
+from agentic_flow.swarm.team import DEFAULT_TOOLS, Team
+from agentic_flow.swarm.topology import Assignment, Role
 
 PLAYED_BY: dict[Role, str] = {
     "planner": "planner",
@@ -85,16 +98,25 @@ class Swarm:
         self._catalog = catalog
         self._experience = RunExperience(memory, engine, enabled=memory_enabled)
         self._ingest_progress: dict[str, tuple[int, int]] = {}
-        self._team = Team(
+        self._toolbox = toolbox
+        budgets = Budgets(settings, completer, engine)
+        self._members = Members(
             settings,
             completer=completer,
             toolbox=toolbox,
             engine=engine,
-            inputs=Inputs(store, ingest_settings),
-            experience=self._experience,
+            budgets=budgets,
             loop=loop or PydanticAgentLoop(),
             stream=stream,
             tool_timeout_s=tool_timeout_s,
+        )
+        self._team = Team(
+            settings,
+            engine=engine,
+            inputs=Inputs(store, ingest_settings),
+            experience=self._experience,
+            budgets=budgets,
+            acceptance=Acceptance(toolbox, budgets, tool_timeout_s=tool_timeout_s),
             on_ingest=self._note_ingest,
         )
 
@@ -107,10 +129,13 @@ class Swarm:
     async def submit(self, principal: Principal, spec: RunSpec, *, idempotency_key: str | None = None) -> str:
         """See RunService. Everything that can be refused is refused before anything is stored."""
         principal.demand("runs:write")
+        check_spec(spec, self._settings)
         self._check_inputs(principal, spec)
+        check_tools(spec, [tool.name for tool in self._toolbox.specs(principal, ToolScope())])
         folder = await asyncio.to_thread(Folder.of, spec) if spec.inputs else None
         default = await self._completer.resolve(spec.model, principal=principal)
-        briefs: dict[Role, Brief] = {role: await self._brief(role, default, principal) for role in PLAYED_BY}
+        briefs = await self._briefs(spec, default, principal)
+        check_criteria(spec, briefs)
         payload = RunPayload(
             spec=spec,
             subject=principal.subject,
@@ -233,12 +258,24 @@ class Swarm:
                     hint="ask the operator to add it to swarm.input_roots",
                 )
 
-    async def _brief(self, role: Role, default: ModelInfo, principal: Principal) -> Brief:
-        definition: AgentDefinition = self._catalog.get(PLAYED_BY[role])
-        model = default
-        if definition.model not in (None, "inherit"):
-            model = await self._completer.resolve(definition.model, principal=principal)
-        tools = definition.tools
+    async def _briefs(self, spec: RunSpec, default: ModelInfo, principal: Principal) -> dict[str, Brief]:
+        """The personas of the roles, and of the stages of a pipeline, as this run wants them."""
+        briefs: dict[str, Brief] = {}
+        for role, agent in PLAYED_BY.items():
+            choice = spec.roles.get(role, RoleChoice())
+            briefs[role] = await self._brief(role, choice.agent or agent, choice, default, principal)
+        for number, stage in enumerate(spec.stages, start=1):
+            choice = spec.roles.get("worker", RoleChoice())
+            briefs[f"stage-{number}"] = await self._brief("worker", stage.agent, choice, default, principal)
+        return briefs
+
+    async def _brief(
+        self, role: Role, agent: str, choice: RoleChoice, default: ModelInfo, principal: Principal
+    ) -> Brief:
+        definition: AgentDefinition = self._catalog.get(agent)
+        name = choice.model or (None if definition.model == "inherit" else definition.model)
+        model = default if name is None else await self._completer.resolve(name, principal=principal)
+        tools = definition.tools if choice.tools is None else choice.tools
         if tools is None:
             tools = DEFAULT_TOOLS if role == "worker" else ()
         return Brief(
@@ -274,18 +311,30 @@ def summary_of(record: WorkflowRecord) -> RunResult:
             answer="",
             error=record.error,
         )
+        kept = (record.error or {}).get("details", {}).get("result")
+        if kept is not None and record.error is not None:  # it has an answer that was not accepted
+            details = {name: value for name, value in record.error["details"].items() if name != "result"}
+            error = record.error | {"details": details}
+            result = RunResult.model_validate(kept).model_copy(update={"error": error})
     times = {"created_at_s": record.created_at_s, "updated_at_s": record.updated_at_s}
     return result.model_copy(update=times)
 
 
 def partial_result(record: WorkflowRecord, steps: Sequence[StepRecord]) -> RunResult:
     """What an unfinished run has done so far, from its recorded steps."""
+    base = summary_of(record)
+    if base.agents:
+        return base
+    assigned: dict[str, Assignment] = {}
     by_agent: dict[str, list[StepRecord]] = {}
     for step in steps:
         if step.workflow_id != record.workflow_id:
             by_agent.setdefault(step.workflow_id.removeprefix(f"{record.workflow_id}."), []).append(step)
-    base = summary_of(record)
-    agents = tuple(_agent_so_far(name, own, base.model) for name, own in sorted(by_agent.items()))
+        elif step.name == "assign" and step.output:
+            assigned |= {entry["key"]: from_record(entry) for entry in step.output["assignments"]}
+    agents = tuple(
+        _agent_so_far(key, assigned.get(key), own, base.model) for key, own in sorted(by_agent.items())
+    )
     usage = RunUsage(
         input_tokens=sum(agent.usage.input_tokens for agent in agents),
         output_tokens=sum(agent.usage.output_tokens for agent in agents),
@@ -297,13 +346,15 @@ def partial_result(record: WorkflowRecord, steps: Sequence[StepRecord]) -> RunRe
     return base.model_copy(update={"agents": agents, "usage": usage, "memory": memory_of(steps)})
 
 
-def _agent_so_far(key: str, steps: Sequence[StepRecord], model: str) -> AgentReport:
+def _agent_so_far(
+    key: str, assignment: Assignment | None, steps: Sequence[StepRecord], model: str
+) -> AgentReport:
     completions = [Completion.model_validate(s.output) for s in steps if s.name == "model" and s.output]
     error = next((str(s.error.get("detail")) for s in reversed(steps) if s.error), None)
     stamps = [t for s in steps for t in (s.started_at_s, s.completed_at_s) if t is not None]
     return AgentReport(
-        name=key,
-        role=key.partition("-")[0],
+        name=assignment.agent if assignment else key.replace(".", "-"),
+        role=assignment.role if assignment else key.rpartition(".")[2].partition("-")[0],
         model=completions[-1].model if completions else model,
         state="failed" if error else "unfinished",
         steps=len(steps),
@@ -343,7 +394,7 @@ def _step_event(run_id: str, sequence: int, step: StepRecord) -> RunEvent:
         at_s=step.completed_at_s or 0.0,
         agent=shown.agent,
         name=shown.name,
-        data={"error": shown.error} if shown.error else {},
+        data={"error": shown.error} if shown.error else shown.output or {} if shown.name == "assign" else {},
     )
 
 

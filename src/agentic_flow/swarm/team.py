@@ -1,9 +1,9 @@
-"""The main job as two durable workflows: a run, and each of its agents as a child of the run.
+"""The main job as durable workflows: a run, and each of its agents as a child of the run.
 
-    run:    recall → ingest → (topology says who is next → agents in parallel)* → check citations → result
-    agent:  prompt → (model call | tool call)* → text
+    run:    recall → ingest → (topology says who is next → agents in waves)* → check → accept → result
+    agent:  see `member`
 
-Every effect is a step of the engine: asking memory, reading the folder, a model call, a tool call, checking
+Every effect is a step of the engine: asking memory, reading the folder, saying who is next, checking
 citations, storing the trajectory. What stands between the steps is pure, so a resumed run walks the recorded
 path and goes on where it stopped. An agent is a workflow of its own because its steps are numbered in its own
 order, whatever its siblings do meanwhile.
@@ -13,136 +13,104 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
-
-import orjson
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from agentic_flow.agentdb.ingest import IngestReport
-from agentic_flow.core.auth import Principal
-from agentic_flow.core.clock import Deadline
-from agentic_flow.core.errors import AgenticFlowError, LimitExceeded, as_problem, from_problem
-from agentic_flow.core.messages import (
-    Completion,
-    CompletionRequest,
-    Frozen,
-    JsonObject,
-    ModelInfo,
-    ToolCallPart,
-    ToolResultPart,
-    Usage,
+from agentic_flow.core.errors import (
+    AgenticFlowError,
+    DeadlineExceeded,
+    LimitExceeded,
+    NotAccepted,
+    from_problem,
 )
-from agentic_flow.core.ports import Completer, RunEngine, StepContext, ToolBox, WorkflowContext
+from agentic_flow.core.messages import JsonObject
+from agentic_flow.core.ports import RunEngine, StepContext, WorkflowContext
 from agentic_flow.core.settings import SwarmSettings
-from agentic_flow.swarm import prompts
-from agentic_flow.swarm.agent_loop import AgentLoop, AgentTask
-from agentic_flow.swarm.budget import RunBudget
+from agentic_flow.swarm import findings, prompts
+from agentic_flow.swarm.acceptance import Acceptance, Answer
 from agentic_flow.swarm.citations import Claim, Rejected, parse_claims, rank, verify
+from agentic_flow.swarm.criteria import Checked, name_of
 from agentic_flow.swarm.experience import RunExperience, Shown
 from agentic_flow.swarm.inputs import Folder, Inputs
+from agentic_flow.swarm.member import Budgets, report_of
+from agentic_flow.swarm.payloads import (
+    AGENT,
+    RUN,
+    AgentOutput,
+    AgentPayload,
+    RunPayload,
+    as_record,
+    from_record,
+    shape_of,
+)
 from agentic_flow.swarm.runs import AgentReport, Citation, RunResult, RunSpec, RunUsage
-from agentic_flow.swarm.topology import PLAN, TOPOLOGIES, Assignment, Role, TeamState
+from agentic_flow.swarm.topology import (
+    MERGE,
+    PLAN,
+    REVIEW,
+    Agreement,
+    Assignment,
+    Reviewed,
+    Task,
+    TeamState,
+    checked,
+    phases,
+    topology_named,
+)
+from agentic_flow.swarm.voting import agreement, majority_of
 
-RUN = "run"
-AGENT = "agent"
 DEFAULT_TOOLS = ("file_find", "file_list", "file_read", "file_search", "memory_search")
 """Tools of an agent whose definition lists none: enough to investigate, nothing that changes anything."""
-
-
-class Brief(Frozen):
-    """The persona of one role, fixed when the run is accepted so that a resume uses the same words."""
-
-    system: str
-    model: str
-    generative: bool
-    tools: tuple[str, ...] = ()
-
-
-class RunPayload(Frozen):
-    """All that a run needs to be done again elsewhere; what the engine stores as its input."""
-
-    spec: RunSpec
-    subject: str
-    tenant: str
-    scopes: tuple[str, ...]
-    folder: JsonObject | None
-    briefs: dict[Role, Brief]
-    started_at_s: float
-
-    @property
-    def principal(self) -> Principal:
-        return Principal(self.tenant, self.subject, frozenset(self.scopes))
-
-
-class AgentPayload(Frozen):
-    """One assignment with everything its agent may use."""
-
-    run_id: str
-    agent: str
-    role: Role
-    prompt: str
-    brief: Brief
-    run: RunPayload
-
-
-class AgentOutput(Frozen):
-    """What an agent left: its words and what they cost."""
-
-    text: str
-    model: str
-    steps: int = 0
-    usage: RunUsage = RunUsage()
 
 
 @dataclass
 class _Progress:
     """The state of one run between its steps; rebuilt by replay, never stored."""
 
+    assigned: dict[str, Assignment] = field(default_factory=dict[str, Assignment])
     outputs: dict[str, str] = field(default_factory=dict[str, str])
-    authors: dict[str, str] = field(default_factory=dict[str, str])
     claims: dict[str, list[Claim]] = field(default_factory=dict[str, list[Claim]])
+    verified: set[str] = field(default_factory=set[str])
     done: dict[str, bool] = field(default_factory=dict[str, bool])
-    tasks: tuple[str, ...] = ()
+    plans: dict[str, tuple[Task, ...]] = field(default_factory=dict[str, tuple[Task, ...]])
+    ballots: dict[str, Agreement] = field(default_factory=dict[str, Agreement])
+    reviews: dict[str, Reviewed] = field(default_factory=dict[str, Reviewed])
+    verdicts: list[findings.Verdicts | None] = field(default_factory=list["findings.Verdicts | None"])
     reports: list[AgentReport] = field(default_factory=list[AgentReport])
     errors: list[AgenticFlowError] = field(default_factory=list[AgenticFlowError])
     notes: list[str] = field(default_factory=list[str])
     reviewed: list[Claim] = field(default_factory=list[Claim])
-    rejected: int = 0
+    fell: int = 0
     shown: Shown = field(default_factory=Shown)
     cited: dict[str, None] = field(default_factory=dict[str, None])
 
+    def worked(self) -> list[str]:
+        """Keys of what agents other than planners and reviewers left, in order."""
+        return [key for key in self.outputs if key != MERGE and self.assigned[key].role == "worker"]
+
 
 class Team:
-    """The two workflows over the ports they need."""
+    """The workflow of a run over the ports it needs; registers itself with the engine."""
 
     def __init__(
         self,
         settings: SwarmSettings,
         *,
-        completer: Completer,
-        toolbox: ToolBox,
         engine: RunEngine,
         inputs: Inputs,
         experience: RunExperience,
-        loop: AgentLoop,
-        stream: bool,
-        tool_timeout_s: float,
+        budgets: Budgets,
+        acceptance: Acceptance,
         on_ingest: Callable[[str, int, int], None],
     ) -> None:
         self._settings = settings
-        self._completer = completer
-        self._toolbox = toolbox
-        self._engine = engine
         self._inputs = inputs
         self._experience = experience
-        self._loop = loop
-        self._stream = stream
-        self._tool_timeout_s = tool_timeout_s
+        self._budgets = budgets
+        self._acceptance = acceptance
         self._on_ingest = on_ingest
-        self._budgets: dict[str, asyncio.Task[RunBudget]] = {}
         engine.register(RUN, self.run)
-        engine.register(AGENT, self.agent)
 
     # ---- the run -----------------------------------------------------------------------------------------
 
@@ -151,24 +119,39 @@ class Team:
         payload = RunPayload.model_validate(data)
         run_id = context.workflow_id
         progress = _Progress()
+        result: RunResult | None = None
         try:
-            await self._budget(run_id, payload)
-            async with asyncio.timeout(self._settings.run_timeout_s):
+            await self._budgets.of(run_id, payload)
+            async with asyncio.timeout(payload.time_left_s(self._settings)):
                 result = await self._work(context, payload, progress)
         except TimeoutError:
-            failure: AgenticFlowError = LimitExceeded(
-                f"the run did not end within {self._settings.run_timeout_s:g} s",
-                hint="raise swarm.run_timeout_s, or ask for less",
-            )
+            failure: AgenticFlowError = self._out_of_time(payload.spec)
         except AgenticFlowError as error:
             failure = error
         else:
-            await self._record(context, payload, progress, result, None)
-            return result.model_copy(update={"notes": tuple(progress.notes)}).model_dump(mode="json")
+            unmet = [entry for entry in result.acceptance if not entry.met]
+            if not unmet:
+                await self._record(context, payload, progress, result, None)
+                return result.model_copy(update={"notes": tuple(progress.notes)}).model_dump(mode="json")
+            failure = _not_accepted(unmet)
         finally:
-            self._budgets.pop(run_id, None)
+            self._budgets.forget(run_id)
         await self._record(context, payload, progress, None, failure)
+        if result is not None:  # there is an answer; it is just not what was asked for
+            result = result.model_copy(update={"state": "failed", "notes": tuple(progress.notes)})
+            failure.details["result"] = result.model_dump(mode="json")
         raise failure
+
+    def _out_of_time(self, spec: RunSpec) -> AgenticFlowError:
+        if spec.deadline_s is not None and spec.deadline_s <= self._settings.run_timeout_s:
+            return DeadlineExceeded(
+                f"the run did not end within its deadline of {spec.deadline_s:g} s",
+                hint="give it more time, or ask for less",
+            )
+        return LimitExceeded(
+            f"the run did not end within {self._settings.run_timeout_s:g} s",
+            hint="raise swarm.run_timeout_s, or ask for less",
+        )
 
     async def _work(self, context: WorkflowContext, payload: RunPayload, progress: _Progress) -> RunResult:
         spec = payload.spec
@@ -177,22 +160,51 @@ class Team:
             progress.notes.append(f"memory was not asked: {progress.shown.problem}")
         ingest = await self._ingest(context, payload)
         if not payload.briefs["planner"].generative:
-            progress.tasks = prompts.split_goal(spec.goal, spec.agents)
+            tasks = prompts.split_goal(spec.goal, spec.agents)
+            progress.plans[PLAN] = tuple(Task(question) for question in tasks)
             progress.notes.append(
                 f"model {payload.briefs['planner'].model!r} plans nothing: "
-                f"the goal was split by its clauses into {len(progress.tasks)} task(s)"
+                f"the goal was split by its clauses into {len(tasks)} task(s)"
             )
-        while batch := TOPOLOGIES[spec.topology](self._state(spec, progress)):
+        while batch := await self._next(context, payload, progress):
             await self._run_batch(context, payload, batch, progress)
         return await self._conclude(context, payload, progress, ingest)
 
+    async def _next(
+        self, context: WorkflowContext, payload: RunPayload, progress: _Progress
+    ) -> list[Assignment]:
+        """Who works next, as recorded: a topology that is a stranger's code may not answer the same twice."""
+        spec = payload.spec
+
+        async def assign(_: StepContext) -> JsonObject:
+            state = TeamState(
+                spec.goal,
+                shape_of(spec),
+                progress.plans,
+                progress.done,
+                progress.ballots,
+                progress.reviews,
+            )
+            batch = checked(spec.topology, topology_named(spec.topology)(state), progress.done)
+            record: JsonObject = {"assignments": [as_record(assignment) for assignment in batch]}
+            if spec.topology == "adaptive":
+                phase = phases(state)[-1]
+                record |= {"shape": phase.topology, "phase": phase.number, "reason": phase.reason}
+            return record
+
+        recorded = await context.step("assign", assign)
+        if recorded.get("reason"):
+            note = f"the team changed to {recorded['shape']}: {recorded['reason']}"
+            if note not in progress.notes:
+                progress.notes.append(note)
+        return [from_record(entry) for entry in recorded["assignments"]]
+
     async def _recall(self, context: WorkflowContext, payload: RunPayload) -> Shown:
         """What memory has for the goal. A model that only selects passages is told none of it."""
-        generative = any(brief.generative for brief in payload.briefs.values())
 
         async def ask(_: StepContext) -> JsonObject:
             shown = await self._experience.recall(
-                payload.principal, context.workflow_id, payload.spec, given=generative
+                payload.principal, context.workflow_id, payload.spec, given=payload.generative
             )
             return shown.model_dump(mode="json")
 
@@ -225,9 +237,6 @@ class Team:
         if recorded.get("problem"):
             progress.notes.append(f"memory did not keep this run: {recorded['problem']}")
 
-    def _state(self, spec: RunSpec, progress: _Progress) -> TeamState:
-        return TeamState(spec.goal, spec.agents, progress.tasks, progress.done)
-
     async def _ingest(self, context: WorkflowContext, payload: RunPayload) -> IngestReport | None:
         if payload.folder is None:
             return None
@@ -242,14 +251,21 @@ class Team:
 
         return IngestReport.model_validate(await context.step("ingest", read_in))
 
+    # ---- a batch -----------------------------------------------------------------------------------------
+
     async def _run_batch(
         self, context: WorkflowContext, payload: RunPayload, batch: Sequence[Assignment], progress: _Progress
     ) -> None:
-        """One round: agents in parallel, then what their words are worth."""
+        """One round: agents in waves, then what their words are worth."""
+        progress.assigned |= {assignment.key: assignment for assignment in batch}
+        reviews = [assignment for assignment in batch if assignment.role == "reviewer"]
+        if reviews:
+            await self._check_citations(context, payload, reviews[0].sees, progress)
+            claims = [claim for key in reviews[0].sees for claim in progress.claims.get(key, [])]
+            progress.reviewed = findings.by_votes(claims)
+            progress.verdicts = []
         to_run: dict[str, JsonObject] = {}
         for assignment in batch:
-            if assignment.role == "reviewer":
-                await self._check_citations(context, payload, assignment, progress)
             prompt = await self._prompt(context, payload, assignment, progress)
             if prompt is None:  # the role is played without a model
                 progress.done[assignment.key] = True
@@ -258,46 +274,80 @@ class Team:
                 run_id=context.workflow_id,
                 agent=assignment.agent,
                 role=assignment.role,
+                question=assignment.question or payload.spec.goal,
                 prompt=prompt,
-                brief=payload.briefs[assignment.role],
+                brief=payload.brief(assignment),
                 run=payload,
+                room=_room(payload.spec, assignment),
             ).model_dump(mode="json")
-        results = await context.children(AGENT, to_run) if to_run else {}
+        results = await self._waves(context, payload.spec, to_run)
         for assignment in batch:
             if assignment.key in results:
                 self._take(assignment, payload, results[assignment.key], progress)
+        if reviews:
+            self._apply_verdicts(reviews, payload, progress)
+        await self._count_ballots(context, payload, batch, progress)
+
+    async def _waves(
+        self, context: WorkflowContext, spec: RunSpec, to_run: Mapping[str, JsonObject]
+    ) -> dict[str, JsonObject]:
+        """All results. Every prompt was made before, so how many work at once changes none of them."""
+        size = 1 if not self._settings.parallel else min(spec.batch_size or 64, self._settings.batch_size)
+        keys = list(to_run)
+        results: dict[str, JsonObject] = {}
+        for start in range(0, len(keys), size):
+            wave = {key: to_run[key] for key in keys[start : start + size]}
+            results |= await context.children(AGENT, wave)
+        return results
 
     async def _prompt(
         self, context: WorkflowContext, payload: RunPayload, assignment: Assignment, progress: _Progress
     ) -> str | None:
         """What the agent is told; None when a model has no part in this role."""
         goal = payload.spec.goal
-        generative = payload.briefs[assignment.role].generative
+        generative = payload.brief(assignment).generative
         question = assignment.question or goal
         match assignment.role:
             case "planner":
                 if not generative:
+                    if assignment.key != PLAN:
+                        tasks = prompts.split_goal(question, assignment.tasks_max)
+                        progress.plans[assignment.key] = tuple(Task(task) for task in tasks)
                     return None
                 paths = await self._paths(context, payload)
-                return prompts.planner_prompt(goal, payload.spec.agents, paths, progress.shown.block)
+                dependent = payload.spec.topology == "adaptive"
+                return prompts.planner_prompt(
+                    question, assignment.tasks_max, paths, progress.shown.block, dependent=dependent
+                )
             case "worker":
-                seen = [key for key in assignment.sees if key != PLAN]
+                seen = [key for key in assignment.sees if progress.assigned[key].role != "planner"]
                 if not generative:
                     claims = [claim for key in seen for claim in progress.claims.get(key, [])]
                     return prompts.passages_prompt(question, rank(claims, limit=50))
-                findings = [(key, progress.outputs[key]) for key in seen if key in progress.outputs]
-                return prompts.worker_prompt(goal, question, findings, progress.shown.block)
+                found = [(key, progress.outputs[key]) for key in seen if key in progress.outputs]
+                return prompts.worker_prompt(goal, question, found, progress.shown.block)
             case "reviewer":
                 if not generative or not progress.reviewed:
                     return None
                 return prompts.reviewer_prompt(goal, progress.reviewed)
             case "synthesizer":
-                if not progress.reviewed:
-                    return None
-                if not generative:
-                    evidence = rank(progress.reviewed, limit=50)
-                    return prompts.passages_prompt(goal, evidence)
-                return prompts.synthesizer_prompt(goal, progress.reviewed)
+                return await self._merge_prompt(context, payload, assignment, progress)
+
+    async def _merge_prompt(
+        self, context: WorkflowContext, payload: RunPayload, assignment: Assignment, progress: _Progress
+    ) -> str | None:
+        """For the answer the claims that stood; for a lead's report those of its own team."""
+        claims = progress.reviewed
+        question = payload.spec.goal
+        if assignment.key != MERGE:
+            await self._check_citations(context, payload, assignment.sees, progress)
+            claims = findings.by_votes([c for key in assignment.sees for c in progress.claims.get(key, [])])
+            question = assignment.question or question
+        if not claims:
+            return None
+        if not payload.brief(assignment).generative:
+            return prompts.passages_prompt(question, rank(claims, limit=50))
+        return prompts.synthesizer_prompt(question, claims)
 
     async def _paths(self, context: WorkflowContext, payload: RunPayload) -> list[str]:
         if payload.folder is None:
@@ -317,67 +367,117 @@ class Team:
         key, name, role = assignment.key, assignment.agent, assignment.role
         if "error" in result:
             error = from_problem(result["error"])
-            progress.errors.append(error)
-            progress.done[key] = False
-            usage = RunUsage.model_validate(result["error"].get("details", {}).get("usage", {}))
-            progress.reports.append(
-                _report(assignment, payload.briefs[role].model, "failed", usage, error.message)
-            )
-            progress.notes.append(f"{name} failed: {error.message}")
+            usage = RunUsage.model_validate(error.details.get("usage", {}))
+            delegates = [AgentReport.model_validate(one) for one in error.details.get("delegates", [])]
+            model = payload.brief(assignment).model
+            self._fail(assignment, error, model, usage, delegates, progress)
             return
         output = AgentOutput.model_validate(result)
         text, cited = prompts.without_note_ids(output.text, progress.shown.given_ids)
+        if not text.strip():
+            error = LimitExceeded(f"agent {name!r} said nothing", hint="try another model or a clearer goal")
+            self._fail(assignment, error, output.model, output.usage, output.delegates, progress)
+            return
         progress.cited.update(dict.fromkeys(cited))
         progress.outputs[key] = text
-        progress.authors[key] = name
         progress.done[key] = True
-        progress.reports.append(_report(assignment, output.model, "completed", output.usage, None))
+        progress.reports.append(report_of(name, role, output.model, "completed", output.usage, None))
+        progress.reports += output.delegates
         if role == "planner":
-            progress.tasks = prompts.parse_plan(text, payload.spec.agents)
-            if not progress.tasks:
-                progress.tasks = (payload.spec.goal,)
-                progress.notes.append("the planner's answer held no tasks: one worker takes the whole goal")
-        elif role == "worker":
-            progress.claims[key] = parse_claims(text, author=name)
+            plan = prompts.read_plan(text, assignment.tasks_max)
+            progress.plans[key] = plan.tasks or (Task(assignment.question or payload.spec.goal),)
+            progress.notes += [f"{name}: {note}" for note in plan.notes]
         elif role == "reviewer":
-            self._apply_verdicts(text, progress)
+            progress.verdicts.append(prompts.parse_verdicts(text))
+        elif key != MERGE:
+            progress.claims[key] = parse_claims(text, author=name)
 
-    def _apply_verdicts(self, text: str, progress: _Progress) -> None:
-        verdicts = prompts.parse_verdicts(text)
-        if verdicts is None:
+    def _fail(
+        self,
+        assignment: Assignment,
+        error: AgenticFlowError,
+        model: str,
+        usage: RunUsage,
+        delegates: Sequence[AgentReport],
+        progress: _Progress,
+    ) -> None:
+        progress.errors.append(error)
+        progress.done[assignment.key] = False
+        name, role = assignment.agent, assignment.role
+        progress.reports.append(report_of(name, role, model, "failed", usage, error.message))
+        progress.reports += delegates
+        progress.notes.append(f"{name} failed: {error.message}")
+
+    # ---- what words are worth ----------------------------------------------------------------------------
+
+    async def _check_citations(
+        self, context: WorkflowContext, payload: RunPayload, keys: Sequence[str], progress: _Progress
+    ) -> None:
+        """The reviewer's mechanical half: every citation of these outputs against its file, once."""
+        unchecked = [key for key in keys if key not in progress.verified]
+        progress.fell = 0
+        if not unchecked:
+            return
+        claims = [replace(claim, author=key) for key in unchecked for claim in progress.claims.get(key, [])]
+        kept, fallen = await self._verified(context, payload, "check_citations", claims)
+        for key in unchecked:
+            agent = progress.assigned[key].agent
+            progress.claims[key] = [replace(claim, author=agent) for claim in kept if claim.author == key]
+        progress.verified.update(unchecked)
+        progress.fell = len(fallen)
+        progress.notes += [f"citation dropped: [{entry.label}]: {entry.reason}" for entry in fallen[:20]]
+
+    def _apply_verdicts(
+        self, reviews: Sequence[Assignment], payload: RunPayload, progress: _Progress
+    ) -> None:
+        """What the reviewers' votes leave of the claims."""
+        asked = [assignment for assignment in reviews if assignment.key in progress.outputs]
+        unread = sum(1 for entry in progress.verdicts if entry is None)
+        if asked and unread == len(progress.verdicts):
             progress.notes.append(
                 "the reviewer's answer held no verdicts: citations were checked by the files only"
             )
-            return
-        kept = [claim for claim in progress.reviewed if verdicts.get(claim.number, (True, ""))[0]]
+        elif unread:
+            progress.notes.append(f"{unread} of {len(asked)} reviewers gave no verdicts: they abstain")
+        needed = min(payload.spec.quorum or majority_of(len(reviews)), len(reviews))
+        kept = findings.voted(progress.reviewed, progress.verdicts, needed)
         dropped = len(progress.reviewed) - len(kept)
         if dropped:
-            progress.notes.append(f"the reviewer rejected {dropped} claim(s) that their lines do not support")
+            who = "the reviewer" if len(reviews) == 1 else f"{len(reviews)} reviewers (quorum {needed})"
+            progress.notes.append(f"{who} rejected {dropped} claim(s) that their lines do not support")
         progress.reviewed = kept
+        name = reviews[0].key.partition(REVIEW)[0] + REVIEW
+        progress.reviews[name] = Reviewed(len(kept), dropped + progress.fell)
 
-    async def _check_citations(
-        self, context: WorkflowContext, payload: RunPayload, assignment: Assignment, progress: _Progress
+    async def _count_ballots(
+        self, context: WorkflowContext, payload: RunPayload, batch: Sequence[Assignment], progress: _Progress
     ) -> None:
-        """The reviewer's mechanical half: every citation of every finding against its file."""
-        claims = [claim for key in assignment.sees for claim in progress.claims.get(key, [])]
-        kept, fallen = await self._verified(context, payload, "check_citations", claims)
-        progress.reviewed = _by_votes(kept)
-        progress.rejected += len(fallen)
-        progress.notes += [f"citation dropped: [{entry.label}]: {entry.reason}" for entry in fallen[:20]]
+        """How far the peers of a round agree: on lines that they cite and that stand, else on words."""
+        for ballot in dict.fromkeys(assignment.ballot for assignment in batch if assignment.ballot):
+            voters = [assignment for assignment in batch if assignment.ballot == ballot]
+            usable = [assignment.key for assignment in voters if progress.done[assignment.key]]
+            await self._check_citations(context, payload, usable, progress)
+            positions = {
+                voter.key: findings.position(
+                    progress.outputs.get(voter.key), progress.claims.get(voter.key, [])
+                )
+                for voter in voters
+            }
+            needed = payload.spec.quorum or majority_of(len(voters))
+            counted = progress.ballots[ballot] = agreement(positions, needed)
+            if len(voters) > 1:
+                progress.notes.append(
+                    f"vote {ballot}: {counted.agree} of {counted.voters} agree (quorum {counted.quorum})"
+                )
 
     async def _verified(
         self, context: WorkflowContext, payload: RunPayload, name: str, claims: Sequence[Claim]
     ) -> tuple[list[Claim], list[Rejected]]:
         async def check(_: StepContext) -> JsonObject:
             if payload.folder is None:
-                kept, fallen = (
-                    [],
-                    [
-                        Rejected(c.label, "the run has no input folder")
-                        for claim in claims
-                        for c in claim.citations
-                    ],
-                )
+                labels = [citation.label for claim in claims for citation in claim.citations]
+                kept = list[Claim]()
+                fallen = [Rejected(label, "the run has no input folder") for label in labels]
             else:
                 read = self._inputs.read_lines(Folder.from_json(payload.folder), context.workflow_id)
                 kept, fallen = await asyncio.to_thread(verify, claims, read)
@@ -405,6 +505,8 @@ class Team:
         ]
         return kept, [Rejected(entry["label"], entry["reason"]) for entry in recorded["fallen"]]
 
+    # ---- the end -----------------------------------------------------------------------------------------
+
     async def _conclude(
         self,
         context: WorkflowContext,
@@ -412,251 +514,80 @@ class Team:
         progress: _Progress,
         ingest: IngestReport | None,
     ) -> RunResult:
-        """The merged answer, its citations checked once more, and the account of the run."""
-        if not any(ok and key.startswith(("work-", "draft-")) for key, ok in progress.done.items()):
+        """The answer, its citations checked once more, what was asked of it, and the account of the run."""
+        if not progress.worked():
             raise progress.errors[0] if progress.errors else LimitExceeded("no agent produced an answer")
-        answer = progress.outputs.get("merge")
-        if answer is None and progress.reviewed:
+        if MERGE not in progress.outputs and progress.reviewed:
             # The merge itself failed: an answer without it would claim a review that did not happen.
             raise progress.errors[-1]
-        if answer is None:
-            answer = _without_evidence(progress)
-            citations: list[Citation] = []
-        else:
-            stated, fallen = await self._verified(context, payload, "check_answer", parse_claims(answer))
-            progress.rejected += len(fallen)
-            progress.notes += [
-                f"citation of the answer does not stand: [{f.label}]: {f.reason}" for f in fallen
-            ]
-            citations = rank(stated, limit=self._settings.citations_max)
-            if not citations:
-                citations = rank(progress.reviewed, limit=self._settings.citations_max)
-                progress.notes.append(
-                    "the merged answer cites nothing that stands: these are the workers' citations"
-                )
-        usage = _total(progress.reports, time.time() - payload.started_at_s)
+        answer = await self._answer(context, payload, progress)
+        answer, acceptance, reports = await self._acceptance.check(
+            context, payload, answer, self._candidates(progress)
+        )
+        progress.reports += reports
+        progress.notes += answer.notes
+        progress.notes += [
+            f"criterion {name_of(entry.criterion)} is {'met' if entry.met else 'not met'}: {entry.reason}"
+            for entry in acceptance
+        ]
         return RunResult(
             run_id=context.workflow_id,
             state="completed",
             goal=payload.spec.goal,
             topology=payload.spec.topology,
             model=payload.briefs["worker"].model,
-            answer=answer,
-            citations=tuple(citations),
-            usage=usage,
+            answer=answer.text,
+            citations=answer.citations,
+            usage=findings.total(progress.reports, time.time() - payload.started_at_s),
             agents=tuple(progress.reports),
             ingest=ingest,
             notes=tuple(progress.notes),
             memory=progress.shown.as_result(tuple(progress.cited)),
+            acceptance=tuple(acceptance),
             created_at_s=payload.started_at_s,
         )
 
-    # ---- an agent ----------------------------------------------------------------------------------------
+    async def _answer(self, context: WorkflowContext, payload: RunPayload, progress: _Progress) -> Answer:
+        """The merged answer with the citations that stand; without one, the fact and the agents' words."""
+        limit = self._settings.citations_max
+        text = progress.outputs.get(MERGE)
+        if text is None:
+            words = [f"{progress.assigned[key].agent}: {progress.outputs[key]}" for key in progress.worked()]
+            said = ["No evidence was found: no citation stood the check against the files.", *words]
+            return Answer("\n\n".join(said), ())
+        stated, fallen = await self._verified(context, payload, "check_answer", parse_claims(text))
+        notes = [f"citation of the answer does not stand: [{f.label}]: {f.reason}" for f in fallen]
+        citations = rank(stated, limit=limit)
+        if not citations:
+            citations = rank(progress.reviewed, limit=limit)
+            notes.append("the merged answer cites nothing that stands: these are the workers' citations")
+        return Answer(text, tuple(citations), notes=tuple(notes))
 
-    async def agent(self, context: WorkflowContext, data: JsonObject) -> JsonObject:
-        """The workflow of one agent; returns an AgentOutput as JSON. Its errors carry its usage so far."""
-        payload = AgentPayload.model_validate(data)
-        calls = _RecordedCalls(self, context, payload)
-        started = time.monotonic()
-        specs = self._toolbox.specs(payload.run.principal, calls.scope) if payload.brief.tools else []
-        task = AgentTask(
-            system=payload.brief.system,
-            prompt=payload.prompt,
-            model=payload.brief.model,
-            tools=tuple(spec for spec in specs if spec.name in payload.brief.tools),
-            steps_max=self._settings.steps_max,
-            tool_calls_max=self._settings.tool_calls_max,
-            output_tokens_max=self._settings.output_tokens_max,
-            stream=self._stream,
-        )
-        try:
-            text = await self._loop.run(task, calls)
-        except AgenticFlowError as error:
-            error.details["usage"] = calls.usage(time.monotonic() - started).model_dump(mode="json")
-            raise
-        return AgentOutput(
-            text=text,
-            model=calls.model or payload.brief.model,
-            steps=calls.model_calls,
-            usage=calls.usage(time.monotonic() - started),
-        ).model_dump(mode="json")
-
-    async def complete(
-        self, payload: AgentPayload, request: CompletionRequest, step: StepContext
-    ) -> Completion:
-        """One model call within the run's budget; executed inside a step."""
-        budget = await self._budget(payload.run_id, payload.run)
-        budget.deadline.check(f"a model call of {payload.agent!r}")
-        reservation = budget.reserve(request)
-        try:
-            completion = await self._completer.complete(
-                # The gateway's budgets and books are also kept by agent and by run.
-                request.model_copy(update={"agent": payload.agent, "run": payload.run_id}),
-                principal=payload.run.principal,
-                deadline=budget.deadline,
-                idempotency_key=step.idempotency_key,
+    def _candidates(self, progress: _Progress) -> list[Answer]:
+        """What else could be the answer: the words of single agents, with their citations that stood."""
+        limit = self._settings.citations_max
+        return [
+            Answer(
+                progress.outputs[key],
+                tuple(rank(progress.claims.get(key, []), limit=limit)),
+                progress.assigned[key].agent,
             )
-        except BaseException:
-            budget.release(reservation)
-            raise
-        budget.settle(reservation, completion.usage)
-        return completion
-
-    async def call_tool(self, payload: AgentPayload, call: ToolCallPart, step: StepContext) -> JsonObject:
-        """One tool call; executed inside a step. Refusals and failures are results a model can read."""
-        budget = await self._budget(payload.run_id, payload.run)
-        try:
-            result = await self._toolbox.call(
-                payload.run.principal,
-                call.name,
-                call.arguments,
-                deadline=budget.deadline.earliest(self._tool_timeout_s),
-                scope=_scope(payload),
-                idempotency_key=step.idempotency_key,
-            )
-        except AgenticFlowError as error:
-            return {"content": as_problem(error), "is_error": True, "truncated": False}
-        return {"content": result.content, "is_error": result.is_error, "truncated": result.truncated}
-
-    async def _budget(self, run_id: str, payload: RunPayload) -> RunBudget:
-        """The one budget of a run in this process. A resumed agent may ask for it before its run does."""
-        task = self._budgets.get(run_id)
-        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
-            task = self._budgets[run_id] = asyncio.create_task(self._open_budget(run_id, payload))
-        return await asyncio.shield(task)
-
-    async def _open_budget(self, run_id: str, payload: RunPayload) -> RunBudget:
-        spent = Usage()
-        for step in await self._engine.steps(run_id):
-            if step.name == "model" and step.output:
-                spent = spent + Completion.model_validate(step.output).usage
-        prices: dict[str, ModelInfo] = {}
-        if payload.spec.budget_usd is not None:
-            for model in {brief.model for brief in payload.briefs.values()}:
-                prices[model] = await self._completer.resolve(model, principal=payload.principal)
-        return RunBudget(
-            budget_usd=payload.spec.budget_usd,
-            tokens_max=self._settings.tokens_max,
-            prices=prices,
-            deadline=Deadline.after(self._settings.run_timeout_s),
-            spent=spent,
-        )
+            for key in progress.worked()
+            if key in progress.verified
+        ]
 
 
-class _RecordedCalls:
-    """AgentCalls whose every call is a step: recorded once, replayed for free."""
-
-    def __init__(self, team: Team, context: WorkflowContext, payload: AgentPayload) -> None:
-        self._team = team
-        self._context = context
-        self._payload = payload
-        self._used = Usage()
-        self.scope = _scope(payload)
-        self.model: str | None = None
-        self.model_calls = 0
-        self.tool_calls = 0
-
-    async def complete(self, request: CompletionRequest) -> Completion:
-        async def call(step: StepContext) -> JsonObject:
-            return (await self._team.complete(self._payload, request, step)).model_dump(mode="json")
-
-        completion = Completion.model_validate(await self._context.step("model", call))
-        self._used = self._used + completion.usage
-        self.model = completion.model
-        self.model_calls += 1
-        return completion
-
-    async def call_tool(self, call: ToolCallPart) -> ToolResultPart:
-        async def execute(step: StepContext) -> JsonObject:
-            return await self._team.call_tool(self._payload, call, step)
-
-        recorded = await self._context.step(f"tool:{call.name}", execute)
-        self.tool_calls += 1
-        content = dict(recorded["content"])
-        if recorded["truncated"]:
-            content["truncated"] = True
-        return ToolResultPart(
-            id=call.id, name=call.name, content=orjson.dumps(content).decode(), is_error=recorded["is_error"]
-        )
-
-    def usage(self, time_s: float) -> RunUsage:
-        return RunUsage(
-            input_tokens=self._used.input_tokens,
-            output_tokens=self._used.output_tokens,
-            cost_usd=self._used.cost_usd,
-            model_calls=self.model_calls,
-            tool_calls=self.tool_calls,
-            time_s=time_s,
-        )
+def _room(spec: RunSpec, assignment: Assignment) -> str | None:
+    """The blackboard of whoever does this, by what the run's caller opened."""
+    if spec.board == "all":
+        return "all"
+    return assignment.room if spec.board == "topology" else None
 
 
-def _scope(payload: AgentPayload) -> Any:
-    folder = Folder.from_json(payload.run.folder) if payload.run.folder else Folder({}, "none", (), ())
-    return folder.scope(payload.run_id, payload.agent, payload.brief.tools)
-
-
-def _report(
-    assignment: Assignment,
-    model: str,
-    state: Literal["completed", "failed"],
-    usage: RunUsage,
-    error: str | None,
-) -> AgentReport:
-    return AgentReport(
-        name=assignment.agent,
-        role=assignment.role,
-        model=model,
-        state=state,
-        steps=usage.model_calls + usage.tool_calls,
-        usage=usage,
-        error=error,
+def _not_accepted(unmet: Sequence[Checked]) -> NotAccepted:
+    names = "; ".join(f"{name_of(entry.criterion)}: {entry.reason}" for entry in unmet)
+    return NotAccepted(
+        f"{len(unmet)} acceptance criteria are not met: {names}",
+        hint="the answer is kept with the run: `agentic-flow runs show` prints it",
+        details={"unmet": [entry.model_dump(mode="json") for entry in unmet]},
     )
-
-
-def _total(reports: Sequence[AgentReport], time_s: float) -> RunUsage:
-    costs = [report.usage.cost_usd for report in reports]
-    return RunUsage(
-        input_tokens=sum(report.usage.input_tokens for report in reports),
-        output_tokens=sum(report.usage.output_tokens for report in reports),
-        cost_usd=None if any(cost is None for cost in costs) else sum(cost or 0.0 for cost in costs),
-        model_calls=sum(report.usage.model_calls for report in reports),
-        tool_calls=sum(report.usage.tool_calls for report in reports),
-        time_s=time_s,
-    )
-
-
-def _by_votes(claims: Sequence[Claim]) -> list[Claim]:
-    """Claims in an order that honours agreement: cited lines that several authors found come first.
-
-    Within equal votes the order is by each author's own rank, authors taking turns.
-    """
-    rank_of: dict[int, int] = {}
-    seen: dict[str, int] = {}
-    for claim in claims:
-        rank_of[claim.number] = seen[claim.author] = seen.get(claim.author, -1) + 1
-    votes = {claim.number: _votes(claim, claims) for claim in claims}
-    ordered = sorted(claims, key=lambda claim: (rank_of[claim.number] - votes[claim.number], claim.number))
-    return [Claim(n, claim.text, claim.citations, claim.author) for n, claim in enumerate(ordered, start=1)]
-
-
-def _votes(claim: Claim, claims: Sequence[Claim]) -> int:
-    """Number of other authors who cite overlapping lines."""
-    places = {(c.path, line) for c in claim.citations for line in range(c.line_start, c.line_end + 1)}
-    return len(
-        {
-            other.author
-            for other in claims
-            if other.author != claim.author
-            and any((c.path, line) in places for c in other.citations for line in (c.line_start, c.line_end))
-        }
-    )
-
-
-def _without_evidence(progress: _Progress) -> str:
-    """What the team says when no citation stood: the fact, and the uncited words of its workers."""
-    words = [
-        f"{progress.authors[key]}: {text}"
-        for key, text in progress.outputs.items()
-        if key.startswith(("work-", "draft-"))
-    ]
-    return "\n\n".join(["No evidence was found: no citation stood the check against the files.", *words])
