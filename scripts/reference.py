@@ -147,12 +147,25 @@ def models_page() -> str:
     return f"{NOTICE}\n\n{reference_page(openapi_document(), title='Models over HTTP', errors=errors)}"
 
 
+def memory_page() -> str:
+    """The page about the routes of memory, likewise."""
+    from agentic_flow.core.openapi_page import reference_page
+    from agentic_flow.memory.routes import DOCUMENT_PATH, openapi_document
+
+    errors = "Errors are problem+json (RFC 9457):"
+    page = reference_page(
+        openapi_document(), title="Memory over HTTP", errors=errors, document_path=DOCUMENT_PATH
+    )
+    return f"{NOTICE}\n\n{page}"
+
+
 PAGES = {
     "cli.md": cli_page,
     "settings.md": settings_page,
     "errors.md": errors_page,
     "agentdb-http.md": http_page,
     "models-http.md": models_page,
+    "memory-http.md": memory_page,
 }
 
 

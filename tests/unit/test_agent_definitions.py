@@ -202,6 +202,7 @@ def test_validate_tells_errors_from_doubts(tmp_path: Path) -> None:
 def test_tool_names_are_those_of_the_tools(tmp_path: Path) -> None:
     """Catches a list of known tools that has drifted from the tools."""
     from agentic_flow.agentdb.tools import memory_tools
+    from agentic_flow.memory.tools import reasoning_tools
     from agentic_flow.tools.files import file_tools
     from agentic_flow.tools.shell import shell_tools
 
@@ -210,6 +211,7 @@ def test_tool_names_are_those_of_the_tools(tmp_path: Path) -> None:
         *file_tools(),
         *shell_tools(ToolsSettings(shell_allowed=("echo",))),
         *memory_tools(store),
+        *reasoning_tools(store),
     ]
     assert {tool.name for tool in tools} == TOOL_NAMES
     assert set(CLAUDE_TOOLS.values()) <= TOOL_NAMES

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from agentic_flow.cli import memory_evidence, memory_runs
+from agentic_flow.cli import memory_evidence, memory_know_how, memory_runs
 from agentic_flow.cli.memory_session import (
     CursorOption,
     ItemArgument,
@@ -22,6 +22,8 @@ from agentic_flow.cli.memory_session import (
 from agentic_flow.cli.session import Session, command, new_app
 
 if TYPE_CHECKING:
+    from agentic_flow.core.auth import Principal
+    from agentic_flow.memory.answers import MemoryService
     from agentic_flow.memory.beliefs import Explanation
     from agentic_flow.memory.records import MemoryItem, Recall
 
@@ -330,15 +332,30 @@ def edit(
     session.show(changed, lambda: print(f"{changed.id} changed, revision {changed.revision}"))
 
 
-@command(app, "forget", examples=("agentic-flow memory forget ITEM",))
-def forget(session: Session, item: ItemArgument, tenant: TenantOption = None) -> None:
-    """Delete an item with its evidence. Backups made until now still have it."""
+@command(
+    app,
+    "forget",
+    examples=("agentic-flow memory forget ITEM", "agentic-flow memory forget RUN --kind episode"),
+)
+def forget(
+    session: Session,
+    id: Annotated[str, typer.Argument(help="Id of the item, skill or episode.", metavar="ID")],
+    kind: Annotated[Literal["item", "skill", "episode"], typer.Option("--kind", help="What it is.")] = "item",
+    tenant: TenantOption = None,
+) -> None:
+    """Delete an item with its evidence, a skill or an episode. Backups made until now still have it."""
     from agentic_flow.core.errors import NotFound
 
-    if not on_memory(session, tenant, lambda memory, who: memory.forget(who, item)):
-        raise NotFound(f"there is no item {item!r}", hint="list them with `agentic-flow memory items`")
-    session.show({"item": item, "forgotten": True}, lambda: print(f"{item} forgotten"))
+    async def work(memory: MemoryService, who: Principal) -> bool:
+        if kind == "item":
+            return await memory.forget(who, id)
+        return await (memory.forget_skill if kind == "skill" else memory.forget_episode)(who, id)
+
+    if not on_memory(session, tenant, work):
+        raise NotFound(f"there is no {kind} {id!r}", hint=f"list them with `agentic-flow memory {kind}s`")
+    session.show({"id": id, "kind": kind, "forgotten": True}, lambda: print(f"{id} forgotten"))
 
 
 memory_runs.register(app)
+memory_know_how.register(app)
 memory_evidence.register(app)

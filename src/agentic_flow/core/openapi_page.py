@@ -11,18 +11,21 @@ from agentic_flow.core.messages import JsonObject
 _SCHEMAS = "#/components/schemas/"
 
 
-def reference_page(document: JsonObject, *, title: str, errors: str) -> str:
+def reference_page(
+    document: JsonObject, *, title: str, errors: str, document_path: str = "/openapi.json"
+) -> str:
     """The page, without the notice that the writer puts above it.
 
     Args:
         document: As `core.openapi.document` makes it.
         title: Of the page.
         errors: What errors look like.
+        document_path: Where a service answers the document.
     """
     parts = [
         f"# {title}",
         str(document["info"]["description"]),
-        f"As OpenAPI 3.1: `GET /openapi.json`. {errors} [errors](errors.md).",
+        f"As OpenAPI 3.1: `GET {document_path}`. {errors} [errors](errors.md).",
         *_operations(document),
         "## Schemas",
         *_schemas(document),

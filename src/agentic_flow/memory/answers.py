@@ -59,13 +59,18 @@ class TrajectoryPage(Frozen):
 
 
 class Note(Frozen):
-    """An item that a person writes."""
+    """An item that a person writes, or an agent (`written_by` model: believed no more than a distilled one).
+
+    The same `key` again gives the item of before.
+    """
 
     title: Title
     content: Content
     description: Description = ""
     lesson: Literal["do", "avoid"] = "do"
     tags: Tags = ()
+    written_by: Literal["person", "model"] = "person"
+    key: Annotated[str, StringConstraints(min_length=1, max_length=200)] | None = None
 
 
 class Edit(Frozen):
@@ -261,7 +266,7 @@ class MemoryService(Protocol):
         ...
 
     async def add(self, principal: Principal, note: Note) -> Kept:
-        """Keep an item that a person wrote."""
+        """Keep an item that a person or an agent wrote. Of an agent's, secrets and such are masked."""
         ...
 
     async def items(

@@ -429,7 +429,7 @@ def _item_operations(faces: _Items) -> list[Operation]:
             name="add_memory_item",
             method="POST",
             path=f"{ROOT}/items",
-            summary="Keep an item that a person wrote.",
+            summary="Keep an item that a person or an agent wrote.",
             notes="One that says the same as another is merged into that.",
             scope=WRITE,
             body=Note,

@@ -6,6 +6,7 @@ Source: "ReasoningBank: Scaling Agent Self-Evolving with Reasoning Memory", arXi
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
 import secrets
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from agentic_flow.core.auth import Principal
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
 from agentic_flow.core.errors import Conflict, NotFound
 from agentic_flow.core.ports import VectorStore
+from agentic_flow.core.redaction import redact
 from agentic_flow.core.settings import MemorySettings
 from agentic_flow.memory.answers import (
     Edit,
@@ -38,7 +40,10 @@ from agentic_flow.memory.know_how import READ, WRITE, KnowHow, check_task
 from agentic_flow.memory.ranking import Note as PackedNote
 from agentic_flow.memory.ranking import pack
 from agentic_flow.memory.records import (
+    CONTENT_CHARS_MAX,
+    DESCRIPTION_CHARS_MAX,
     EPISODES,
+    TITLE_CHARS_MAX,
     TRAJECTORIES,
     MemoryItem,
     Recall,
@@ -281,13 +286,19 @@ class Memory(KnowHow):
         """See MemoryService."""
         principal.demand(WRITE)
         now_s = self._clock.time_s()
+        by_model = note.written_by == "model"
+        said = redact if by_model else str
+        # An id of the key's: what is sent twice is one item.
+        name = (
+            secrets.token_hex(6) if note.key is None else hashlib.sha256(note.key.encode()).hexdigest()[:24]
+        )
         item = MemoryItem(
-            id=f"note-{secrets.token_hex(6)}",
-            title=note.title,
-            description=note.description,
-            content=note.content,
+            id=f"note-{name}",
+            title=said(note.title)[:TITLE_CHARS_MAX],
+            description=said(note.description)[:DESCRIPTION_CHARS_MAX],
+            content=said(note.content)[:CONTENT_CHARS_MAX],
             lesson=note.lesson,
-            origin="person",
+            origin=note.written_by,
             tags=note.tags,
             created_at_s=now_s,
             updated_at_s=now_s,

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 PROBE_TIMEOUT_S = 2.0
 RUN_ROOTS = ("/v1/runs",)
+MEMORY_DOCUMENT_PATH = "/v1/memory/openapi.json"  # of memory.routes, which is loaded when it is asked for
 MEMORY_ROOTS = ("/v1/namespaces", "/v1/namespace-stats", "/v1/tenants-with", "/v1/memory")
 
 Ready = Callable[[], Awaitable[dict[str, bool]]]
@@ -195,7 +196,7 @@ class _Apps:
                 await runtime.identity(), erasers=await runtime.erasers(), survey=runtime.survey_backups
             ),
         ]
-        public = PUBLIC_PATHS | {DOCUMENT_PATH}
+        public = PUBLIC_PATHS | {DOCUMENT_PATH, MEMORY_DOCUMENT_PATH}
         return _Face(routes, self._peers_ready("agentdb", "swarm"), public, ERROR_SHAPES)
 
     async def _run_routes(self) -> Sequence[BaseRoute]:
@@ -227,7 +228,7 @@ class _Apps:
             build_document_route(),
             *learning_routes(await self._runtime.memory()),
         ]
-        return _Face(routes, ready, PUBLIC_PATHS)
+        return _Face(routes, ready, PUBLIC_PATHS | {MEMORY_DOCUMENT_PATH})
 
     async def _swarm(self) -> _Face:
         watch = await self._runtime.watch_runs()

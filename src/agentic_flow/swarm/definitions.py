@@ -44,6 +44,10 @@ TOOL_NAMES = frozenset(
         "file_search",
         "file_write",
         "memory_search",
+        "reasoning_pattern_get",
+        "reasoning_pattern_store",
+        "reasoning_retrieve",
+        "reasoning_trajectory_list",
         "shell_run",
     )
 )
