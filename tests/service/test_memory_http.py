@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+import aiohttp
 import pytest
 
-from agentic_flow.core.auth import LOCAL_OWNER
-from agentic_flow.core.errors import InvalidInput, NotFound
+from agentic_flow.core.auth import LOCAL_OWNER, Principal
+from agentic_flow.core.errors import Forbidden, InvalidInput, NotFound, Unauthenticated, Unavailable
 from agentic_flow.core.settings import load
 from agentic_flow.memory.answers import Edit, Note
 from agentic_flow.memory.records import Trajectory, TrajectoryStep, Verdict
 from agentic_flow.memory.remote import RemoteMemory
+from agentic_flow.memory.routes import DOCUMENT_PATH, build_routes, openapi_document, operations
+from agentic_flow.runtime.admin import administer
 from agentic_flow.runtime.platform import serve_services
 
 pytestmark = pytest.mark.anyio
@@ -21,20 +26,29 @@ pytestmark = pytest.mark.anyio
 TASK = "run the linter on the changed file"
 
 
-@pytest.fixture
-async def urls(tmp_path: Path) -> AsyncIterator[dict[str, str]]:
+@asynccontextmanager
+async def serving(data_dir: Path, *names: str, **more: object) -> AsyncIterator[dict[str, str]]:
+    """These services of a data folder, at their URLs."""
     ports = {f"serve.{name}_port": 0 for name in ("platform", "agentdb", "swarm")}
-    settings = load({"data_dir": str(tmp_path), **ports}).settings
+    settings = load({"data_dir": str(data_dir), **ports, **more}).settings
     stop, ready = asyncio.Event(), asyncio.get_running_loop().create_future()
-    serving = asyncio.create_task(
-        serve_services(settings, ["all"], on_ready=ready.set_result, stop=stop, on_owner_key=lambda _: None)
+    served = asyncio.create_task(
+        serve_services(
+            settings, list(names), on_ready=ready.set_result, stop=stop, on_owner_key=lambda _: None
+        )
     )
-    await asyncio.wait({serving, ready}, return_when=asyncio.FIRST_COMPLETED)
-    if serving.done():
-        serving.result()
+    await asyncio.wait({served, ready}, return_when=asyncio.FIRST_COMPLETED)
+    if served.done():
+        served.result()
     yield ready.result()
     stop.set()
-    await serving
+    await served
+
+
+@pytest.fixture
+async def urls(tmp_path: Path) -> AsyncIterator[dict[str, str]]:
+    async with serving(tmp_path, "all") as found:
+        yield found
 
 
 def lint_run(number: int, recall_id: str, cited: str) -> Trajectory:
@@ -97,3 +111,204 @@ async def test_bad_input_is_refused(urls: dict[str, str]) -> None:
                 await unknown
         assert not await memory.forget(LOCAL_OWNER, "nobody")
         assert (await memory.items(LOCAL_OWNER)).items == ()
+
+
+class Key:
+    """TokenSource of one key."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+
+    async def token(self, principal: Principal) -> str | None:
+        return self._key
+
+    def forget(self, principal: Principal) -> None:
+        """A key is kept."""
+
+
+def renamed(number: int, old: str, new: str, path: str) -> Trajectory:
+    """A run of the like task by the same two tools."""
+    steps = (
+        TrajectoryStep(name="tool:file_search", action=json.dumps({"pattern": old}), observation=path),
+        TrajectoryStep(
+            name="tool:file_edit",
+            action=json.dumps({"path": path, "old": old, "new": new}),
+            observation="1 change",
+        ),
+    )
+    return Trajectory(
+        id=f"rename-{number}",
+        task=f"rename the function {old} to {new} in the file {path}",
+        outcome="completed",
+        answer="renamed",
+        steps=steps,
+    )
+
+
+async def test_skills_are_learned_used_and_rated(urls: dict[str, str]) -> None:
+    """Catches a skill that the wire loses: its holes, its versions, or how its use went."""
+    success = Verdict(outcome="success", source="test")
+    async with RemoteMemory(urls["platform"]) as memory:
+        for number, (old, new, path) in enumerate(
+            (("alpha", "beta", "src/a.py"), ("gamma", "delta", "lib/b.py"), ("omega", "sigma", "app/c.py"))
+        ):
+            await memory.record(LOCAL_OWNER, renamed(number, old, new, path))
+            await memory.add_verdict(LOCAL_OWNER, f"rename-{number}", success)
+        await memory.learn(LOCAL_OWNER)
+        (skill,) = (await memory.list_skills(LOCAL_OWNER)).skills
+        (found,) = await memory.find_skills(LOCAL_OWNER, "rename the function one to two in the file c.py")
+        assert found.skill == skill == await memory.show_skill(LOCAL_OWNER, skill.id)
+        assert found.parameters is not None
+        steps = await memory.use_skill(LOCAL_OWNER, skill.id, found.parameters)
+        assert steps[1].arguments == {"path": "c.py", "old": "one", "new": "two"}
+        with pytest.raises(InvalidInput):
+            await memory.use_skill(LOCAL_OWNER, skill.id, {"no_such_hole": "x"})
+        with pytest.raises(NotFound):
+            await memory.use_skill(LOCAL_OWNER, skill.id, found.parameters, version=99)
+        for _ in range(2):  # once a run, however often it is said
+            rated = await memory.record_skill_use(LOCAL_OWNER, skill.id, "rename-9", success)
+        assert rated.current.successes == 1
+        assert await memory.forget_skill(LOCAL_OWNER, skill.id)
+        assert not await memory.forget_skill(LOCAL_OWNER, skill.id)
+
+
+async def test_tries_are_assessed_contrasted_and_told(urls: dict[str, str]) -> None:
+    """Catches a failed try that the next one is not told of, and a contrast that keeps nothing."""
+    good = renamed(1, "alpha", "beta", "src/a.py")
+    step = TrajectoryStep(name="tool:shell_run", action="sed -i s/alpha/beta/", error="not allowed")
+    bad = good.model_copy(
+        update={"id": "rename-2", "outcome": "failed", "answer": "", "error": "refused", "steps": (step,)}
+    )
+    async with RemoteMemory(urls["platform"]) as memory:
+        for one in (good, bad):
+            await memory.record(LOCAL_OWNER, one)
+        assert (await memory.assess(LOCAL_OWNER, good.id)).verdict.outcome == "success"
+        assessed = await memory.assess(LOCAL_OWNER, bad.id)
+        assert assessed.verdict.outcome == "failure"
+        assert assessed.episode == await memory.show_episode(LOCAL_OWNER, bad.id)
+        assert (await memory.list_episodes(LOCAL_OWNER)).episodes == (assessed.episode,)
+        told = await memory.tries(LOCAL_OWNER, good.task)
+        assert [one.id for one in told.tries] == [bad.id]
+        assert "not allowed" in told.context
+        own = await memory.tries(LOCAL_OWNER, good.task, k=0, of=[good.id, bad.id, "nobody"])
+        assert [one.id for one in own.tries] == [good.id, bad.id]
+        small = await memory.tries(LOCAL_OWNER, good.task, tokens_max=20)
+        assert (small.tries, small.context, small.tokens) == ((), "", 0)
+        found = await memory.contrast(LOCAL_OWNER, [bad, good])
+        assert found.best == good.id
+        assert {item.lesson for item in found.items} == {"do", "avoid"}
+        for kept in found.kept:
+            await memory.explain(LOCAL_OWNER, kept.merged_into or kept.id)
+        other = renamed(3, "x", "y", "z.py")
+        for wrong in ([good, other], [good, good], []):
+            with pytest.raises(InvalidInput):
+                await memory.contrast(LOCAL_OWNER, wrong)
+        with pytest.raises(NotFound):
+            await memory.assess(LOCAL_OWNER, "nobody")
+        assert await memory.forget_episode(LOCAL_OWNER, bad.id)
+
+
+async def test_a_database_by_itself_keeps_and_does_not_learn(tmp_path: Path) -> None:
+    """Catches a database that pretends to learn without any model, or loses what waits for one."""
+    async with serving(tmp_path, "agentdb") as urls, RemoteMemory(urls["agentdb"]) as memory:
+        await memory.record(LOCAL_OWNER, renamed(1, "alpha", "beta", "a.py"))
+        with pytest.raises(Unavailable):
+            await memory.learn(LOCAL_OWNER)
+        with pytest.raises(Unavailable):
+            await memory.assess(LOCAL_OWNER, "rename-1")
+        assert (await memory.status(LOCAL_OWNER)).trajectories["pending"] == 1
+
+
+async def test_a_key_reaches_its_tenant_with_its_scopes(tmp_path: Path) -> None:
+    """Catches a key that reads another tenant's memory, writes with a scope to read, or reads without any."""
+    flags = {"data_dir": str(tmp_path), "auth.required": True}
+
+    def make_keys() -> Mapping[str, str]:
+        def key(tenant: str, *scopes: str) -> str:
+            _, text = administer(
+                load(flags).settings, lambda admin: admin.create_key(tenant, "somebody", list(scopes))
+            )
+            return text
+
+        for tenant in ("team-a", "team-b"):
+            administer(load(flags).settings, lambda admin, name=tenant: admin.create_tenant(name))
+        return {
+            "a": key("team-a", "memory:read", "memory:write"),
+            "b": key("team-b", "memory:read", "memory:write"),
+            "reads": key("team-a", "memory:read"),
+            "writes": key("team-a", "memory:write"),
+            "runs": key("team-a", "runs:read"),
+        }
+
+    keys = await asyncio.to_thread(make_keys)
+    note = Note(title="Run the linter first", content="Its messages name the changed file and line.")
+    async with serving(tmp_path, "all", **{"auth.required": True}) as urls:
+        for port in ("platform", "agentdb"):
+
+            def reach(name: str, url: str = urls[port]) -> RemoteMemory:
+                return RemoteMemory(url, tokens=Key(keys[name]))
+
+            async with reach("a") as a, reach("b") as b, reach("reads") as reads, reach("writes") as writes:
+                # Whoever the client believes to be, the key decides.
+                kept = await a.add(LOCAL_OWNER, note)
+                await a.record(LOCAL_OWNER, renamed(1, "alpha", "beta", f"{port}.py"))
+                mine = kept.merged_into or kept.id
+                assert mine in {one.id for one in (await reads.items(LOCAL_OWNER)).items}
+                assert (await b.items(LOCAL_OWNER)).items == ()
+                assert (await b.trajectories(LOCAL_OWNER)).trajectories == ()
+                assert (await b.recall(LOCAL_OWNER, TASK)).items == ()
+                assert await b.similar(LOCAL_OWNER, renamed(1, "alpha", "beta", "a.py").task) == []
+                assert not await b.forget(LOCAL_OWNER, mine)
+                for hidden in (b.explain(LOCAL_OWNER, mine), b.trajectory(LOCAL_OWNER, "rename-1")):
+                    with pytest.raises(NotFound):
+                        await hidden
+                for refused in (
+                    reads.add(LOCAL_OWNER, note),
+                    reads.forget(LOCAL_OWNER, mine),
+                    reads.learn(LOCAL_OWNER),
+                    reads.contrast(LOCAL_OWNER, [renamed(1, "alpha", "beta", "a.py")]),
+                    writes.items(LOCAL_OWNER),
+                    writes.recall(LOCAL_OWNER, TASK),
+                    writes.list_skills(LOCAL_OWNER),
+                ):
+                    with pytest.raises(Forbidden):
+                        await refused
+            async with reach("runs") as neither:
+                with pytest.raises(Forbidden):
+                    await neither.status(LOCAL_OWNER)
+
+
+def test_every_route_is_documented() -> None:
+    """Catches a route beside the table, and a reference in the document that leads nowhere."""
+    document = openapi_document()
+    served_here = {
+        (route.path, method.lower())
+        for route in build_routes(None)  # type: ignore[arg-type]
+        for method in (route.methods or ())
+        if method != "HEAD" and route.path != DOCUMENT_PATH
+    }
+    documented = {(path, method) for path, methods in document["paths"].items() for method in methods}
+    assert served_here == documented
+    names = [operation.name for operation in operations(None)]
+    assert len(set(names)) == len(names)
+    text = json.dumps(document)
+    for name in set(text.split('"#/components/schemas/')[1:]):
+        assert name.partition('"')[0] in document["components"]["schemas"]
+
+
+async def test_the_document_needs_no_key_and_the_rest_does(tmp_path: Path) -> None:
+    """Catches data behind a public path, or a document that a client cannot read before it has a key."""
+    async with (
+        serving(tmp_path, "all", **{"auth.required": True}) as urls,
+        aiohttp.ClientSession() as session,
+    ):
+        for port in ("platform", "agentdb"):
+            async with session.get(urls[port] + DOCUMENT_PATH) as answer:
+                assert answer.status == 200
+                assert (await answer.json())["paths"].keys() == openapi_document()["paths"].keys()
+            for operation in operations(None):
+                async with session.request(operation.method, urls[port] + operation.path) as answer:
+                    assert answer.status == 401, operation.name
+        async with RemoteMemory(urls["platform"]) as memory:
+            with pytest.raises(Unauthenticated):
+                await memory.status(LOCAL_OWNER)
