@@ -109,13 +109,15 @@ class AsyncClient:
         paths_forbidden: Sequence[str] = (),
         memory: bool = True,
         on_event: OnEvent | None = None,
+        **more: Any,
     ) -> RunResult:
         """Run a team to its end and return what it found; a run that failed is returned, not raised.
 
         Args:
             goal: The question or task.
             input: A file or folder, or several, that the team works on.
-            topology: hierarchical, mesh, ring or star; the configured one by default.
+            topology: adaptive, hierarchical, mesh, pipeline, ring, star or a plug-in's; the configured one
+                by default.
             agents: Worker agents, 1 to 64; the configured number by default.
             model: `provider:model` or a bare name; the configured default by default.
             budget_usd: Hard limit on the money spent.
@@ -123,6 +125,7 @@ class AsyncClient:
             paths_forbidden: Likewise; they win.
             memory: Whether the agents are told what earlier runs taught.
             on_event: Called with each event as it happens.
+            more: Other fields of `swarm.runs.RunSpec` by name: `teams`, `reviewers`, `roles`, ….
 
         Raises:
             InvalidInput: an argument is wrong; PathNotFound, UnknownModel among them.
@@ -137,6 +140,7 @@ class AsyncClient:
             paths_allowed=paths_allowed,
             paths_forbidden=paths_forbidden,
             memory=memory,
+            **more,
         )
         try:
             if on_event is not None:
@@ -267,6 +271,7 @@ class AsyncRuns:
         memory: bool = True,
         refines: Sequence[str] = (),
         idempotency_key: str | None = None,
+        **more: Any,
     ) -> str:
         """Accept a run durably and return its id at once; arguments as in `AsyncClient.run`.
 
@@ -285,6 +290,7 @@ class AsyncRuns:
             paths_forbidden=paths_forbidden,
             memory=memory,
             refines=refines,
+            **more,
         )
         runtime, swarm = await self._client._swarm()  # pyright: ignore[reportPrivateUsage]
         return await swarm.submit(runtime.principal, spec, idempotency_key=idempotency_key)
@@ -302,6 +308,7 @@ class AsyncRuns:
         paths_forbidden: Sequence[str] = (),
         memory: bool = True,
         refines: Sequence[str] = (),
+        **more: Any,
     ) -> RunSpec:
         """What a run is asked, with the configured defaults; arguments as in `submit`."""
         from agentic_flow.swarm.runs import RunSpec
@@ -320,6 +327,7 @@ class AsyncRuns:
                 "paths_forbidden": tuple(paths_forbidden),
                 "memory": memory,
                 "refines": tuple(refines),
+                **more,
             },
         )
 
@@ -435,6 +443,7 @@ class Client:
         paths_forbidden: Sequence[str] = (),
         memory: bool = True,
         on_event: OnEvent | None = None,
+        **more: Any,
     ) -> RunResult:
         """See `AsyncClient.run`; `on_event` is called on the loop's thread."""
         return self._call(
@@ -449,6 +458,7 @@ class Client:
                 paths_forbidden=paths_forbidden,
                 memory=memory,
                 on_event=on_event,
+                **more,
             )
         )
 

@@ -1,14 +1,15 @@
-"""`agentic-flow runs list|show|resume|cancel`."""
+"""`agentic-flow runs list|show|graph|picture|resume|cancel`."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from agentic_flow.cli.session import Session, command, new_app
 
-app = new_app("List, show, resume and cancel runs.")
+app = new_app("List, show, draw, resume and cancel runs.")
 
 RunId = Annotated[str, typer.Argument(help="Id of the run, as `runs list` prints it.", metavar="ID")]
 
@@ -88,6 +89,42 @@ def show(
         session.show({**result.model_dump(mode="json"), "steps": list(recorded)}, human)
     else:
         session.show(result, human)
+
+
+@command(app, "graph", examples=("agentic-flow runs graph ID", "agentic-flow runs graph ID --json"))
+def graph(session: Session, run_id: RunId) -> None:
+    """Show who heard whom in a run, from its record."""
+    from dataclasses import asdict
+
+    from agentic_flow.swarm.picture import graph_of, graph_text
+
+    with session.client() as client:
+        result = client.runs.show(run_id)
+        steps = client.runs.steps(run_id)
+    session.show(asdict(graph_of(steps)), lambda: print(graph_text(result, steps)))
+
+
+@command(app, "picture", examples=("agentic-flow runs picture ID -o run.svg",))
+def picture(
+    session: Session,
+    run_id: RunId,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File to write, replaced if it exists.", metavar="FILE")
+    ],
+) -> None:
+    """Draw a run as SVG: its message graph, and the timeline of its agents with tokens and cost."""
+    from agentic_flow.core.errors import PathNotFound
+    from agentic_flow.swarm.picture import picture as draw
+
+    with session.client() as client:
+        drawn = draw(client.runs.show(run_id), client.runs.steps(run_id))
+    try:
+        output.write_text(drawn, "utf-8")
+    except OSError as error:
+        raise PathNotFound(
+            f"{str(output)!r} cannot be written: {error.strerror}", hint="name a file in a folder of yours"
+        ) from error
+    session.show({"run_id": run_id, "file": str(output)}, lambda: print(f"{run_id} drawn in {output}"))
 
 
 @command(app, "resume", examples=("agentic-flow runs resume ID", "agentic-flow runs resume ID --json"))

@@ -26,7 +26,6 @@ from pydantic import (
     model_validator,
 )
 
-from agentic_flow.core import plugins
 from agentic_flow.core.errors import Conflict, InvalidInput, InvalidSettings, PathNotFound
 
 ENV_PREFIX = "AGENTIC_FLOW_"
@@ -300,6 +299,8 @@ class SwarmSettings(Section):
     @classmethod
     def _known(cls, name: str) -> str:
         if name not in BUILT_IN_TOPOLOGIES:
+            from agentic_flow.core import plugins  # reads every distribution: only when it must
+
             others = plugins.names("agentic_flow.topologies")
             if name not in others:
                 raise ValueError(f"use one of {', '.join([*BUILT_IN_TOPOLOGIES, *others])}")

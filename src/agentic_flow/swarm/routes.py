@@ -14,6 +14,7 @@ from agentic_flow.core.errors import InvalidInput
 from agentic_flow.core.ports import RunState
 from agentic_flow.core.sse import ServerEvent
 from agentic_flow.core.web import event_stream, json_response, parse, require
+from agentic_flow.swarm.picture import picture
 from agentic_flow.swarm.runs import RunService, RunSpec
 
 _LIST_MAX = 500
@@ -46,6 +47,14 @@ def build_routes(runs: RunService) -> list[Route]:
         principal = require(request, "runs:read")
         return json_response({"steps": await runs.steps(principal, _id(request))})
 
+    async def picture_svg(request: Request) -> Response:
+        principal = require(request, "runs:read")
+        result = await runs.show(principal, _id(request))
+        drawn = picture(result, await runs.steps(principal, _id(request)))
+        # A picture that is opened by itself is a document: it may load and run nothing.
+        headers = {"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'"}
+        return Response(drawn, media_type="image/svg+xml", headers=headers)
+
     async def cancel(request: Request) -> Response:
         principal = require(request, "runs:write")
         return json_response({"cancelled": await runs.cancel(principal, _id(request))})
@@ -67,6 +76,7 @@ def build_routes(runs: RunService) -> list[Route]:
         Route("/v1/runs/{run_id}", show, methods=["GET"]),
         Route("/v1/runs/{run_id}/steps", steps, methods=["GET"]),
         Route("/v1/runs/{run_id}/events", events, methods=["GET"]),
+        Route("/v1/runs/{run_id}/picture.svg", picture_svg, methods=["GET"]),
         Route("/v1/runs/{run_id}/cancel", cancel, methods=["POST"]),
         Route("/v1/runs/{run_id}/resume", resume, methods=["POST"]),
     ]
