@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from agentic_flow.runtime.build import Runtime
     from agentic_flow.swarm.runs import RunEvent, RunResult, RunService, RunSpec, RunStep
     from agentic_flow.swarm.tries import SeveralTries
+    from agentic_flow.swarm.workflow_bound import BoundWorkflows, WaitedWorkflows
 
 T = TypeVar("T")
 Inputs = str | Path | Sequence[str | Path] | None
@@ -174,6 +175,17 @@ class AsyncClient:
             return await runtime.memory(), runtime.principal
 
         return BoundMemory(opened)
+
+    @functools.cached_property
+    def workflows(self) -> BoundWorkflows:
+        """Workflow files: validate, submit, run."""
+        from agentic_flow.swarm.workflow_bound import BoundWorkflows
+
+        async def opened() -> tuple[RunService, Principal]:
+            runtime, swarm = await self._swarm()
+            return swarm, runtime.principal
+
+        return BoundWorkflows(opened)
 
     async def matts(self, goal: str, *, k: int = 3, sequential: bool = False, **options: Any) -> SeveralTries:
         """Run a goal several times, compare the runs, and keep what that teaches.
@@ -468,6 +480,13 @@ class Client:
         from agentic_flow.memory.bound import WaitedMemory
 
         return WaitedMemory(self._async.memory, self._call)
+
+    @functools.cached_property
+    def workflows(self) -> WaitedWorkflows:
+        """See `AsyncClient.workflows`."""
+        from agentic_flow.swarm.workflow_bound import WaitedWorkflows
+
+        return WaitedWorkflows(self._async.workflows, self._call)
 
     def learn(self, *, timeout_s: float = 60.0) -> LearnReport:
         """See `AsyncClient.learn`."""

@@ -29,6 +29,7 @@ from agentic_flow.cli import (
     serve,
     tenants,
     version,
+    workflow,
 )
 from agentic_flow.cli.session import DataDirOption, JsonOption, LogLevelOption, new_app, remember_shared
 from agentic_flow.core.errors import AgenticFlowError, Cancelled, InvalidInput
@@ -63,6 +64,7 @@ for _module in (run, serve, doctor, version):
     _module.register(app)
 for _name, _module in (
     ("runs", runs),
+    ("workflow", workflow),
     ("agents", agents),
     ("models", models),
     ("policies", policies),

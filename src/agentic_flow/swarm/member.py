@@ -55,7 +55,9 @@ class Budgets:
         self._opening: dict[str, asyncio.Task[RunBudget]] = {}
 
     async def of(self, run_id: str, payload: RunPayload) -> RunBudget:
-        """The budget of this run, with what recorded calls have spent."""
+        """The budget of this run, or of the workflow that it is a step of, with what was spent already."""
+        if payload.account is not None:
+            run_id, payload = payload.account.run_id, payload.account.payload
         task = self._opening.get(run_id)
         if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
             task = self._opening[run_id] = asyncio.create_task(self._open(run_id, payload))

@@ -27,7 +27,8 @@ class Brief(Frozen):
 class RunPayload(Frozen):
     """All that a run needs to be done again elsewhere; what the engine stores as its input.
 
-    `briefs` has one persona for each role, and one for each stage of a pipeline (`stage-1`).
+    `briefs` has one persona for each role, and one for each stage of a pipeline (`stage-1`). `account`: whose
+    budget it draws on; None: its own.
     """
 
     spec: RunSpec
@@ -37,6 +38,7 @@ class RunPayload(Frozen):
     folder: JsonObject | None
     briefs: dict[str, Brief]
     started_at_s: float
+    account: Account | None = None
 
     @property
     def principal(self) -> Principal:
@@ -57,6 +59,13 @@ class RunPayload(Frozen):
         if deadline_s is None:
             return settings.run_timeout_s
         return max(0.0, min(settings.run_timeout_s, self.started_at_s + deadline_s - time.time()))
+
+
+class Account(Frozen):
+    """The workflow whose budget, tokens and deadline its steps share."""
+
+    run_id: str
+    payload: RunPayload
 
 
 class AgentPayload(Frozen):

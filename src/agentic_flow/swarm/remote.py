@@ -13,6 +13,7 @@ from agentic_flow.core.errors import Unavailable
 from agentic_flow.core.http_twin import HttpTwin
 from agentic_flow.core.ports import RunState
 from agentic_flow.swarm.runs import RunEvent, RunResult, RunSpec, RunStep
+from agentic_flow.swarm.workflow_spec import Validation, WorkflowRequest, WorkflowSource
 
 _ENDED = frozenset({"completed", "failed", "cancelled"})
 _RECONNECT_PAUSE_S = 0.5
@@ -27,6 +28,26 @@ class RemoteSwarm(HttpTwin):
             "POST",
             "/v1/runs",
             body=spec.model_dump(mode="json"),
+            principal=principal,
+            idempotency_key=idempotency_key or secrets.token_hex(16),
+        )
+        return str(answer["run_id"])
+
+    async def validate_workflow(self, principal: Principal, source: WorkflowSource) -> Validation:
+        body = source.model_dump(mode="json", exclude_unset=True)
+        answer = await self.call(
+            "POST", "/v1/workflows/validate", body=body, principal=principal, idempotent=True
+        )
+        return Validation.model_validate(answer)
+
+    async def submit_workflow(
+        self, principal: Principal, request: WorkflowRequest, *, idempotency_key: str | None = None
+    ) -> str:
+        """See RunService. Keys as in `submit`."""
+        answer = await self.call(
+            "POST",
+            "/v1/workflows",
+            body=request.model_dump(mode="json", exclude_unset=True),
             principal=principal,
             idempotency_key=idempotency_key or secrets.token_hex(16),
         )

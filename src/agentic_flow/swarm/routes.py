@@ -16,14 +16,16 @@ from agentic_flow.core.sse import ServerEvent
 from agentic_flow.core.web import event_stream, json_response, parse, require
 from agentic_flow.swarm.picture import picture
 from agentic_flow.swarm.runs import RunService, RunSpec
+from agentic_flow.swarm.workflow_spec import WorkflowRequest, WorkflowSource
 
 _LIST_MAX = 500
 
 
 def build_routes(runs: RunService) -> list[Route]:
-    """`/v1/runs` over a run service.
+    """`/v1/runs` and `/v1/workflows` over a run service.
 
-    POST /v1/runs takes a RunSpec and an optional `Idempotency-Key` header and answers 202 with the id.
+    POST /v1/runs takes a RunSpec and an optional `Idempotency-Key` header and answers 202 with the id; POST
+    /v1/workflows does with a WorkflowRequest. POST /v1/workflows/validate takes a WorkflowSource.
     """
 
     async def submit(request: Request) -> Response:
@@ -32,6 +34,18 @@ def build_routes(runs: RunService) -> list[Route]:
         key = request.headers.get("idempotency-key")
         run_id = await runs.submit(principal, spec, idempotency_key=key)
         return json_response({"run_id": run_id}, 202, headers={"location": f"/v1/runs/{run_id}"})
+
+    async def submit_workflow(request: Request) -> Response:
+        principal = require(request, "runs:write")
+        asked = await parse(request, WorkflowRequest)
+        key = request.headers.get("idempotency-key")
+        run_id = await runs.submit_workflow(principal, asked, idempotency_key=key)
+        return json_response({"run_id": run_id}, 202, headers={"location": f"/v1/runs/{run_id}"})
+
+    async def validate_workflow(request: Request) -> Response:
+        principal = require(request, "runs:read")
+        source = await parse(request, WorkflowSource)
+        return json_response(await runs.validate_workflow(principal, source))
 
     async def list_runs(request: Request) -> Response:
         principal = require(request, "runs:read")
@@ -73,6 +87,8 @@ def build_routes(runs: RunService) -> list[Route]:
     return [
         Route("/v1/runs", submit, methods=["POST"]),
         Route("/v1/runs", list_runs, methods=["GET"]),
+        Route("/v1/workflows", submit_workflow, methods=["POST"]),
+        Route("/v1/workflows/validate", validate_workflow, methods=["POST"]),
         Route("/v1/runs/{run_id}", show, methods=["GET"]),
         Route("/v1/runs/{run_id}/steps", steps, methods=["GET"]),
         Route("/v1/runs/{run_id}/events", events, methods=["GET"]),

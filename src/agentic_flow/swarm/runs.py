@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from typing import Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from pydantic import Field, StringConstraints
 
@@ -14,6 +14,9 @@ from agentic_flow.core.ports import RunState
 from agentic_flow.memory.records import Id
 from agentic_flow.swarm.criteria import CRITERIA_MAX, Checked, Criterion
 from agentic_flow.swarm.topology import Role
+
+if TYPE_CHECKING:
+    from agentic_flow.swarm.workflow_spec import Validation, WorkflowRequest, WorkflowSource
 
 TEAM_LEVELS_MAX = 3
 
@@ -164,6 +167,25 @@ class RunMemory(Frozen):
     tokens: int = 0
 
 
+class WorkflowStepReport(Frozen):
+    """How one step of a workflow ended, or that it has not. `items` of a fan-out."""
+
+    id: str
+    kind: Literal["agent", "team", "tool"]
+    state: Literal["completed", "failed", "skipped", "unfinished"]
+    reason: str = ""
+    items: int | None = None
+
+
+class WorkflowReport(Frozen):
+    """What a run of a workflow came to: its outputs, and how each step ended."""
+
+    name: str
+    version: str
+    outputs: dict[str, Any] = Field(default_factory=dict[str, Any])
+    steps: tuple[WorkflowStepReport, ...] = ()
+
+
 class RunResult(Frozen):
     """A run as the store has it; the one object that `agentic-flow run --json` prints."""
 
@@ -180,6 +202,7 @@ class RunResult(Frozen):
     notes: tuple[str, ...] = ()
     memory: RunMemory | None = None
     acceptance: tuple[Checked, ...] = ()
+    workflow: WorkflowReport | None = None
     error: JsonObject | None = None
     created_at_s: float = 0.0
     updated_at_s: float = 0.0
@@ -226,6 +249,22 @@ class RunService(Protocol):
             PathNotFound: an input does not exist.
             UnknownModel: nothing serves the model.
             Conflict: the key was used for another spec.
+        """
+        ...
+
+    async def validate_workflow(self, principal: Principal, source: WorkflowSource) -> Validation:
+        """Everything that is wrong with a workflow, as far as it can be known before it runs."""
+        ...
+
+    async def submit_workflow(
+        self, principal: Principal, request: WorkflowRequest, *, idempotency_key: str | None = None
+    ) -> str:
+        """Accept a workflow durably and return the id of its run; keys as in `submit`.
+
+        Raises:
+            InvalidInput: the workflow or its inputs are wrong; `details["problems"]` has all that is.
+            PathNotFound: a folder does not exist.
+            Conflict: the key was used for another run.
         """
         ...
 

@@ -44,6 +44,9 @@ from agentic_flow.swarm.runs import (
 )
 from agentic_flow.swarm.team import DEFAULT_TOOLS, Team
 from agentic_flow.swarm.topology import Assignment, Role
+from agentic_flow.swarm.workflow_admission import WorkflowAdmission
+from agentic_flow.swarm.workflow_run import WORKFLOW, Workflows
+from agentic_flow.swarm.workflow_spec import Validation, WorkflowRequest, WorkflowSource
 
 PLAYED_BY: dict[Role, str] = {
     "planner": "planner",
@@ -110,10 +113,29 @@ class Swarm:
             stream=stream,
             tool_timeout_s=tool_timeout_s,
         )
+        inputs = Inputs(store, ingest_settings)
+        self._workflows = Workflows(
+            settings,
+            engine=engine,
+            toolbox=toolbox,
+            inputs=inputs,
+            budgets=budgets,
+            tool_timeout_s=tool_timeout_s,
+            on_ingest=self._note_ingest,
+        )
+        self._admission = WorkflowAdmission(
+            settings,
+            completer=completer,
+            toolbox=toolbox,
+            catalog=catalog,
+            briefs=self._briefs,
+            brief=self._brief,
+            permit=self._check_inputs,
+        )
         self._team = Team(
             settings,
             engine=engine,
-            inputs=Inputs(store, ingest_settings),
+            inputs=inputs,
             experience=self._experience,
             budgets=budgets,
             acceptance=Acceptance(toolbox, budgets, tool_timeout_s=tool_timeout_s),
@@ -150,12 +172,30 @@ class Swarm:
             RUN, run_id, payload.model_dump(mode="json"), tenant=principal.tenant
         )
         if not accepted:
-            stored = RunPayload.model_validate((await self._record(principal, run_id)).payload)
-            if stored.spec != spec:
-                raise Conflict(
-                    f"idempotency key {idempotency_key!r} was used for another run: {run_id!r}",
-                    hint="use a new key for a new run",
-                )
+            record = await self._record(principal, run_id)
+            if record.name != RUN or RunPayload.model_validate(record.payload).spec != spec:
+                raise _other_run(idempotency_key, run_id)
+        return run_id
+
+    async def validate_workflow(self, principal: Principal, source: WorkflowSource) -> Validation:
+        """See RunService."""
+        principal.demand("runs:read")
+        return await self._admission.validate(principal, source)
+
+    async def submit_workflow(
+        self, principal: Principal, request: WorkflowRequest, *, idempotency_key: str | None = None
+    ) -> str:
+        """See RunService. As with runs, what can be refused is refused before anything is stored."""
+        principal.demand("runs:write")
+        payload = await self._admission.admit(principal, request, time.time())
+        run_id = _run_id(principal.tenant, idempotency_key)
+        data = payload.model_dump(mode="json")
+        if not await self._engine.start(WORKFLOW, run_id, data, tenant=principal.tenant):
+            record = await self._record(principal, run_id)
+            if record.name != WORKFLOW or any(
+                record.payload[part] != data[part] for part in ("workflow", "inputs")
+            ):
+                raise _other_run(idempotency_key, run_id)
         return run_id
 
     async def wait(self, principal: Principal, run_id: str) -> RunResult:
@@ -169,8 +209,13 @@ class Swarm:
         self, principal: Principal, *, states: Sequence[RunState] = (), limit: int = 50
     ) -> list[RunResult]:
         principal.demand("runs:read")
-        records = await self._engine.list_workflows(principal.tenant, name=RUN, states=states, limit=limit)
-        return [summary_of(record) for record in records]
+        records: list[WorkflowRecord] = []
+        for name in (RUN, WORKFLOW):
+            records += await self._engine.list_workflows(
+                principal.tenant, name=name, states=states, limit=limit
+            )
+        records.sort(key=lambda record: record.created_at_s, reverse=True)
+        return [summary_of(record) for record in records[:limit]]
 
     async def steps(self, principal: Principal, run_id: str) -> list[RunStep]:
         await self._record(principal, run_id)
@@ -222,6 +267,8 @@ class Swarm:
 
     async def _keep_cancelled(self, record: WorkflowRecord) -> None:
         """What a cancelled run did is experience as well; nothing runs in it that could still store that."""
+        if record.name != RUN:
+            return
         payload = RunPayload.model_validate(record.payload)
         steps = await self._engine.steps(record.workflow_id)
         recalled = next((step.output for step in steps if step.name == "recall" and step.output), None)
@@ -270,9 +317,9 @@ class Swarm:
         return briefs
 
     async def _brief(
-        self, role: Role, agent: str, choice: RoleChoice, default: ModelInfo, principal: Principal
+        self, role: Role, agent: str | None, choice: RoleChoice, default: ModelInfo, principal: Principal
     ) -> Brief:
-        definition: AgentDefinition = self._catalog.get(agent)
+        definition: AgentDefinition = self._catalog.get(agent or PLAYED_BY[role])
         name = choice.model or (None if definition.model == "inherit" else definition.model)
         model = default if name is None else await self._completer.resolve(name, principal=principal)
         tools = definition.tools if choice.tools is None else choice.tools
@@ -285,7 +332,7 @@ class Swarm:
     async def _record(self, principal: Principal, run_id: str) -> WorkflowRecord:
         principal.demand("runs:read")
         record = await self._engine.get(run_id)
-        if record is None or record.tenant != principal.tenant or record.name != RUN:
+        if record is None or record.tenant != principal.tenant or record.name not in (RUN, WORKFLOW):
             raise NotFound(f"there is no run {run_id!r}", hint="list them with `agentic-flow runs list`")
         return record
 
@@ -301,12 +348,13 @@ def summary_of(record: WorkflowRecord) -> RunResult:
     if record.state == "completed" and record.output is not None:
         result = RunResult.model_validate(record.output)
     else:
-        payload = RunPayload.model_validate(record.payload)
+        is_workflow = record.name == WORKFLOW
+        payload = RunPayload.model_validate(record.payload["run"] if is_workflow else record.payload)
         result = RunResult(
             run_id=record.workflow_id,
             state=record.state,
             goal=payload.spec.goal,
-            topology=payload.spec.topology,
+            topology=WORKFLOW if is_workflow else payload.spec.topology,
             model=payload.briefs["worker"].model,
             answer="",
             error=record.error,
@@ -323,7 +371,7 @@ def summary_of(record: WorkflowRecord) -> RunResult:
 def partial_result(record: WorkflowRecord, steps: Sequence[StepRecord]) -> RunResult:
     """What an unfinished run has done so far, from its recorded steps."""
     base = summary_of(record)
-    if base.agents:
+    if base.agents or base.workflow is not None:
         return base
     assigned: dict[str, Assignment] = {}
     by_agent: dict[str, list[StepRecord]] = {}
@@ -395,6 +443,12 @@ def _step_event(run_id: str, sequence: int, step: StepRecord) -> RunEvent:
         agent=shown.agent,
         name=shown.name,
         data={"error": shown.error} if shown.error else shown.output or {} if shown.name == "assign" else {},
+    )
+
+
+def _other_run(key: str | None, run_id: str) -> Conflict:
+    return Conflict(
+        f"idempotency key {key!r} was used for another run: {run_id!r}", hint="use a new key for a new run"
     )
 
 

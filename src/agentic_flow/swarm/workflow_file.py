@@ -94,6 +94,15 @@ def parse_document(text: str, written: Format) -> Document:
         raise _too_deep() from error
 
 
+def bounded_document(data: Mapping[str, Any]) -> Document:
+    """Data that was parsed elsewhere, within the same bounds.
+
+    Raises:
+        TooLarge, InvalidInput: see `parse_document`.
+    """
+    return Document(cast(dict[str, Any], _bounded(dict(data))), {})
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's idea of a boolean, and only JSON's kinds: no dates, no binary."""
 
@@ -172,7 +181,7 @@ def _marked(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:
 
 
 def _bounded(data: Any) -> Any:
-    """TOML's dates become texts, and its depth and parts are bounded as YAML's are."""
+    """Data with bounded depth and parts, as YAML's are; TOML's dates become texts."""
     parts = 0
 
     def walk(value: Any, depth: int) -> Any:
@@ -187,7 +196,7 @@ def _bounded(data: Any) -> Any:
             return {key: walk(inner, depth + 1) for key, inner in table.items()}
         if isinstance(value, list):
             return [walk(inner, depth + 1) for inner in cast(list[Any], value)]
-        return value if isinstance(value, str | int | float | bool) else str(value)
+        return value if value is None or isinstance(value, str | int | float | bool) else str(value)
 
     return walk(data, 0)
 
