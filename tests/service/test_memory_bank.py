@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from agentic_flow.agentdb.service import AgentDB
 from agentic_flow.core.clock import SystemClock
 from agentic_flow.core.errors import InvalidInput, NotFound
 from agentic_flow.core.settings import AgentDBSettings, MemorySettings
-from agentic_flow.core.vectors import SearchQuery
+from agentic_flow.core.vectors import Item, SearchQuery, UpsertResult
 from agentic_flow.memory.bank import Added, Bank
 from agentic_flow.memory.confidence import DAY_S, Credit
 from agentic_flow.memory.ledger import LEDGERS
@@ -316,6 +317,103 @@ async def test_concurrent_learners_lose_nothing(store: AgentDB, clock: MovedCloc
     active, _ = await banks[0].list_items(T, state="active")
     assert len(active) == 6
     assert sum(item.sources_total for item in active) == 25
+
+
+class Interrupting(AgentDB):
+    """A store before whose next conditional write of items something else happens."""
+
+    meanwhile: Callable[[], Awaitable[None]] | None = None
+
+    async def upsert(
+        self,
+        tenant: str,
+        namespace: str,
+        items: Sequence[Item],
+        *,
+        expected_version: int | None = None,
+        idempotency_key: str | None = None,
+        embedder_id: str | None = None,
+    ) -> UpsertResult:
+        if namespace == ITEMS and expected_version and self.meanwhile is not None:
+            meanwhile, self.meanwhile = self.meanwhile, None
+            await meanwhile()
+        return await super().upsert(
+            tenant,
+            namespace,
+            items,
+            expected_version=expected_version,
+            idempotency_key=idempotency_key,
+            embedder_id=embedder_id,
+        )
+
+
+async def test_a_credit_amid_a_consolidation_disturbs_one_item_only(
+    tmp_path: Path, clock: MovedClock
+) -> None:
+    """Catches merges written together that are all lost, or that undo the credit, when one item has moved."""
+    async with Interrupting(tmp_path, AgentDBSettings(embedding_dimension=512), clock=clock) as store:
+        bank = Bank(store, MemorySettings(), clock=clock)
+        await add(bank, *(door(colour) for colour in KEYS))
+        clock.now_s += 10
+        for colour in KEYS:
+            twin, one = door(colour), f"{colour}.2"
+            await add(bank, taught(one, f"Something else: {colour}.", title=colour, by=f"t-{one}"))
+            await bank.edit(T, one, title=twin.title, description=twin.description, content=twin.content)
+
+        async def credit() -> None:
+            await bank.credit(T, [Credit("red.1", "run", "success")])
+
+        store.meanwhile = credit
+        assert (await bank.consolidate(T)).merged == len(KEYS)
+        assert store.meanwhile is None
+        items = {item.id: item for item in (await bank.list_items(T))[0]}
+        assert {items[f"{colour}.2"].merged_into for colour in KEYS} == {f"{colour}.1" for colour in KEYS}
+        assert {one: item.successes for one, item in items.items() if item.state == "active"} == {
+            f"{colour}.1": pytest.approx(2.0 if colour == "red" else 1.0) for colour in KEYS
+        }
+        assert (await bank.consolidate(T)).merged == 0
+
+
+ELSEWHERE = """
+import asyncio, pathlib, sys
+from agentic_flow.agentdb.service import AgentDB
+from agentic_flow.core.settings import AgentDBSettings, MemorySettings
+from agentic_flow.memory.bank import Bank
+from agentic_flow.memory.confidence import Credit
+
+async def main():
+    settings = AgentDBSettings(embedding_dimension=512, index="scan")
+    async with AgentDB(pathlib.Path(sys.argv[1]), settings) as db:
+        bank = Bank(db, MemorySettings())
+        await bank.edit("tenant", "n3.1", content="Worker 3 obeys the north wind: wait for it.")
+        await bank.remove("tenant", "n4.1")
+        await bank.credit("tenant", [Credit("n5.1", f"run{number}", "failure") for number in range(6)])
+
+asyncio.run(main())
+"""
+
+
+async def test_what_another_process_writes_is_in_the_next_recall(tmp_path: Path, clock: MovedClock) -> None:
+    """Catches recalls from what this process remembers: an item changed, refuted or removed elsewhere."""
+    settings = AgentDBSettings(embedding_dimension=512, index="scan")
+    async with AgentDB(tmp_path, settings, clock=clock) as store:
+        bank = Bank(store, MemorySettings(), clock=clock)
+        await add(
+            bank,
+            *(taught(f"n{n}.1", f"Notes on subsystem {n}: restart worker {n} first.") for n in range(80)),
+        )
+        tasks = {one: f"restart worker {one} of subsystem {one}" for one in (3, 4, 5)}
+        for one, task in tasks.items():
+            assert (await recalled(bank, task, k=1)) == [f"n{one}.1"]
+        child = await asyncio.create_subprocess_exec(sys.executable, "-c", ELSEWHERE, str(tmp_path))
+        assert await child.wait() == 0
+        for one, task in tasks.items():
+            assert f"n{one}.1" not in await recalled(bank, task)
+        (changed,) = (await bank.recall(T, "worker 3 obeys the north wind", k=1)).items
+        assert (changed.item.id, changed.item.content) == (
+            "n3.1",
+            "Worker 3 obeys the north wind: wait for it.",
+        )
 
 
 async def test_tenants_see_and_move_only_their_own(bank: Bank) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 
 import numpy as np
@@ -24,12 +26,14 @@ from agentic_flow.memory.confidence import (
 from agentic_flow.memory.ledger import ENTRIES_MAX, Ledger, absorbed, credited, retracted, taught, totals
 from agentic_flow.memory.likeness import (
     confirms,
+    cosine,
     like_pairs,
     near_pairs,
     opposed,
+    read_sketch,
     same_lesson,
     sketch,
-    term_vectors,
+    stored_sketch,
 )
 from agentic_flow.memory.records import MemoryItem, Source
 
@@ -314,13 +318,17 @@ def test_score_rises_with_each_part(
     assert score >= similarity * (1 - ranking.RECENCY_WEIGHT) * (1 - ranking.CONFIDENCE_WEIGHT) - 1e-9
 
 
+def unlike(one: int, other: int) -> float:
+    """Likeness of texts that have nothing in common."""
+    return float(one == other)
+
+
 @given(candidates, st.integers(1, 5), shares, shares)
 def test_nothing_irrelevant_is_picked_for_novelty(
     chosen_from: list[ranking.Candidate], k: int, mmr_lambda: float, floor: float
 ) -> None:
     """Catches diversification that recalls items of relevance 0 (the best-known port's bug)."""
-    vectors = np.eye(max(1, len(chosen_from)), dtype=np.float32)
-    picked = ranking.select(chosen_from, vectors, k, mmr_lambda, floor=floor)
+    picked = ranking.select(chosen_from, unlike, k, mmr_lambda, floor=floor)
     assert len(picked) == len(set(picked)) <= k
     if not chosen_from:
         return
@@ -336,27 +344,75 @@ def test_nothing_irrelevant_is_picked_for_novelty(
         assert len(picked) == min(k, len(sure))
 
 
+@given(
+    candidates,
+    st.integers(1, 6),
+    st.integers(0, 4).map(lambda quarters: quarters / 4),
+    st.lists(st.frozensets(st.sampled_from("abcdefg"), min_size=1), min_size=8, max_size=8),
+)
+def test_novelty_is_maximal_marginal_relevance(
+    chosen_from: list[ranking.Candidate], k: int, mmr_lambda: float, says: list[frozenset[str]]
+) -> None:
+    """Catches a rule of its own: what is picked must be what the textbook's rule picks of the same."""
+    sure = [dataclasses.replace(one, similarity=0.9, confidence=0.8) for one in chosen_from][:8]
+    sure.sort(key=lambda one: (-one.score, one.id))
+    picked = ranking.select(sure, lambda a, b: cosine(says[a], says[b]), k, mmr_lambda)
+    if not sure:
+        assert picked == []
+        return
+    relevance = np.array([one.score / sure[0].score for one in sure])
+    matrix = np.array([[cosine(a, b) for b in says[: len(sure)]] for a in says[: len(sure)]])
+
+    def worth(order: list[int]) -> list[float]:
+        """Of each pick given those before it: equal ones may be picked in either order."""
+        return [
+            mmr_lambda * relevance[one] - (1 - mmr_lambda) * max(matrix[one][order[:place]], default=0.0)
+            for place, one in enumerate(order)
+        ]
+
+    assert len(picked) == len(set(picked)) == min(k, len(sure))
+    rest = set(range(len(sure))) - {picked[0]}
+    for place in range(1, len(picked)):
+        best = max(worth([*picked[:place], other])[-1] for other in rest)
+        assert worth(picked[: place + 1])[-1] == pytest.approx(best)
+        rest.discard(picked[place])
+
+
+@given(st.text(alphabet=st.characters(max_codepoint=127), max_size=80))
+def test_the_pattern_of_plain_texts_is_the_other_one(text: str) -> None:
+    """Catches a quick path that reads other words than the one that knows all letters."""
+    plain, other = sketch(text), sketch(f"{text} é")
+    assert (plain.stems, plain.negations) == (other.stems, other.negations)
+    assert plain.marks | {"é"} == other.marks
+
+
+@given(st.text(max_size=80), st.text(max_size=80))
+def test_a_kept_sketch_is_the_one_of_its_text(text: str, other: str) -> None:
+    """Catches a sketch that changes when it is kept, and one that is believed of a text it is not of."""
+    kept = json.loads(json.dumps(stored_sketch(text)))
+    assert read_sketch(text, kept) == sketch(text)
+    assert read_sketch(other, kept) == sketch(other)
+    assert read_sketch(text, None) == read_sketch(text, [1, "", 2]) == sketch(text)
+
+
 def test_a_doubtful_note_is_not_shown_beside_a_sure_one() -> None:
     """Catches a recall that fills its places with guesses although it knows the answer."""
-    said = np.eye(3, dtype=np.float32)
     sure = ranking.Candidate("sure", 0.6, 1.0, 0.9)
     guess = ranking.Candidate("guess", 0.58, 1.0, 0.6)
     other = ranking.Candidate("other", 0.5, 1.0, 0.85)
-    assert ranking.select([sure, guess], said[:2], 3, 0.75) == [0]
-    assert sorted(ranking.select([sure, guess, other], said, 3, 0.75)) == [0, 2]
+    assert ranking.select([sure, guess], unlike, 3, 0.75) == [0]
+    assert sorted(ranking.select([sure, guess, other], unlike, 3, 0.75)) == [0, 2]
 
 
 def test_of_equals_the_second_pick_says_something_else() -> None:
     """Catches a recall that spends its three places on one lesson in three wordings."""
-    said = term_vectors(
-        [
-            sketch(text)
-            for text in ("sort the list first", "first sort that list", "close the file", "bake bread")
-        ]
-    )
+    said = [
+        sketch(text).words
+        for text in ("sort the list first", "first sort that list", "close the file", "bake bread")
+    ]
     near = [ranking.Candidate(str(number), 0.8 - number * 0.01, 1.0, 0.8) for number in range(3)]
     far = ranking.Candidate("far", 0.1, 1.0, 1.0)
-    assert ranking.select([*near, far], said, 2, 0.75) == [0, 2]
+    assert ranking.select([*near, far], lambda a, b: cosine(said[a], said[b]), 2, 0.75) == [0, 2]
 
 
 @given(st.text(max_size=60), st.lists(st.text(max_size=60), max_size=5))

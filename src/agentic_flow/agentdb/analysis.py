@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
+from itertools import chain
 
 QUERY_WORDS_MAX = 64
 
@@ -54,13 +55,15 @@ def index_text(text: str) -> str:
     return " ".join(map(_spread, _WORD.findall(text)))
 
 
+@lru_cache(maxsize=65_536)
+def _asked(word: str) -> tuple[str, ...]:
+    """What is searched of a query's word: its parts and itself, without single letters."""
+    return tuple(part.lower() for part in (*parts(word), word) if len(part) > 1)
+
+
 def query_words(text: str) -> list[str]:
     """The distinct words worth searching, in order; stop words only when there is nothing else."""
-    found = list(
-        dict.fromkeys(
-            part.lower() for word in _WORD.findall(text) for part in (*parts(word), word) if len(part) > 1
-        )
-    )
+    found = list(dict.fromkeys(chain.from_iterable(map(_asked, _WORD.findall(text)))))
     content = [word for word in found if word not in STOP_WORDS]
     return (content or found)[:QUERY_WORDS_MAX]
 

@@ -25,6 +25,7 @@ from agentic_flow.memory.bank_rows import (
     as_ledger_row,
     as_row,
     projected,
+    row_sketch,
     searched_text,
 )
 from agentic_flow.memory.beliefs import BankStats, Explanation, explanation, tallied
@@ -34,11 +35,11 @@ from agentic_flow.memory.ledger import LEDGERS, Ledger, absorbed, credited, retr
 from agentic_flow.memory.likeness import (
     Sketch,
     confirms,
+    cosine,
     lesson_text,
     same_lesson,
     same_words,
     sketch,
-    term_vectors,
 )
 from agentic_flow.memory.records import ITEMS, MemoryItem, Recall, RecalledItem
 
@@ -345,13 +346,11 @@ class Bank:
 
     async def note_shown(self, tenant: str, item_ids: Sequence[str]) -> None:
         """Count that a run was given these items. The items' own numbers follow with their next change."""
-        for item_id in dict.fromkeys(item_ids):
-            if await self._rows.survivor(tenant, item_id) is not None:
-                await self._rows.change_ledger(
-                    tenant,
-                    item_id,
-                    lambda ledger: ledger.model_copy(update={"shown": ledger.shown + 1}),
-                )
+        there = await self._rows.read(tenant, ITEMS, list(dict.fromkeys(item_ids)))
+        await self._rows.change_ledgers(
+            tenant,
+            dict.fromkeys(there, lambda ledger: ledger.model_copy(update={"shown": ledger.shown + 1})),
+        )
 
     async def edit(
         self,
@@ -429,14 +428,13 @@ class Bank:
         if not 1 <= count <= ranking.ITEMS_RECALLED_MAX:
             raise InvalidInput(f"k {count!r} is out of range", hint=f"1 to {ranking.ITEMS_RECALLED_MAX}")
         now_s = self._clock.time_s()
-        empty = Recall(id="", task=task, at_s=now_s)
         text = task[:TASK_CHARS_SEARCHED]
         if not ranking.has_words(text):
-            return empty
+            return Recall(id="", task=task, at_s=now_s)
         try:
             found = await self._candidates(tenant, text, count, exclude, tags)
         except NotFound:
-            return empty
+            return Recall(id="", task=task, at_s=now_s)
         scored = self._scored(text, found, count, now_s)
         picked = self._picked(scored, count, found.result.semantic)
         recalled = [
@@ -492,7 +490,7 @@ class Bank:
         likeness = ranking.similarities(
             [hit.score_parts.get("vector", 0.0) for hit in found.hits],
             ranking.coverages(task, texts),
-            ranking.coverages(found.codes, texts),
+            ranking.coverages(found.codes, texts) if found.codes else [0.0] * len(texts),
             found.result.semantic,
         )
         floor = ranking.similarity_min(found.result.semantic)
@@ -522,9 +520,10 @@ class Bank:
 
     def _picked(self, scored: Sequence[_Scored], k: int, semantic: bool) -> list[_Scored]:
         finalists = scored[: max(FINALISTS, 2 * k)]
+        words = [one.says.words for one in finalists]
         order = ranking.select(
             [one.candidate for one in finalists],
-            term_vectors([one.says for one in finalists]),
+            lambda a, b: cosine(words[a], words[b]),
             k,
             self._settings.mmr_lambda,
             floor=ranking.similarity_min(semantic),
@@ -606,7 +605,7 @@ def _claim(hit: Hit, similarity: float, now_s: float, half_life_days: float) -> 
     alpha, beta = PRIORS[origin]
     return ranking.Claim(
         lesson=stored["lesson"],
-        says=sketch(_said(hit)),
+        says=row_sketch(hit.item),
         similarity=similarity,
         alpha=belief.alpha,
         beta=belief.beta,
@@ -620,13 +619,8 @@ def _eligible(hit: Hit, exclude: Collection[str], tags: Collection[str]) -> bool
     return (
         stored["state"] == "active"
         and hit.item.id not in exclude
-        and all(tag in stored["tags"] for tag in tags)
+        and (not tags or set(tags) <= set(stored["tags"]))
     )
-
-
-def _said(hit: Hit) -> str:
-    stored = hit.item.metadata
-    return f"{stored['title']}\n{stored['description']}\n{stored['content']}"
 
 
 def _parts(one: _Scored, explain: bool) -> dict[str, float]:

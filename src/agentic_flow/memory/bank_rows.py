@@ -15,6 +15,7 @@ from agentic_flow.core.ports import VectorStore
 from agentic_flow.core.vectors import Filter, Item, Page, Vector
 from agentic_flow.memory.confidence import posterior
 from agentic_flow.memory.ledger import LEDGERS, Ledger, totals
+from agentic_flow.memory.likeness import Sketch, lesson_text, read_sketch, stored_sketch
 from agentic_flow.memory.records import ITEMS, MemoryItem
 
 T = TypeVar("T")
@@ -23,8 +24,13 @@ SOURCES_IN_ROW_MAX = 6
 """Sources that the item's row carries: searches read many rows. The ledger has them all."""
 TASKS_SEARCHED_MAX = 4
 """Different tasks of its sources that an item is found by."""
+CHANGED_AT_ONCE = 64
+"""Rows that are read together and written together: a write waits for the disk, however many rows it has."""
 TRIES_MAX = 50
 MERGES_FOLLOWED_MAX = 20
+
+_SKETCH = "sketch"
+"""Key of what a row has beside its item."""
 
 _NO_VECTOR = Vector([1.0])
 
@@ -42,12 +48,28 @@ def searched_text(item: MemoryItem) -> str:
 def as_row(item: MemoryItem) -> Item:
     """The item as it is stored."""
     kept = item.model_copy(update={"sources": item.sources[-SOURCES_IN_ROW_MAX:]})
-    return Item(id=item.id, text=searched_text(kept), metadata=kept.model_dump(mode="json", exclude={"id"}))
+    metadata = kept.model_dump(mode="json", exclude={"id"})
+    metadata[_SKETCH] = stored_sketch(lesson_text(item))
+    return Item(id=item.id, text=searched_text(kept), metadata=metadata)
+
+
+def item_values(row: Item) -> dict[str, Any]:
+    """Of the item of a row, by field."""
+    values = {**row.metadata, "id": row.id}
+    values.pop(_SKETCH, None)
+    return values
 
 
 def as_item(row: Item) -> MemoryItem:
     """The item of a row."""
-    return MemoryItem.model_validate({**row.metadata, "id": row.id})
+    return MemoryItem.model_validate(item_values(row))
+
+
+def row_sketch(row: Item) -> Sketch:
+    """What the item of a row says."""
+    stored = row.metadata
+    said = f"{stored['title']}\n{stored['description']}\n{stored['content']}"
+    return read_sketch(said, stored.get(_SKETCH))
 
 
 def as_ledger_row(item_id: str, ledger: Ledger) -> Item:
@@ -199,14 +221,75 @@ class BankRows:
             if row is None:
                 return None
             ledger = (await self.ledgers(tenant, [item_id])).get(item_id, Ledger())
-            item = as_item(row)
-            changed = change(item) if change is not None else item
-            changed = projected(changed, ledger, self.clock.time_s(), self.half_life_days)
-            if not _same(item, changed, self.half_life_days):
-                await self.write(tenant, ITEMS, [as_row(changed)], expected_version=row.version)
+            changed = self._changed(row, ledger, change)
+            if changed is None:
+                return as_item(row)
+            await self.write(tenant, ITEMS, [as_row(changed)], expected_version=row.version)
             return changed
 
         return await retried(once)
+
+    async def change_ledgers(self, tenant: str, changes: Mapping[str, Callable[[Ledger], Ledger]]) -> None:
+        """`change_ledger` of many, by their items' ids, in few writes."""
+        ids = list(changes)
+        for start in range(0, len(ids), CHANGED_AT_ONCE):
+            part = ids[start : start + CHANGED_AT_ONCE]
+            found = await self.read(tenant, LEDGERS, part)
+            batches: dict[int, list[Item]] = {}
+            for one in part:
+                row = found.get(one)
+                ledger = Ledger() if row is None else Ledger.model_validate(row.metadata)
+                changed = changes[one](ledger)
+                if row is None or changed != ledger:
+                    version = 0 if row is None else row.version
+                    batches.setdefault(version, []).append(as_ledger_row(one, changed))
+            for one in await self._disturbed(tenant, LEDGERS, batches):
+                await self.change_ledger(tenant, one, changes[one])
+
+    async def change_items(
+        self, tenant: str, changes: Mapping[str, Callable[[MemoryItem], MemoryItem] | None]
+    ) -> dict[str, MemoryItem]:
+        """`change_item` of many, in few writes; the items after it, without those that are gone."""
+        done: dict[str, MemoryItem] = {}
+        ids = list(changes)
+        for start in range(0, len(ids), CHANGED_AT_ONCE):
+            found = await self.read(tenant, ITEMS, ids[start : start + CHANGED_AT_ONCE])
+            ledgers = await self.ledgers(tenant, list(found))
+            batches: dict[int, list[Item]] = {}
+            for one, row in found.items():
+                changed = self._changed(row, ledgers.get(one, Ledger()), changes[one])
+                done[one] = changed or as_item(row)
+                if changed is not None:
+                    batches.setdefault(row.version, []).append(as_row(changed))
+            for one in await self._disturbed(tenant, ITEMS, batches):
+                again = await self.change_item(tenant, one, changes[one])
+                if again is None:
+                    del done[one]
+                else:
+                    done[one] = again
+        return done
+
+    def _changed(
+        self, row: Item, ledger: Ledger, change: Callable[[MemoryItem], MemoryItem] | None
+    ) -> MemoryItem | None:
+        """The item of a row after a change and with the numbers of its ledger; None when that is the same."""
+        item = as_item(row)
+        changed = change(item) if change is not None else item
+        changed = projected(changed, ledger, self.clock.time_s(), self.half_life_days)
+        return None if _same(item, changed, self.half_life_days) else changed
+
+    async def _disturbed(
+        self, tenant: str, namespace: str, batches: Mapping[int, Sequence[Item]]
+    ) -> list[str]:
+        """Write rows that are at these versions; ids of those that are not written, for somebody else wrote
+        one of their batch meanwhile."""
+        left: list[str] = []
+        for version, batch in batches.items():
+            try:
+                await self.write(tenant, namespace, batch, expected_version=version)
+            except Conflict:
+                left += [row.id for row in batch]
+        return left
 
     async def survivor(self, tenant: str, item_id: str) -> MemoryItem | None:
         """The item, or the one that it was merged into; None when there is none (any more)."""

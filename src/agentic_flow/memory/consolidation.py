@@ -8,8 +8,9 @@ nothing half done, and the next one goes on. Evidence fades by itself, when it i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,16 +18,19 @@ from numpy.typing import NDArray
 from agentic_flow.core.messages import Frozen
 from agentic_flow.core.settings import MemorySettings
 from agentic_flow.core.vectors import Item, SearchQuery
-from agentic_flow.memory.bank_rows import BankRows, as_item
+from agentic_flow.memory.bank_rows import CHANGED_AT_ONCE, BankRows, as_item, row_sketch
 from agentic_flow.memory.confidence import DAY_S, Belief, posterior
 from agentic_flow.memory.ledger import Ledger, absorbed
-from agentic_flow.memory.likeness import Sketch, lesson_text, like_pairs, near_pairs, same_words, sketch
+from agentic_flow.memory.likeness import Sketch, like_pairs, near_pairs, same_words
 from agentic_flow.memory.records import ITEMS, MemoryItem
 
 MARGIN = 0.1
 """How much better a contradicting item must be believed to silence the other."""
 CONTRADICTS_MAX = 8
 DELETED_AT_ONCE = 500
+
+_COMPARED = ("active", "contradicted")
+"""States of items that take part."""
 
 
 class ConsolidationReport(Frozen):
@@ -84,9 +88,8 @@ async def consolidate(rows: BankRows, tenant: str, settings: MemorySettings) -> 
     entries, stale, scanned = await _read(rows, tenant, now_s, old_s, semantic)
     plan = await asyncio.to_thread(_planned, entries, semantic)
     gone: set[int] = set()
-    for loser, winner in plan.merges:
-        if await _merge(rows, tenant, entries[loser].id, entries[winner].id):
-            gone.add(loser)
+    for start in range(0, len(plan.merges), CHANGED_AT_ONCE):
+        gone |= await _merge(rows, tenant, entries, plan.merges[start : start + CHANGED_AT_ONCE])
     left = [index for index in range(len(entries)) if index not in gone]
     fresh = await _reread(rows, tenant, entries, {winner for _, winner in plan.merges})
     for index, belief in fresh.items():
@@ -165,7 +168,7 @@ def _entries(
                 touched_at_s=max(item.created_at_s, item.used_at_s or 0.0),
                 belief=posterior(item, now_s, half_life_days),
                 contradicts=item.contradicts,
-                sketch=sketch(lesson_text(item)),
+                sketch=row_sketch(row),
                 vector=vector,
             )
         )
@@ -215,22 +218,45 @@ def _meaning(one: _Entry, other: _Entry) -> float | None:
     return float(a @ b) / length if length > 0 else None
 
 
-async def _merge(rows: BankRows, tenant: str, loser: str, winner: str) -> bool:
-    """Give one item's evidence to another and mark it; whether both were there to do it."""
-    states = await rows.items(tenant, [loser, winner])
-    if not all(one in states and states[one].state in ("active", "contradicted") for one in (loser, winner)):
-        return False
-    other = (await rows.ledgers(tenant, [loser])).get(loser, Ledger())
-
-    def joined(ledger: Ledger) -> Ledger:
-        return absorbed(ledger, loser, other, rows.half_life_days)
-
-    await rows.change_ledger(tenant, winner, joined)
-    await rows.change_item(tenant, winner)
-    await rows.change_item(
-        tenant, loser, lambda item: item.model_copy(update={"state": "merged", "merged_into": winner})
+async def _merge(
+    rows: BankRows, tenant: str, entries: list[_Entry], merges: Sequence[tuple[int, int]]
+) -> set[int]:
+    """Give items' evidence to others and mark them; which of them were there to do it. No item that is merged
+    into is itself merged."""
+    states = await rows.items(
+        tenant, [entries[index].id for index in {one for pair in merges for one in pair}]
     )
-    return True
+    into = {
+        entries[loser].id: entries[winner].id
+        for loser, winner in merges
+        if all(
+            (item := states.get(entries[index].id)) is not None and item.state in _COMPARED
+            for index in (loser, winner)
+        )
+    }
+    others = await rows.ledgers(tenant, list(into))
+    losers: dict[str, list[str]] = {}
+    for loser, winner in into.items():
+        losers.setdefault(winner, []).append(loser)
+
+    def joined(ledger: Ledger, winner: str) -> Ledger:
+        for loser in losers[winner]:
+            ledger = absorbed(ledger, loser, others.get(loser, Ledger()), rows.half_life_days)
+        return ledger
+
+    # In this order, so that an interrupted merge is found, and done, again: evidence is absorbed once.
+    await rows.change_ledgers(tenant, {winner: partial(joined, winner=winner) for winner in losers})
+    await rows.change_items(tenant, dict.fromkeys(losers))
+    await rows.change_items(
+        tenant,
+        {loser: _with(*_COMPARED, state="merged", merged_into=winner) for loser, winner in into.items()},
+    )
+    return {loser for loser, _ in merges if entries[loser].id in into}
+
+
+def _with(*states: str, **update: object) -> Callable[[MemoryItem], MemoryItem]:
+    """A change that sets these fields, if the item is (still) in one of the states."""
+    return lambda item: item.model_copy(update=update) if item.state in states else item
 
 
 async def _reread(rows: BankRows, tenant: str, entries: list[_Entry], changed: set[int]) -> dict[int, Belief]:
@@ -254,41 +280,37 @@ async def _settle(
 ) -> tuple[int, dict[str, set[str]]]:
     """Silence the clearly less believed side of contradictions; how many, and who contradicts whom."""
     rivals: dict[str, set[str]] = {}
-    silenced = 0
+    quiet: set[str] = set()
+    by_id: dict[str, _Entry] = {}
     for first, second in opposed:
         if first in gone or second in gone:
             continue
         one, other = entries[first], entries[second]
+        by_id |= {one.id: one, other.id: other}
         rivals.setdefault(one.id, set()).add(other.id)
         rivals.setdefault(other.id, set()).add(one.id)
-        loser = one if one.belief.mean < other.belief.mean else other
-        quiet = abs(one.belief.mean - other.belief.mean) >= MARGIN
-        for each in (one, other):
-            state = "contradicted" if quiet and each is loser else None
-            wanted = tuple(sorted(rivals[each.id]))[:CONTRADICTS_MAX]
-            silenced += await _mark(rows, tenant, each, wanted, state)
+        if abs(one.belief.mean - other.belief.mean) >= MARGIN:
+            quiet.add((one if one.belief.mean < other.belief.mean else other).id)
+    changes: dict[str, Callable[[MemoryItem], MemoryItem]] = {}
+    for item_id, entry in by_id.items():
+        wanted = tuple(sorted(rivals[item_id]))[:CONTRADICTS_MAX]
+        silence = item_id in quiet and entry.state != "contradicted"
+        if silence or entry.contradicts != wanted:
+            changes[item_id] = partial(_marked, contradicts=wanted, silence=item_id in quiet)
+    silenced = 0
+    for item_id, changed in (await rows.change_items(tenant, changes)).items():
+        entry = by_id[item_id]
+        silenced += entry.state == "active" and changed.state == "contradicted"
+        entry.contradicts, entry.state = changed.contradicts, changed.state
     return silenced, rivals
 
 
-async def _mark(
-    rows: BankRows, tenant: str, entry: _Entry, contradicts: tuple[str, ...], state: str | None
-) -> bool:
-    """Write who contradicts an item, and silence it if so; whether it was active before."""
-    if entry.contradicts == contradicts and state in (None, entry.state):
-        return False
-
-    def change(item: MemoryItem) -> MemoryItem:
-        update: dict[str, object] = {"contradicts": contradicts}
-        if state is not None and item.state == "active":
-            update["state"] = state
-        return item.model_copy(update=update)
-
-    changed = await rows.change_item(tenant, entry.id, change)
-    was = entry.state
-    if changed is None:
-        return False
-    entry.contradicts, entry.state = changed.contradicts, changed.state
-    return was == "active" and changed.state == "contradicted"
+def _marked(item: MemoryItem, contradicts: tuple[str, ...], silence: bool) -> MemoryItem:
+    """The item with those that contradict it, and silenced by them if so."""
+    update: dict[str, object] = {"contradicts": contradicts}
+    if silence and item.state == "active":
+        update["state"] = "contradicted"
+    return item.model_copy(update=update)
 
 
 async def _review(
@@ -296,7 +318,7 @@ async def _review(
 ) -> tuple[int, int]:
     """Bring back what nothing speaks against any more, silence what outcomes refute; how many of each."""
     by_id = {entries[index].id: entries[index] for index in left}
-    revived = refuted = 0
+    changes: dict[str, Callable[[MemoryItem], MemoryItem] | None] = {}
     for entry in by_id.values():
         against = [by_id[one] for one in rivals.get(entry.id, ()) if one in by_id]
         beaten = any(
@@ -304,19 +326,15 @@ async def _review(
         )
         if entry.state == "contradicted" and not beaten and not entry.belief.refuted:
             keep = tuple(sorted(other.id for other in against))[:CONTRADICTS_MAX]
-            changed = await rows.change_item(
-                tenant,
-                entry.id,
-                lambda item, keep=keep: item.model_copy(update={"state": "active", "contradicts": keep}),
-            )
-            revived += changed is not None and changed.state == "active"
+            changes[entry.id] = _with("contradicted", state="active", contradicts=keep)
         elif entry.state == "active" and entry.belief.refuted:
-            changed = await rows.change_item(tenant, entry.id)
-            refuted += changed is not None and changed.state == "contradicted"
-        else:
-            continue
-        if changed is not None:
-            entry.state = changed.state
+            changes[entry.id] = None
+    revived = refuted = 0
+    for item_id, changed in (await rows.change_items(tenant, changes)).items():
+        entry = by_id[item_id]
+        revived += entry.state == "contradicted" and changed.state == "active"
+        refuted += entry.state == "active" and changed.state == "contradicted"
+        entry.state = changed.state
     return revived, refuted
 
 
@@ -331,7 +349,7 @@ async def _prune(
     if surplus > 0:
         kept.sort(key=lambda entry: (entry.belief.mean, entry.belief.evidence, entry.touched_at_s, entry.id))
         retired += kept[:surplus]
+    await rows.change_items(tenant, {entry.id: _with(*_COMPARED, state="pruned") for entry in retired})
     for entry in retired:
-        await rows.change_item(tenant, entry.id, lambda item: item.model_copy(update={"state": "pruned"}))
         entry.state = "pruned"
     return len(retired)

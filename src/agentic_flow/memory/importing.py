@@ -21,6 +21,7 @@ from pydantic import Field, ValidationError
 from agentic_flow.core.errors import AgenticFlowError, DataCorrupted, InvalidInput, TooLarge
 from agentic_flow.core.messages import Frozen
 from agentic_flow.core.vectors import Item
+from agentic_flow.memory.bank_rows import item_values
 from agentic_flow.memory.foreign_tables import (
     Cells,
     Unusable,
@@ -292,8 +293,9 @@ def _read_episodes(content: bytes, path: Path) -> MemoryFile:
 
 
 def _record_values(row: Item, namespace: str) -> dict[str, Any]:
-    values = {**row.metadata, "id": row.id}
-    return {**values, "task": row.text} if namespace == TRAJECTORIES else values
+    if namespace == ITEMS:
+        return item_values(row)
+    return {**row.metadata, "id": row.id, "task": row.text}
 
 
 def _read_export(path: Path) -> MemoryFile:

@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 from agentic_flow.agentdb.analysis import query_words
-from agentic_flow.agentdb.ranking import mmr
 from agentic_flow.memory.likeness import Sketch, same_matter
 from agentic_flow.memory.records import MemoryItem
 
@@ -100,7 +99,7 @@ def similarity_min(semantic: bool) -> float:
 
 def has_words(task: str) -> bool:
     """Whether there is anything to search for."""
-    return bool(query_words(task))
+    return bool(_beginnings(task))
 
 
 def coverages(task: str, texts: Sequence[str]) -> list[float]:
@@ -112,13 +111,14 @@ def coverages(task: str, texts: Sequence[str]) -> list[float]:
         task: What is to be done.
         texts: Of the candidates.
     """
-    stems = list(dict.fromkeys(_beginning(word) for word in query_words(task)))
+    stems = _beginnings(task)
     if not stems or not texts:
         return [0.0] * len(texts)
-    folded = [text.casefold() for text in texts]
-    has = np.array([[stem in text for stem in stems] for text in folded], np.float64)
+    # Beside the search in the texts themselves, everything here must cost little: it is done in each recall.
+    found = b"".join([bytes(map(text.casefold().__contains__, stems)) for text in texts])
+    has = np.frombuffer(found, np.uint8).reshape(len(texts), len(stems))
     weights = 1.0 + np.log((len(texts) + 1.0) / (has.sum(axis=0) + 1.0))
-    return [float(value) for value in has @ weights / weights.sum()]
+    return (has @ weights / weights.sum()).tolist()
 
 
 def similarities(
@@ -150,7 +150,7 @@ def codes(task: str) -> str:
 
 def select(
     candidates: Sequence[Candidate],
-    vectors: NDArray[np.float32],
+    alike: Callable[[int, int], float],
     k: int,
     mmr_lambda: float,
     *,
@@ -162,7 +162,7 @@ def select(
 
     Args:
         candidates: In any order.
-        vectors: Unit vectors of what they say, shape (n, dimension): likeness to each other.
+        alike: Likeness of what two of them say, by their indices: 0 to 1.
         k: How many at most.
         mmr_lambda: 1 is score alone, 0 novelty alone.
         floor: Least similarity.
@@ -178,11 +178,19 @@ def select(
     kept.sort(key=lambda index: (-candidates[index].score, candidates[index].id))
     sure = DOUBT_MIN * candidates[kept[0]].confidence
     kept = [index for index in kept if candidates[index].confidence >= sure]
-    scores = np.array([candidates[index].score for index in kept])
-    top = float(scores[0])
-    relevance = scores / top if top > 0 else np.ones_like(scores)
-    unit = vectors[kept]
-    return [kept[pick] for pick in mmr(relevance, lambda index: unit @ unit[index], k, mmr_lambda)]
+    top = candidates[kept[0]].score
+    worth = {index: mmr_lambda * (candidates[index].score / top if top > 0 else 1.0) for index in kept}
+    picked = [kept[0]]
+    del worth[kept[0]]
+    # Of so few, plain numbers are quicker than arrays; `agentdb.ranking.mmr` says where the rule comes from.
+    nearest = dict.fromkeys(worth, 0.0)
+    while worth and len(picked) < k:
+        for index in worth:
+            nearest[index] = max(nearest[index], alike(index, picked[-1]))
+        pick = max(worth, key=lambda index: worth[index] - (1.0 - mmr_lambda) * nearest[index])
+        picked.append(pick)
+        del worth[pick]
+    return picked
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,6 +325,12 @@ def _shown(line: str) -> str:
     if line.isprintable():
         return line
     return "".join(one for one in line.replace("\t", " ") if unicodedata.category(one) not in _HIDDEN)
+
+
+@lru_cache(maxsize=64)
+def _beginnings(task: str) -> tuple[str, ...]:
+    """The beginnings of a task's words, each once: several parts of a recall ask for them."""
+    return tuple(dict.fromkeys(map(_beginning, query_words(task))))
 
 
 def _beginning(word: str) -> str:

@@ -1,6 +1,7 @@
-"""Stored vectors that were compared lately, in memory: long lists are cut short without reading the file.
+"""Stored vectors that were compared lately, in memory: candidates are decided without reading them again.
 
-They only shorten lists. What is left is read again and decided by the stored vectors, as always.
+They are the file's bytes, and go as soon as the index takes in an operation that touched them. So they are
+what a transaction sees if, and only if, it is of the operation that the index is of: the owner sees to that.
 """
 
 from __future__ import annotations
@@ -38,6 +39,16 @@ class Recent:
         slot_of = self._slot_of
         return np.array([key for key in keys.tolist() if key not in slot_of], np.int64)
 
+    def bring(self, keys: Keys, stored: list[bytes]) -> None:
+        """Take in the vectors of keys, but for those that are there: another search may have brought them."""
+        missing = self.missing(keys)
+        if len(missing) == len(keys):
+            self.take(keys, b"".join(stored))
+        elif len(missing):
+            wanted = set(missing.tolist())
+            chosen = [place for place, key in enumerate(keys.tolist()) if key in wanted]
+            self.take(keys[chosen], b"".join(stored[place] for place in chosen))
+
     def take(self, keys: Keys, stored: bytes) -> None:
         """Take in the vectors of keys that are not there.
 
@@ -64,16 +75,15 @@ class Recent:
             for key in keys.tolist():
                 self._slot_of.pop(key, None)
 
-    def similarities(self, query: NDArray[np.float32], keys: Keys) -> tuple[Keys, Scores]:
-        """Those of the keys that are there, with their similarities."""
+    def scores(self, query: NDArray[np.float32], keys: Keys) -> Scores | None:
+        """Similarities of the keys; None when one of them is not there."""
         slots = list(map(self._slot_of.get, keys.tolist()))
         if None in slots:
-            keys = keys[[slot is not None for slot in slots]]
-            slots = [slot for slot in slots if slot is not None]
+            return None
         gathered = self._vectors.take(np.array(slots, np.int64), axis=0)
         layout = self._layout
         if layout.quantization == "f16":
             vectors = widened(gathered.data)
         else:
             vectors = layout.comparable(gathered.view(np.float32))
-        return keys, layout.similarities(vectors.reshape(gathered.shape), query)
+        return layout.similarities(vectors.reshape(gathered.shape), query)

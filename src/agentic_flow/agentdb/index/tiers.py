@@ -69,8 +69,8 @@ GRAPH_RECALL_MIN = 0.993
 GRAPH_SAMPLE = 128
 GRAPH_OUTGROWN = 4
 """Growth after which a graph is made anew, if there was no chance to choose its beam again."""
-SPARE = 4
-"""Candidates more than answers that are read again once a list is cut short, should some be gone."""
+READ_MAX = 8
+"""Candidates, over twice as many as answers, up to which reading them is as quick as remembering them."""
 RECENT_SHARE = 0.25
 """Share of the memory for indexes that recently compared vectors of one namespace may take."""
 PENDING_SHARE_MAX = 0.1
@@ -274,12 +274,7 @@ class Indexes:
         """
         if allowed is not None and len(allowed) <= GATHERED_MAX:
             held = self._held.get(layout.namespace_id)
-            near = (
-                allowed if held is None else self._narrowed(connection, held, query, allowed, count, newest)
-            )
-            keys, scores = self._compared(connection, layout, query, near)
-            if len(keys) < min(count, len(allowed)) and near is not allowed:
-                keys, scores = self._compared(connection, layout, query, allowed)
+            keys, scores = self._decided(connection, layout, held, query, allowed, count, newest)
             return Near(*best(keys, scores, count), "exact")
         if exact:
             return self._walked(connection, layout, query, count, allowed)
@@ -291,8 +286,7 @@ class Indexes:
         tier = "scan" if allowed is not None else index.tier
         wanted = min(count, len(index) if allowed is None else len(allowed))
         found = index.candidates(query, count, allowed, ef)
-        found = self._narrowed(connection, index, query, found, count, newest)
-        keys, scores = self._compared(connection, layout, query, found)
+        keys, scores = self._decided(connection, layout, index, query, found, count, newest)
         if len(keys) < wanted:
             # Rows went or came between this transaction and the state of the index.
             return self._walked(connection, layout, query, count, allowed)
@@ -307,38 +301,40 @@ class Indexes:
             return index.matrix.similarities(query, keys)
         return self._compared(connection, layout, query, keys)
 
-    def _narrowed(
+    def _decided(
         self,
         connection: apsw.Connection,
-        index: NamespaceIndex,
+        layout: Layout,
+        index: NamespaceIndex | None,
         query: NDArray[np.float32],
         found: Keys,
         count: int,
         newest: int | None,
-    ) -> Keys:
-        """The best few of the candidates, if vectors in memory can tell; else all of them."""
-        if len(found) <= 2 * (count + SPARE) or index.codes is None or newest is None:
-            return found
+    ) -> tuple[Keys, Scores]:
+        """Those of the candidates that exist, with exact similarities: by vectors in memory where index and
+        transaction are of one operation, else by those in the file."""
+        few = len(found) <= 2 * count + READ_MAX
+        if few or index is None or index.codes is None or newest is None:
+            return self._compared(connection, layout, query, found)
         with index.lock:
             if index.recent is None:
                 most = int(RECENT_SHARE * self._settings.index_memory_max_bytes)
                 index.recent = Recent(index.layout, most)
             recent = index.recent
+            scores = recent.scores(query, found) if index.sequence == newest else None
+            if scores is not None:
+                return found, scores
             missing = recent.missing(found)
         keys, stored = read_stored(connection, missing) if len(missing) else (missing, [])
         with index.lock:
-            if index.sequence != newest:
-                return found  # what this transaction sees is not what the index is of
-            if len(keys):
-                missing = recent.missing(keys)  # another search may have brought some
-                if len(missing) == len(keys):
-                    recent.take(keys, b"".join(stored))
-                elif len(missing):
-                    wanted = set(missing.tolist())
-                    chosen = [place for place, key in enumerate(keys.tolist()) if key in wanted]
-                    recent.take(keys[chosen], b"".join(stored[place] for place in chosen))
-            held, scores = recent.similarities(query, found)
-        return best(held, scores, count + SPARE)[0]
+            if index.sequence == newest:
+                if len(keys):
+                    recent.bring(keys, stored)
+                scores = recent.scores(query, found)
+                if scores is not None:
+                    return found, scores
+        # They differ, not all fit into memory, or some have gone.
+        return self._compared(connection, layout, query, found)
 
     @staticmethod
     def _compared(
