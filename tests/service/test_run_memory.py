@@ -203,6 +203,90 @@ async def test_a_judge_that_is_not_there_costs_no_run(tmp_path: Path, folder: Pa
             await client.memory.add_verdict(result.run_id, Verdict(outcome="success", source="person"))
 
 
+async def test_parallel_tries_run_at_once_and_are_contrasted(tmp_path: Path, folder: Path) -> None:
+    """Catches tries that wait for each other, a contrast that sees no texts, or items that are not kept."""
+    with FakeProvider(Models()) as provider:
+        async with AsyncClient(settings=settings_for(provider, tmp_path)) as client:
+            found = await client.matts(GOAL, k=2, input=str(folder), agents=1)
+            # Each began before the other had ended.
+            began = [run.created_at_s for run in found.runs]
+            assert max(began) < min(run.updated_at_s for run in found.runs)
+            assert [run.state for run in found.runs] == ["completed", "completed"]
+            assert found.problems == found.contrast.problems == ()
+            assert {one.verdict.source for one in found.contrast.tries} == {"judge"}
+            assert found.contrast.best in {run.run_id for run in found.runs}
+            (asked,) = prompts(provider, "Write at most 5 items")
+            # What the tools returned is in it, though both runs were learned from before.
+            assert "LIMIT_CELSIUS" in asked
+            (kept,) = found.contrast.kept
+            stored = await client.memory.explain(kept.merged_into or kept.id)
+            assert stored.item.title == LESSON
+
+
+async def test_sequential_tries_know_the_earlier_and_end_with_success(tmp_path: Path, folder: Path) -> None:
+    """Catches refinement that is not told what went wrong, or that goes on after a success."""
+    models = Models(outcome="failure")
+
+    def script(request: SeenRequest) -> Reply:
+        if "Your question" in request.last_text and CRITIQUE in request.last_text:
+            models.outcome = "success"
+        return models(request)
+
+    with FakeProvider(script) as provider:
+        async with AsyncClient(settings=settings_for(provider, tmp_path)) as client:
+            found = await client.matts(GOAL, k=4, sequential=True, input=str(folder), agents=1)
+            assert len(found.runs) == 2
+            assert [one.verdict.outcome for one in found.contrast.tries] == ["failure", "success"]
+            assert found.best.run_id == found.runs[1].run_id
+            assert found.runs[1].memory is not None
+            assert [one.id for one in found.runs[1].memory.tries] == [found.runs[0].run_id]
+
+
+@pytest.mark.parametrize("allowed", [True, False], ids=["allowed", "by default"])
+async def test_an_agent_asks_and_adds_by_itself(tmp_path: Path, folder: Path, allowed: bool) -> None:
+    """Catches tools of memory that store nothing, and writing that no policy allowed."""
+    agents = tmp_path / "agents"
+    agents.mkdir()
+    (agents / "researcher.md").write_text(
+        "---\nname: researcher\ndescription: d\n"
+        "tools: reasoning_retrieve, reasoning_pattern_store\n---\nWork.\n",
+        "utf-8",
+    )
+    policy = tmp_path / "policy.toml"
+    policy.write_text('[[rules]]\neffect = "allow"\ntools = ["reasoning_pattern_store"]\n', "utf-8")
+    more: dict[str, object] = {"agents_dir": str(agents)}
+    if allowed:
+        more["tools.policy_file"] = str(policy)
+
+    def script(request: SeenRequest) -> Reply:
+        if "reasoning_retrieve" not in request.tools:
+            return team(request)
+        turns = sum(1 for message in request.messages if message.get("role") == "assistant")
+        if turns == 0:
+            return Reply.tool_calls([{"name": "reasoning_retrieve", "arguments": {"task": GOAL}}])
+        if turns == 1 and "reasoning_pattern_store" in request.tools:
+            arguments = {"title": "Ask who listens", "content": "key sk-abcdefghijklmnopqrstuvwxyz012345"}
+            return Reply.tool_calls([{"name": "reasoning_pattern_store", "arguments": arguments}])
+        return Reply.text("Nothing more. [kettle.py:4-8]")
+
+    with FakeProvider(script) as provider:
+        async with AsyncClient(settings=settings_for(provider, tmp_path, **more)) as client:
+            kept = await client.memory.add(NOTE)
+            result = await client.run(GOAL, input=str(folder), agents=1, memory=False)
+            steps = {step.name: step for step in await client.runs.steps(result.run_id)}
+            answer = steps["tool:reasoning_retrieve"].output
+            assert answer is not None
+            assert [one["id"] for one in answer["content"]["patterns"]] == [kept.id]
+            items = {one.title: one for one in (await client.memory.items()).items}
+            assert ("Ask who listens" in items) is allowed
+            if allowed:
+                stored = steps["tool:reasoning_pattern_store"].output
+                assert stored is not None
+                item = items["Ask who listens"]
+                assert (item.id, item.origin) == (stored["content"]["id"], "model")
+                assert "sk-abc" not in item.content
+
+
 def with_provider(tmp_path: Path, provider: FakeProvider, **variables: str) -> Place:
     return Place(
         tmp_path,
@@ -239,8 +323,6 @@ def test_the_printed_run_names_the_memory_it_used(tmp_path: Path, folder: Path) 
         bare = place.run(*words, "--no-memory")
         assert "memory: not used (--no-memory" in bare.out
         assert note not in bare.out
-        silent = place.run(*words, "--no-memory", "--json")
-        assert (silent.data["memory"]["asked"], silent.data["memory"]["notes"]) == (False, [])
 
 
 def test_a_keyless_run_learns_at_its_end_and_says_what_would_fit(tmp_path: Path, folder: Path) -> None:
