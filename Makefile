@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 BENCH_VENV := .venv-bench
 LITELLM_VENV := .venv-bench-litellm
+SWARM_VENV := .venv-bench-langgraph
 PORTKEY := .bench-portkey
 BENCH_PIP := $(BENCH_VENV)/bin/python -m pip --disable-pip-version-check -qq
 WHEELS := --only-binary :all: --require-hashes
@@ -96,6 +97,16 @@ $(PORTKEY)/.peer: benchmarks/gateway_peers/package.json
 bench-memory: setup-dev $(BENCH_VENV)/.peers ## whether memory helps: real rollouts in MiniGrid
 	@$(BIN)/python benchmarks/report.py --only minigrid
 
+bench-swarm: setup-dev bench-swarm-peers ## the run engine beside LangGraph and DBOS
+	@$(BIN)/python benchmarks/report.py --only swarm
+
+bench-swarm-peers: $(SWARM_VENV)/.peer ## make .venv-bench-langgraph
+
+$(SWARM_VENV)/.peer: requirements/bench-swarm.txt
+	@$(PYTHON) -m venv $(SWARM_VENV)
+	@$(SWARM_VENV)/bin/python -m pip --disable-pip-version-check -qq install $(WHEELS) -r $<
+	@touch $@
+
 reference: setup-dev ## write docs/reference from the code
 	@$(BIN)/python scripts/reference.py
 
@@ -110,11 +121,11 @@ format: setup-dev ## ruff's formatter and its safe fixes
 	@$(BIN)/ruff check --fix $(wildcard $(SOURCES))
 
 lock: setup-dev ## compile requirements/*.in to hashes for every platform, without addresses
-	@for name in runtime build dev bench bench-litellm; do \
+	@for name in runtime build dev bench bench-litellm bench-swarm; do \
 		$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
 			--no-emit-index-url requirements/$$name.in -o requirements/$$name.txt || exit 1; done
 	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-deps \
 		--no-emit-index-url requirements/bench-built.in -o requirements/bench-built.txt
 
 clean: ## remove everything that make made
-	rm -rf $(VENV) $(BENCH_VENV) $(LITELLM_VENV) $(PORTKEY) dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(BENCH_VENV) $(LITELLM_VENV) $(SWARM_VENV) $(PORTKEY) dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -24,7 +24,7 @@ CASES = {
     "agentic-flow run --help": ["-m", "agentic_flow", "run", "--help"],
     "agentic-flow version": ["-m", "agentic_flow", "version"],
     "peer: typer --help": ["-m", "typer", "--help"],
-    "avoided: import dbos": ["-c", "import dbos"],
+    "avoided: import sqlalchemy": ["-c", "import sqlalchemy"],
     "avoided: import pydantic_ai": ["-c", "import pydantic_ai"],
     "avoided: import numpy, aiohttp, starlette": ["-c", "import numpy, aiohttp, starlette"],
 }

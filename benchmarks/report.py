@@ -1,7 +1,7 @@
 """Writes RESULTS.md beside this file, a section for each benchmark; those that are not renewed keep theirs.
 
 Usage: python benchmarks/report.py [--only SECTION]… [--kept]
-       sections: answers ingest steps startup agentdb million http router gateway soak minigrid
+       sections: answers ingest steps swarm startup agentdb million http router gateway soak minigrid
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import ingest  # noqa: E402
 import memory_minigrid  # noqa: E402
 import router  # noqa: E402
 import steps  # noqa: E402
+import swarm_engine  # noqa: E402
 
 RESULTS = HERE / "RESULTS.md"
 HEAD = """# Results
@@ -38,6 +39,7 @@ SECTIONS: dict[str, tuple[str, Callable[[bool], str]]] = {
     "answers": (answers.TITLE, lambda _: answers.section()),
     "ingest": (ingest.TITLE, lambda _: ingest.section()),
     "steps": (steps.TITLE, lambda _: steps.section()),
+    "swarm": (swarm_engine.TITLE, lambda _: swarm_engine.section()),
     "startup": (cli_startup.TITLE, lambda _: cli_startup.section()),
     "agentdb": (agentdb_report.TITLE, agentdb_report.section),
     "million": (agentdb_report.MILLION_TITLE, agentdb_report.million_section),

@@ -24,13 +24,13 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from agentic_flow.core.messages import JsonObject  # noqa: E402
 from agentic_flow.core.ports import StepContext, WorkflowContext  # noqa: E402
-from agentic_flow.swarm.engine import DbosRunEngine  # noqa: E402
+from agentic_flow.swarm.engine import SqlRunEngine  # noqa: E402
 
 STEPS, ROUNDS = 300, 5
 RESULT: JsonObject = {"text": "x" * 1000}
 
 
-async def _engine_round(engine: DbosRunEngine, number: int) -> float:
+async def _engine_round(engine: SqlRunEngine, number: int) -> float:
     started_s = time.process_time()
     await engine.start("steps", f"run-{number}", {}, tenant="benchmark")
     record = await engine.wait(f"run-{number}")
@@ -39,7 +39,7 @@ async def _engine_round(engine: DbosRunEngine, number: int) -> float:
 
 
 async def _engine(place: Path) -> list[float]:
-    engine = DbosRunEngine(None, place, lease_s=10.0, runs_parallel_max=1)
+    engine = SqlRunEngine(None, place, lease_s=10.0, runs_parallel_max=1)
 
     async def step(_: StepContext) -> JsonObject:
         return RESULT
@@ -86,7 +86,7 @@ def table(figures: dict[str, Any]) -> str:
         [
             "| durable step | CPU ms |",
             "|---|---|",
-            f"| run engine (DBOS on SQLite) | {figures['engine_ms']:.2f} |",
+            f"| run engine (SQLite) | {figures['engine_ms']:.2f} |",
             f"| raw SQLite commit of the same bytes | {figures['raw_commit_ms']:.2f} |",
         ]
     )

@@ -26,8 +26,8 @@ import pytest
 
 from agentic_flow.core.messages import JsonObject
 from agentic_flow.core.ports import RunState, StepContext, WorkflowContext, WorkflowRecord
-from agentic_flow.swarm.engine import DbosRunEngine
-from agentic_flow.swarm.leases import RunReader
+from agentic_flow.swarm.engine import SqlRunEngine
+from agentic_flow.swarm.reader import RunReader
 
 KILLS = int(os.environ.get("ENGINE_KILLS", "24"))
 TIMEOUT_S = 60.0
@@ -45,8 +45,8 @@ class Store:
     url: str | None = None
     lease_s: float = 30.0
 
-    def engine(self, runs_parallel_max: int = 8) -> DbosRunEngine:
-        return DbosRunEngine(
+    def engine(self, runs_parallel_max: int = 8) -> SqlRunEngine:
+        return SqlRunEngine(
             self.url, Path(self.folder), lease_s=self.lease_s, runs_parallel_max=runs_parallel_max
         )
 
@@ -85,7 +85,7 @@ def note(store: Store, step: StepContext) -> None:
     os.close(descriptor)
 
 
-def register(engine: DbosRunEngine, store: Store) -> None:
+def register(engine: SqlRunEngine, store: Store) -> None:
     def noting(number: int) -> Any:
         async def run(step: StepContext) -> JsonObject:
             await asyncio.sleep(0.002)

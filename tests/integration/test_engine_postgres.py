@@ -24,7 +24,7 @@ from test_engine_crash import (
 )
 
 from agentic_flow.core.errors import Unavailable
-from agentic_flow.swarm.engine import DbosRunEngine
+from agentic_flow.swarm.engine import SqlRunEngine
 from agentic_flow.testing.run_engine_contract import CHECKS, RunEngineCase
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -69,8 +69,8 @@ def test_contract(
 ) -> None:
     """Catches whatever the docstring of the check says."""
 
-    def make(*, runs_parallel_max: int = 8) -> DbosRunEngine:
-        return DbosRunEngine(contract_url, tmp_path, lease_s=5.0, runs_parallel_max=runs_parallel_max)
+    def make(*, runs_parallel_max: int = 8) -> SqlRunEngine:
+        return SqlRunEngine(contract_url, tmp_path, lease_s=5.0, runs_parallel_max=runs_parallel_max)
 
     async def main() -> None:
         await check(RunEngineCase(make, secrets.token_hex(4)))
@@ -83,7 +83,7 @@ def test_server_that_is_not_there(tmp_path: Path) -> None:
     """Catches a database that cannot be reached ending in a driver's traceback, or in a hang."""
 
     async def main() -> None:
-        engine = DbosRunEngine(
+        engine = SqlRunEngine(
             f"postgresql://postgres@/runs?host={tmp_path}", tmp_path, lease_s=5.0, runs_parallel_max=1
         )
         async with engine.open():

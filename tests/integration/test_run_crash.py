@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from scripted_team import GOAL, TRUE_CITATION, make_folder, team
 
-from agentic_flow.swarm.leases import RunReader
+from agentic_flow.swarm.reader import RunReader
 from agentic_flow.testing.fake_provider import FakeProvider, Reply
 from agentic_flow.testing.fake_wires import SeenRequest
 from agentic_flow.tools.audit import AuditLog

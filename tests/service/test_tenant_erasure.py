@@ -27,7 +27,7 @@ from agentic_flow.core.ports import StepContext, WorkflowContext
 from agentic_flow.core.settings import AgentDBSettings, Settings
 from agentic_flow.core.vectors import Document, Fingerprint, Item, SearchQuery
 from agentic_flow.runtime.build import Runtime
-from agentic_flow.swarm.engine import DbosRunEngine
+from agentic_flow.swarm.engine import SqlRunEngine
 from agentic_flow.swarm.leases import Leases, RunDatabase
 
 pytestmark = pytest.mark.anyio
@@ -52,7 +52,7 @@ def rows_that_name(file: Path, word: str) -> dict[str, int]:
 
 async def test_no_row_of_the_tenant_is_left_and_none_of_another_is_lost(tmp_path: Path) -> None:
     """Catches a table that erasure forgets, a neighbour's rows taken along, and a run that goes on."""
-    engine = DbosRunEngine(None, tmp_path, lease_s=5.0, runs_parallel_max=8)
+    engine = SqlRunEngine(None, tmp_path, lease_s=5.0, runs_parallel_max=8)
     started, stopped = asyncio.Event(), asyncio.Event()
 
     async def agent(context: WorkflowContext, payload: JsonObject) -> JsonObject:

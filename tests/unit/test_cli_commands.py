@@ -293,7 +293,7 @@ def test_version_names_what_runs_depend_on(run: Run) -> None:
 
     shown = run("version", "--json").data
     assert shown["agentic-flow"] == agentic_flow.__version__
-    assert shown["dbos"]
+    assert shown["apsw"]
 
 
 def test_no_color_and_pipes_get_plain_text(run: Run) -> None:

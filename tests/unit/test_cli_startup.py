@@ -12,7 +12,6 @@ HEAVY = {
     "aiohttp",
     "apsw",
     "cryptography",
-    "dbos",
     "joserfc",
     "numpy",
     "opentelemetry",

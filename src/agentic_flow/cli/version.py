@@ -18,8 +18,6 @@ def register(app: typer.Typer) -> None:
 
         from agentic_flow.core.version import __version__
 
-        libraries = {
-            name: metadata.version(name) for name in ("dbos", "pydantic-ai-slim", "apsw", "starlette")
-        }
+        libraries = {name: metadata.version(name) for name in ("pydantic-ai-slim", "apsw", "starlette")}
         data = {"agentic-flow": __version__, "python": platform.python_version(), **libraries}
         session.show(data, lambda: print("\n".join(f"{name} {number}" for name, number in data.items())))

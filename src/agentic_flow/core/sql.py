@@ -5,7 +5,7 @@ so that what it read is still true when it writes; on PostgreSQL lock rows with 
 Calls block: run them in a thread.
 
 SQLite is asked through the standard library. SQLAlchemy, which takes half a second of CPU time and 15 MB to
-import, comes with PostgreSQL, and with the run engine whose library is made on it.
+import, comes with PostgreSQL.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from zlib import crc32
@@ -111,9 +110,8 @@ class SqlDatabase:
 
     @property
     def url(self) -> str:
-        """SQLAlchemy URL of the database."""
-        if self._database_url is None:
-            return f"sqlite:///{self.file}"
+        """SQLAlchemy URL of the server's database."""
+        assert self._database_url is not None
         scheme, _, rest = self._database_url.partition("://")
         return self._database_url if "+" in scheme else f"postgresql+psycopg://{rest}"
 
@@ -128,32 +126,15 @@ class SqlDatabase:
 
     @property
     def engine(self) -> sa.Engine:
-        """SQLAlchemy's connection pool: ours on PostgreSQL, on SQLite one for a library that needs it.
-
-        On SQLite each connection is durable and waits for locks.
-
-        Raises:
-            Unavailable: the file cannot be opened.
-            DataCorrupted: it is not a healthy SQLite file.
-        """
+        """SQLAlchemy's connection pool, on PostgreSQL."""
         with self._opening:
             if self._engine is None:
                 import sqlalchemy as sa
-                from sqlalchemy import event
-
-                # Also its ORM, which nobody here uses: it hooks into the core in the middle of its import, so
-                # that statements fail which run while the run engine's library imports it in another thread.
-                import_module("sqlalchemy.orm")
 
                 pool: dict[str, Any] = (
                     {"pool_size": _POOL_SIZE} if self._pooled else {"poolclass": sa.NullPool}
                 )
-                if self.file is None:
-                    self._engine = sa.create_engine(self.url, pool_pre_ping=True, **pool)
-                else:
-                    _prepare_file(self.file)
-                    self._engine = sa.create_engine(self.url, **pool)
-                    event.listen(self._engine, "connect", _prepare_connection)
+                self._engine = sa.create_engine(self.url, pool_pre_ping=True, **pool)
             return self._engine
 
     def _file_pool(self, file: Path) -> _FilePool:
@@ -392,24 +373,10 @@ def _set_up(connection: sqlite3.Connection) -> None:
     """Durable, and patient with locks."""
     for pragma in (f"busy_timeout={int(_BUSY_TIMEOUT_S * 1000)}", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}").fetchall()
-    if sqlite3.sqlite_version_info < (3, 42):
-        # DBOS asks for unixepoch('subsec') on Python 3.12 and newer, which older SQLite answers with NULL.
-        connection.create_function("unixepoch", 1, _unixepoch)
-
-
-def _prepare_connection(connection: sqlite3.Connection, _: object) -> None:
-    connection.isolation_level = "IMMEDIATE"  # as DBOS sets it on engines of its own
-    _set_up(connection)
-
-
-def _unixepoch(modifier: str) -> float:
-    if modifier != "subsec":
-        raise ValueError(f"unixepoch({modifier!r}) is not provided here")
-    return time.time()
 
 
 def _prepare_file(path: Path) -> None:
-    """Switch the file to WAL, which it remembers, before DBOS sees it.
+    """Switch the file to WAL, which it remembers.
 
     SQLite does not wait for a lock here whatever the busy timeout says, so processes that open a new file
     together would fail each other without the loop.

@@ -297,7 +297,7 @@ class Runtime:
             await self._stack.enter_async_context(twin)
             return twin
         await imported("agentic_flow.swarm.service", "agentic_flow.swarm.engine")
-        from agentic_flow.swarm.engine import DbosRunEngine
+        from agentic_flow.swarm.engine import SqlRunEngine
         from agentic_flow.swarm.service import Swarm
 
         settings = self.settings
@@ -309,7 +309,7 @@ class Runtime:
             memory=await self.memory(),
             memory_enabled=settings.memory.enabled,
             toolbox=await self.toolbox(),
-            engine=DbosRunEngine(
+            engine=SqlRunEngine(
                 own.database_url.get_secret_value() if own.database_url else None,
                 settings.data_dir,
                 lease_s=own.lease_s,

@@ -1,13 +1,12 @@
-"""RunEngine on DBOS: durable workflows on SQLite or Postgres.
+"""RunEngine over SQL: durable workflows in SQLite or PostgreSQL, executed on the event loop of their owner.
 
-What DBOS gives: checkpoints of steps, replay, the fence that refuses a checkpoint of an execution that no
-longer owns its workflow. What is ours: who owns a workflow and whether the owner lives (`leases`), prompt
-take-over, JSON instead of pickle, and execution on the event loop of the process that opened the engine.
+A workflow and everything below it belong to one process at a time (`leases`); one thread of that process
+writes its recorded steps (`checkpoints`). What may be done is decided without I/O (`scheduling`).
 
-DBOS is one per process, so one engine can be open per process. All workflows run through one registered DBOS
-workflow, `_entry`, which looks up our function by name; nothing of ours is pickled or registered with DBOS.
-It is imported and launched when there is a workflow to execute: a process that only answers model calls has
-neither its modules in memory nor its threads, and looks for orphans with plain SQL.
+How a replay works: the steps and the children of a workflow have numbers, counted in the order in which the
+workflow asks for them. What is recorded under a number is returned instead of executed; when something else
+is recorded there than is asked for, the code has changed, and the workflow fails instead of guessing. Each
+child counts for itself, so that the order among children does not matter.
 """
 
 from __future__ import annotations
@@ -15,15 +14,10 @@ from __future__ import annotations
 import asyncio
 import secrets
 import socket
-import threading
-import uuid
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, cast
+from typing import Any, Literal, NoReturn, TypeVar
 
 import orjson
 import structlog
@@ -31,45 +25,40 @@ import structlog
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
 from agentic_flow.core.errors import (
     AgenticFlowError,
+    Cancelled,
     Conflict,
     Unavailable,
     as_problem,
 )
 from agentic_flow.core.messages import JsonObject
-from agentic_flow.core.ports import RunState, StepContext, StepFunction, StepRecord, Workflow, WorkflowRecord
-from agentic_flow.swarm.dbos_library import (
-    Encoded,
-    Library,
-    check_unused,
-    child_cancelled_error,
-    encode,
+from agentic_flow.core.ports import RunState, StepRecord, Workflow, WorkflowRecord
+from agentic_flow.swarm import checkpoints
+from agentic_flow.swarm.checkpoints import Accept, Checkpoint, CheckpointWriter
+from agentic_flow.swarm.execution import (
+    Child,
+    Context,
+    Execution,
+    Run,
+    StopReason,
+    encoded,
     internal,
+    recorded_history,
+    row_of,
 )
-from agentic_flow.swarm.leases import (
-    Claim,
-    Leases,
-    RunDatabase,
-    RunReader,
-    decoded,
-    root_of,
-)
+from agentic_flow.swarm.heartbeat import Heartbeat
+from agentic_flow.swarm.leases import Leases, RunDatabase, root_of
+from agentic_flow.swarm.reader import RunReader, decoded_object, record_of
+from agentic_flow.swarm.scheduling import ENDED, Fence, Places
 
 T = TypeVar("T")
 log: structlog.stdlib.BoundLogger = structlog.get_logger("agentic_flow.engine")
 
-_ENDED: frozenset[RunState] = frozenset({"completed", "failed", "cancelled"})
 _WAIT_FIRST_S, _WAIT_MOST_S = 0.01, 0.25
 _WATCH_S = 0.5
-_CHILD_POLL_S = 0.1
-_ACCEPT_ATTEMPTS, _ACCEPT_PAUSE_S = 20, 0.05
 _TEARDOWN_S = 30.0
 
-StopReason = Literal["closing", "cancelled", "lost"]
 
-_open_engine: DbosRunEngine | None = None
-
-
-class DbosRunEngine:
+class SqlRunEngine:
     """See RunEngine.
 
     Args:
@@ -77,7 +66,7 @@ class DbosRunEngine:
         data_dir: Folder of local state.
         lease_s: A process silent for this long has lost its workflows.
         runs_parallel_max: Top-level workflows of this process at a time; more wait their turn, durably.
-        clock: Stamps heartbeats on SQLite.
+        clock: Stamps what is stored.
     """
 
     def __init__(
@@ -93,24 +82,27 @@ class DbosRunEngine:
         self._leases = Leases(self._database, lease_s=lease_s, clock=clock)
         self._open_reader = RunReader.on(self._database, self._leases)
         self._closed_reader = RunReader(database_url, data_dir, lease_s=lease_s, clock=clock)
-        self._library = Library(_entry)
         self._lease_s = lease_s
         self._runs_parallel_max = runs_parallel_max
+        self.clock = clock
         self._workflows: dict[str, Workflow] = {}
         self._is_open = False
+        self._opened = False
         self._reset()
 
     def _reset(self) -> None:
         self._executor_id = f"{socket.gethostname()}-{secrets.token_hex(6)}"
-        self._places = _Places(self._runs_parallel_max)
-        self._executions: set[_Execution] = set()
-        self._epochs: dict[str, int] = {}
-        self._done: dict[str, asyncio.Event] = {}
-        self._accepting: dict[str, asyncio.Task[bool]] = {}
-        self._unaccounted: set[str] = set()
+        self._places: Places[Run] = Places(self._runs_parallel_max)
+        self._runs: dict[str, Run] = {}
+        self._accepting: dict[str, asyncio.Future[checkpoints.Answer]] = {}
+        self._executions: dict[str, set[Execution]] = {}
         self._keepers: list[asyncio.Task[None]] = []
-        self._launch: asyncio.Task[None] | None = None
-        self._heartbeat: _Heartbeat | None = None
+        self._claiming: set[str] = set()
+        self._idle_before: set[str] = set()
+        self._has_let_go = False
+        self._background: set[asyncio.Task[Any]] = set()
+        self._writer: CheckpointWriter | None = None
+        self._heartbeat: Heartbeat | None = None
         self._present = ExitStack()
 
     # ---- life --------------------------------------------------------------------------------------------
@@ -125,65 +117,54 @@ class DbosRunEngine:
         """See RunEngine. It can be opened again after it was closed.
 
         Raises:
-            Conflict: another engine, or another use of DBOS, is alive in this process.
+            Conflict: it is open already, or an older build is at work on the database.
             Unavailable: the database cannot be reached.
             DataCorrupted: the database file is damaged.
         """
-        global _open_engine
-        if _open_engine is not None:
-            raise Conflict("a run engine is already open in this process", hint="close it first, or share it")
-        check_unused()
-        _open_engine = self
+        if self._opened:
+            raise Conflict("this run engine is open already", hint="share it, or close it first")
+        self._opened = True
         self._reset()
         try:
-            try:
-                await _unbroken(asyncio.to_thread(self._prepare))
-                self._is_open = True
-                if takeover:
-                    self._keepers.append(self._keep(self._lease_s / 2, self._take_orphans))
-                yield
-            finally:
-                await _unbroken(self._close())
+            await _unbroken(asyncio.to_thread(self._prepare))
+            self._writer = CheckpointWriter(self._database, patience_s=self._lease_s)
+            self._is_open = True
+            self._keepers.append(self._keep(_WATCH_S, self._watch))
+            if takeover:
+                self._keepers.append(self._keep(self._lease_s / 2, self._take_orphans))
+            yield
         finally:
-            _open_engine = None
-            self._database.close()
+            try:
+                await _unbroken(self._close())
+            finally:
+                self._opened = False
+                self._database.close()
 
     def _prepare(self) -> None:
-        """What is wrong with the database is said now, not when the first workflow comes."""
         self._database.create()
         self._leases.forget_the_dead()
-
-    async def _launched(self) -> None:
-        """Be one of those that execute workflows: present, beating, with DBOS at work.
-
-        Whoever needs it first waits for it, and whoever comes meanwhile waits with them; the event loop goes
-        on. A launch that fails is tried again by the next.
-        """
-        self._check_open()
-        if self._launch is None:
-            self._launch = asyncio.create_task(self._launch_all())
-            self._launch.add_done_callback(self._launch_ended)
-        await asyncio.shield(self._launch)
-
-    def _launch_ended(self, launch: asyncio.Task[None]) -> None:
-        # Looked at here as well: all who waited may have gone.
-        if launch.cancelled() or launch.exception() is not None:
-            self._launch = None
-
-    async def _launch_all(self) -> None:
-        try:
-            await asyncio.to_thread(self._launch_library)
-            self._library.adopt_running_loop()
-        except BaseException:
-            await asyncio.to_thread(self._withdraw)
-            raise
-        self._keepers.append(self._keep(_WATCH_S, self._watch))
-
-    def _launch_library(self) -> None:
         self._present.enter_context(self._leases.presence(self._executor_id))
-        self._heartbeat = _Heartbeat(self._leases, self._executor_id, self._lease_s / 4)
-        self._heartbeat.start()  # before DBOS, whose launch on a slow disk can outlast a short lease
-        self._library.launch(self._database, self._executor_id)
+        self._heartbeat = Heartbeat(self._leases, self._executor_id, self._lease_s / 4)
+        self._heartbeat.start()
+
+    async def _close(self) -> None:
+        """Let go without recording anything: what was in flight runs again wherever it is resumed."""
+        self._is_open = False
+        if self._accepting:
+            await asyncio.wait(list(self._accepting.values()))
+        for keeper in self._keepers:
+            keeper.cancel()
+        stopped = self._stop(self._all_executions(), "closing")
+        tasks = {*self._keepers, *self._background, *stopped}
+        if tasks:
+            _, left = await asyncio.wait(tasks, timeout=_TEARDOWN_S)
+            if left:
+                log.warning("steps_ignore_cancellation", count=len(left))
+        for run in list(self._runs.values()):
+            self._leave(run, None)
+        if self._writer is not None:
+            await self._writer.close()
+        await asyncio.to_thread(self._withdraw)
 
     def _withdraw(self) -> None:
         """Others may have what was ours."""
@@ -196,27 +177,6 @@ class DbosRunEngine:
                     log.warning("leave_failed", error=error.message)
             self._heartbeat = None
         self._present.close()
-
-    async def _close(self) -> None:
-        """Let go without recording anything: what was in flight runs again wherever it is resumed."""
-        self._is_open = False
-        if self._launch is not None:
-            await asyncio.wait([self._launch])
-        accepting = list(self._accepting.values())
-        await asyncio.gather(*accepting, return_exceptions=True)
-        for keeper in self._keepers:
-            keeper.cancel()
-        tasks = {*self._keepers, *self._stop(self._executions, "closing"), *self._library.cancel_tasks()}
-        if tasks:
-            _, left = await asyncio.wait(tasks, timeout=_TEARDOWN_S)
-            if left:
-                log.warning("steps_ignore_cancellation", count=len(left))
-        if self._launch is None:
-            return
-        # DBOS put its own thread pool under this event loop and now shuts it down.
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(thread_name_prefix="agentic-flow"))
-        await asyncio.to_thread(self._library.destroy)
-        await asyncio.to_thread(self._withdraw)
 
     # ---- what runs beside the workflows ------------------------------------------------------------------
 
@@ -235,37 +195,31 @@ class DbosRunEngine:
 
     async def _watch(self) -> None:
         """Notice what others did to our workflows: cancelled them, or took them over while we were silent."""
-        here = {execution.workflow_id for execution in self._executions}
+        here = {run.workflow_id: run for run in self._runs.values() if run.is_accepted}
+        if not here and not self._has_let_go:
+            return
+        children = [e.workflow_id for e in self._all_executions() if e.workflow_id != e.run.workflow_id]
         owned = await asyncio.to_thread(self._leases.owned, self._executor_id)
-        if here:
-            statuses = await asyncio.to_thread(self._leases.statuses, here)
-            for workflow_id in here:
-                if statuses.get(workflow_id) == "CANCELLED":
-                    self._stop_tree(workflow_id, "cancelled")
-                elif workflow_id not in statuses:  # erased with its tenant
-                    self._stop_tree(workflow_id, "lost")
-                # A root that has just ended is not among the unfinished either.
-                elif root_of(workflow_id) not in owned and statuses.get(workflow_id) == "PENDING":
-                    await self._check_lost(workflow_id)
-        await self._release_unaccounted(owned)
+        gone = [i for i, run in here.items() if owned.get(i) != run.fence.epoch]
+        statuses = await asyncio.to_thread(self._leases.statuses, [*gone, *children])
+        for workflow_id in gone:
+            run = self._runs.get(workflow_id)
+            if run is not None and run is here[workflow_id] and not run.is_ending:
+                self._stop_run(run, "cancelled" if statuses.get(workflow_id) == "cancelled" else "lost")
+        for workflow_id in children:
+            if statuses.get(workflow_id) == "cancelled":
+                self._stop_tree(workflow_id, "cancelled")
+        await self._release_idle(owned)
 
-    async def _check_lost(self, workflow_id: str) -> None:
-        record = await asyncio.to_thread(self._reader.get, root_of(workflow_id))
-        if record is not None and record.owner != self._executor_id:
-            self._stop_tree(root_of(workflow_id), "lost")
-
-    async def _release_unaccounted(self, owned: set[str]) -> None:
-        """Let go of what is ours and unfinished but executed by nobody (its outcome could not be written)."""
-        idle = (
-            owned
-            - {root_of(e.workflow_id) for e in self._executions}
-            - set(self._done)
-            - set(self._accepting)
-        )
-        for workflow_id in idle & self._unaccounted:
-            log.error("workflow_abandoned", workflow_id=workflow_id)
-            await asyncio.to_thread(self._leases.release, workflow_id, self._executor_id)
-        self._unaccounted = idle - self._unaccounted
+    async def _release_idle(self, owned: Mapping[str, int]) -> None:
+        """Let go, again, of what is ours in the store and executed by nobody: its end was not written."""
+        busy = {*self._runs, *self._accepting, *self._claiming}
+        idle = {workflow_id: epoch for workflow_id, epoch in owned.items() if workflow_id not in busy}
+        for workflow_id in idle.keys() & self._idle_before:
+            fence = Fence(self._executor_id, idle[workflow_id])
+            await asyncio.to_thread(self._leases.release, workflow_id, fence)
+        self._idle_before = set(idle)
+        self._has_let_go = bool(idle)
 
     async def _take_orphans(self) -> None:
         for workflow_id in await self.resume_interrupted():
@@ -277,39 +231,38 @@ class DbosRunEngine:
         """See RunEngine. A caller that is cancelled meanwhile leaves the workflow whole: accepted or not.
 
         Raises:
-            Unavailable: another process is accepting the same id at this moment.
+            Unavailable: the database cannot be used now.
         """
-        await self._launched()
         self._check_open()
         assert name in self._workflows, name
         assert "." not in workflow_id, workflow_id
-        normal = _normal(payload)  # what a replay will see
+        text = encoded(payload)
         while (other := self._accepting.get(workflow_id)) is not None:
             await asyncio.wait([other])
-        task = asyncio.create_task(self._accept(name, workflow_id, normal, tenant))
-        self._accepting[workflow_id] = task
-        task.add_done_callback(lambda _: self._accepting.pop(workflow_id, None))
-        return await asyncio.shield(task)
-
-    async def _accept(self, name: str, workflow_id: str, payload: JsonObject, tenant: str) -> bool:
-        for _ in range(_ACCEPT_ATTEMPTS):
-            taken = await asyncio.to_thread(
-                self._leases.take_new, workflow_id, self._executor_id, tenant, name
-            )
-            if taken is not None:
-                break
-            await asyncio.sleep(_ACCEPT_PAUSE_S)
-        else:
-            raise Unavailable(f"workflow {workflow_id!r} is being accepted elsewhere", hint="try again")
-        if not taken:
+            self._check_open()
+        if workflow_id in self._runs:
             return False
-        self._enter(workflow_id, 1)
-        try:
-            await self._library.start(workflow_id, name, payload)
-        except BaseException:
-            self._leave(workflow_id)
-            raise
-        return True
+        fence = Fence(self._executor_id, 1)
+        run = Run(workflow_id, name, tenant, 0, text, fence, self.clock.time_s(), is_new=True)
+        self._enter(run)
+        run.starts_at_once = run.has_place  # stored as running: no second write when it begins
+        accepting = self._write(Accept(row_of(run)))
+        self._accepting[workflow_id] = accepting
+        accepting.add_done_callback(lambda _: self._accepted(run, accepting))
+        return bool(await asyncio.shield(accepting))
+
+    def _accepted(self, run: Run, accepting: asyncio.Future[checkpoints.Answer]) -> None:
+        """Called when the store has the workflow, or another one under this id, or failed."""
+        self._accepting.pop(run.workflow_id, None)
+        # Looked at here as well: the caller may have gone.
+        if accepting.cancelled() or accepting.exception() is not None or not accepting.result():
+            self._leave(run, None)
+            return
+        run.is_accepted = True
+        if self._is_open:
+            self._begin_if_placed(run)
+        else:
+            self._leave(run, None)
 
     async def wait(self, workflow_id: str) -> WorkflowRecord:
         """See RunEngine.
@@ -319,22 +272,22 @@ class DbosRunEngine:
         """
         pause_s = _WAIT_FIRST_S
         while True:
+            run = self._runs.get(workflow_id)
+            if run is not None:
+                record = await asyncio.shield(run.ended)
+                if record is not None:
+                    return record
             record = await self.get(workflow_id)
             if record is None:
                 raise Unavailable(
                     f"workflow {workflow_id!r} is not in the run database",
                     hint="list what is there with `agentic-flow runs list`",
                 )
-            if record.state in _ENDED:
+            if record.state in ENDED:
                 return record
-            done = self._done.get(workflow_id)
-            if done is None:
+            if workflow_id not in self._runs:
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 1.5, _WAIT_MOST_S)
-            else:
-                waiter = asyncio.ensure_future(done.wait())
-                await asyncio.wait([waiter], timeout=_WAIT_MOST_S)
-                waiter.cancel()
 
     async def get(self, workflow_id: str) -> WorkflowRecord | None:
         """See RunEngine. Works without `open` as well, like all that only reads."""
@@ -367,20 +320,16 @@ class DbosRunEngine:
                 f"workflow {workflow_id!r} needs {record.name!r}, which this process does not have",
                 hint="resume it with the version that started it",
             )
-        await self._launched()
         if record.state == "cancelled":
-            # Its executions here may still be cleaning up; their steps must not run twice at once.
-            old = self._stop_tree(workflow_id, "cancelled")
-            if old:
-                await asyncio.wait(old, timeout=_TEARDOWN_S)
+            await self._left(workflow_id, "cancelled")
         return await _unbroken(self._continue(workflow_id, asked=True))
 
     async def resume_interrupted(self) -> list[str]:
         """See RunEngine. Takes only workflows whose name is registered here."""
         self._check_open()
-        orphans = await asyncio.to_thread(self._leases.orphans, list(self._workflows))
-        if orphans:
-            await self._launched()
+        orphans = await asyncio.to_thread(
+            self._leases.orphans, list(self._workflows), asker=self._executor_id
+        )
         return [each for each in orphans if await _unbroken(self._continue(each, asked=False))]
 
     async def cancel(self, workflow_id: str) -> bool:
@@ -388,154 +337,250 @@ class DbosRunEngine:
         self._check_open()
         cancelled = await _unbroken(asyncio.to_thread(self._leases.cancel, workflow_id))
         if cancelled:
-            self._stop_tree(workflow_id, "cancelled")
+            run = self._runs.get(workflow_id)
+            if run is not None:
+                self._stop_run(run, "cancelled")
+            else:
+                self._stop_tree(workflow_id, "cancelled")
         return cancelled
+
+    # ---- top-level workflows -----------------------------------------------------------------------------
+
+    async def _continue(self, workflow_id: str, *, asked: bool) -> bool:
+        """Claim a workflow and execute its unfinished part here."""
+        if not self._is_open or workflow_id in self._claiming:
+            return False
+        self._claiming.add(workflow_id)
+        try:
+            claim = await asyncio.to_thread(self._leases.claim, workflow_id, self._executor_id, asked=asked)
+            if claim is None:
+                return False
+            await self._left(workflow_id, "lost")  # what another process had taken over from us
+            run = Run(
+                workflow_id,
+                claim.name,
+                claim.tenant,
+                claim.priority,
+                claim.payload,
+                claim.fence,
+                claim.accepted_at_s,
+                is_new=False,
+            )
+            run.is_accepted = True
+            self._enter(run)
+            return True
+        finally:
+            self._claiming.discard(workflow_id)
+
+    def _enter(self, run: Run) -> None:
+        self._runs[run.workflow_id] = run
+        self._places.ask(run)
+        self._admit()
+
+    def _admit(self) -> None:
+        for admitted in self._places.admit():
+            admitted.has_place = True
+            self._begin_if_placed(admitted)
+
+    def _begin_if_placed(self, run: Run) -> None:
+        if run.has_place and run.is_accepted and self._is_open:
+            self._execute(Execution(run, run.workflow_id, run.name, run.payload, is_new=run.is_new))
+
+    def _leave(self, run: Run, record: WorkflowRecord | None) -> None:
+        """It is no longer ours to execute."""
+        if self._runs.get(run.workflow_id) is run:
+            del self._runs[run.workflow_id]
+        if not run.ended.done():
+            run.ended.set_result(record)
+        self._places.give_back(run)
+        if self._is_open:
+            self._admit()
+
+    async def _left(self, workflow_id: str, reason: StopReason) -> None:
+        """Wait for executions here that still clean up: their steps must not run twice at once."""
+        if (before := self._runs.get(workflow_id)) is not None:
+            self._stop_run(before, reason)
+        old = self._stop_tree(workflow_id, reason)
+        if old:
+            await asyncio.wait(old, timeout=_TEARDOWN_S)
+
+    def _stop_run(self, run: Run, reason: StopReason) -> None:
+        """Interrupt a top-level workflow, whether it works or waits for its place."""
+        self._stop_tree(run.workflow_id, reason)
+        if not self._executions.get(run.workflow_id):
+            self._leave(run, None)
 
     # ---- execution ---------------------------------------------------------------------------------------
 
-    async def _continue(self, workflow_id: str, *, asked: bool) -> bool:
-        """Claim a workflow and execute its unfinished part here, children before their parents."""
-        token = str(uuid.uuid4())
-        claim: Claim | None = await asyncio.to_thread(
-            self._leases.claim, workflow_id, self._executor_id, token, asked=asked
+    def _write(self, operation: checkpoints.Operation) -> asyncio.Future[checkpoints.Answer]:
+        assert self._writer is not None
+        return self._writer.submit(operation)
+
+    def _execute(self, execution: Execution) -> None:
+        execution.task = asyncio.create_task(self._body(execution))
+        self._executions.setdefault(execution.run.workflow_id, set()).add(execution)
+        execution.task.add_done_callback(lambda _: self._executed(execution))
+
+    def _executed(self, execution: Execution) -> None:
+        run = execution.run
+        executions = self._executions[run.workflow_id]
+        executions.discard(execution)
+        if not executions:
+            del self._executions[run.workflow_id]
+        if execution.workflow_id == run.workflow_id:
+            self._leave(run, execution.record)
+        elif not execution.result.done() and execution.stopped == "cancelled":
+            told = Cancelled(f"workflow {execution.workflow_id!r} was cancelled")
+            execution.result.set_result({"error": as_problem(told)})
+        if execution.task.cancelled() or (error := execution.task.exception()) is None:
+            return
+        # Its outcome could not be written: let go, so that it is continued where the store can be reached.
+        log.error("workflow_abandoned", workflow_id=execution.workflow_id, error=str(error))
+        self._stop_run(run, "lost")
+        self._has_let_go = True
+        releasing = asyncio.create_task(self._release(run))
+        self._background.add(releasing)
+        releasing.add_done_callback(self._background.discard)
+
+    async def _release(self, run: Run) -> None:
+        try:
+            await asyncio.to_thread(self._leases.release, run.workflow_id, run.fence)
+        except AgenticFlowError as error:
+            log.warning("release_failed", workflow_id=run.workflow_id, error=error.message)
+
+    async def _body(self, execution: Execution) -> None:
+        """One execution of a workflow from its beginning to its recorded end."""
+        run = execution.run
+        is_top = execution.workflow_id == run.workflow_id
+        if is_top and not run.starts_at_once:
+            await self.record(execution, checkpoints.started(run.workflow_id, run.fence, self.clock.time_s()))
+        output, problem = await self._outcome(execution)
+        await self.drop_abandoned(execution)
+        if execution.stopped is not None:
+            raise asyncio.CancelledError  # whatever it returned, it returned because it was interrupted
+        now_s = self.clock.time_s()
+        status: Literal["completed", "failed"] = "completed" if problem is None else "failed"
+        error = None if problem is None else orjson.dumps(problem).decode()
+        run.is_ending = run.is_ending or is_top
+        await self.record(
+            execution,
+            checkpoints.ended(
+                run.workflow_id, execution.workflow_id, run.fence, status, output, error, now_s
+            ),
         )
-        if claim is None:
-            return False
-        self._enter(workflow_id, claim.epoch)
-        for unfinished in claim.unfinished:
-            try:
-                await asyncio.to_thread(self._library.execute_claimed, unfinished, token)
-            except Exception as error:  # noqa: BLE001 - whatever DBOS met, the workflow must not hang
-                await self._not_continued(workflow_id, unfinished, error)
-        return True
+        if not is_top:
+            execution.result.set_result({"error": problem} if output is None else decoded_object(output))
+            return
+        execution.record = record_of(
+            run.workflow_id,
+            name=run.name,
+            tenant=run.tenant,
+            state=status,
+            payload=run.payload,
+            output=output,
+            error=error,
+            accepted_at_s=run.accepted_at_s,
+            updated_at_s=now_s,
+            owner=run.fence.executor_id,
+        )
 
-    async def _not_continued(self, root: str, workflow_id: str, error: Exception) -> None:
-        """A claimed workflow did not start: its end is recorded (bad payload, many attempts), or let go."""
-        log.warning("workflow_not_continued", workflow_id=workflow_id, error=str(error))
-        if workflow_id == root:
-            self._leave(root)
-        statuses = await asyncio.to_thread(self._leases.statuses, [workflow_id])
-        if statuses.get(workflow_id) == "PENDING":
-            self._stop_tree(root, "lost")
-            self._leave(root)
-            await asyncio.to_thread(self._leases.release, root, self._executor_id)
-            raise Unavailable(f"workflow {workflow_id!r} could not be continued: {error}") from error
-
-    def _enter(self, workflow_id: str, epoch: int) -> None:
-        self._epochs[workflow_id] = epoch
-        self._done[workflow_id] = asyncio.Event()
-        self._places.reserve(workflow_id)
-
-    def _leave(self, workflow_id: str) -> None:
-        self._places.give_back(workflow_id)
-        if (done := self._done.pop(workflow_id, None)) is not None:
-            done.set()
-
-    async def execute(self, name: str, payload: JsonObject) -> JsonObject:
-        """The body of the one DBOS workflow: our function by its name."""
-        signals = self._library.signals
-        workflow_id = self._library.workflow_id
-        execution = _Execution(workflow_id, cast("asyncio.Task[Any]", asyncio.current_task()))
-        self._executions.add(execution)
-        execution.task.add_done_callback(lambda _: self._executions.discard(execution))
-        epoch = self._epochs.get(root_of(workflow_id), 0)
+    async def _outcome(self, execution: Execution) -> tuple[str | None, JsonObject | None]:
+        """What our function returned, as JSON text, or the problem that it ended with."""
+        name = execution.name
         try:
-            result = await self._outcome(execution, name, payload)
-            await self.drop_abandoned(execution)
-            return result
-        except asyncio.CancelledError as error:
-            if execution.stopped == "cancelled":
-                raise signals.cancelled(f"workflow {workflow_id!r} was cancelled") from error
-            raise
-        finally:
-            if root_of(workflow_id) == workflow_id and self._epochs.get(workflow_id) == epoch:
-                self._leave(workflow_id)
-
-    async def _outcome(self, execution: _Execution, name: str, payload: JsonObject) -> JsonObject:
-        """What our function returned, as JSON, or what went wrong in words of the product."""
-        try:
-            result = _normal(await self._body(execution, name, payload))
+            output = encoded(await self._call(execution))
         except asyncio.CancelledError as error:
             if execution.is_being_stopped:
                 raise
             failure = internal(f"workflow {name!r}", error)
         except AgenticFlowError as error:
+            if error is execution.unwritten:
+                raise
             failure = error
         except Exception as error:
             log.exception("workflow_failed", workflow_id=execution.workflow_id, workflow=name)
             failure = internal(f"workflow {name!r}", error)
         else:
             if execution.broken is None:
-                return result
+                return output, None
             failure = execution.broken
-        await self.drop_abandoned(execution)
-        raise execution.broken or failure
+        return None, as_problem(execution.broken or failure)
 
-    async def _body(self, execution: _Execution, name: str, payload: JsonObject) -> JsonObject:
-        workflow_id = execution.workflow_id
-        workflow = self._workflows.get(name)
+    async def _call(self, execution: Execution) -> JsonObject:
+        workflow = self._workflows.get(execution.name)
         if workflow is None:
             raise Conflict(
-                f"workflow {workflow_id!r} needs {name!r}, which this process does not have",
+                f"workflow {execution.workflow_id!r} needs {execution.name!r}, which is not known here",
                 hint="run it with the version that started it",
             )
-        if root_of(workflow_id) == workflow_id:
-            await self._places.taken(workflow_id)
-            if not await asyncio.to_thread(
-                self._leases.note_started, workflow_id, self._executor_id, self._epochs[workflow_id]
-            ):
-                self._stop_tree(workflow_id, "lost")
-                await asyncio.sleep(0)  # where the cancellation arrives
-        return await workflow(_Context(self, self._library, execution), payload)
+        payload = decoded_object(execution.payload)
+        if not execution.is_new:
+            execution.history = await asyncio.to_thread(recorded_history, self._database, execution)
+        return await workflow(Context(self, execution), payload)
 
-    def _stop_tree(self, workflow_id: str, reason: StopReason) -> list[asyncio.Task[Any]]:
-        """Interrupt the executions here of a workflow and everything below it; nothing of it is recorded."""
-        below = f"{workflow_id}."
-        return self._stop(
-            [e for e in self._executions if e.workflow_id == workflow_id or e.workflow_id.startswith(below)],
-            reason,
-        )
+    async def record(self, execution: Execution, checkpoint: Checkpoint) -> None:
+        """See EngineOfExecution."""
+        try:
+            answer = await self._write(checkpoint)
+        except AgenticFlowError as error:
+            execution.unwritten = error
+            raise
+        if answer != "granted":
+            self._give_up(execution, "cancelled" if answer == "cancelled" else "lost")
 
-    def _stop(self, executions: Collection[_Execution], reason: StopReason) -> list[asyncio.Task[Any]]:
-        for execution in executions:
-            if execution.stopped is None:
-                execution.stopped = reason
-                execution.task.cancel()
-        return [execution.task for execution in executions]
-
-    async def give_up(self, execution: _Execution) -> NoReturn:
-        """The store refused a write of this execution: find out why, and stop its tree here.
-
-        Raises:
-            CancelledError: always.
-        """
+    def _give_up(self, execution: Execution, reason: StopReason) -> NoReturn:
         if execution.stopped is None:
-            statuses = await asyncio.to_thread(self._leases.statuses, [execution.workflow_id])
-            if statuses.get(execution.workflow_id) == "CANCELLED":
+            if reason == "cancelled":
                 self._stop_tree(execution.workflow_id, "cancelled")
             else:
                 log.warning("workflow_lost", workflow_id=execution.workflow_id)
-                self._stop_tree(root_of(execution.workflow_id), "lost")
+                self._stop_tree(execution.run.workflow_id, "lost")
         raise asyncio.CancelledError
 
-    async def drop_abandoned(self, execution: _Execution) -> None:
-        """Cancel the children that this workflow gave up on and went on without.
+    def start_children(self, execution: Execution, children: Sequence[Child]) -> dict[str, Execution]:
+        """See EngineOfExecution."""
+        started: dict[str, Execution] = {}
+        for child in children:
+            below = Execution(
+                execution.run, child.workflow_id, child.name, child.payload, is_new=child.status == "new"
+            )
+            self._execute(below)
+            started[child.workflow_id] = below
+        return started
+
+    async def drop_abandoned(self, execution: Execution) -> None:
+        """See EngineOfExecution.
 
         Only now, not when it was interrupted: from inside, an end of the process looks like a timeout of the
         workflow. Refused when the tree has changed hands.
         """
         while execution.abandoned and execution.stopped is None:
             child_id = execution.abandoned.pop()
-            as_owner = (self._executor_id, self._epochs.get(root_of(child_id), 0))
-            cancelling = asyncio.to_thread(self._leases.cancel, child_id, only_as=as_owner)
+            cancelling = asyncio.to_thread(self._leases.cancel, child_id, only_as=execution.run.fence)
             if await _unbroken(cancelling):
                 self._stop_tree(child_id, "cancelled")
 
-    async def until_left(self, workflow_id: str) -> None:
-        """Wait until no execution of this workflow is left here."""
-        tasks = [e.task for e in self._executions if e.workflow_id == workflow_id]
-        if tasks:
-            await asyncio.wait(tasks)
+    def _all_executions(self) -> list[Execution]:
+        return [execution for each in self._executions.values() for execution in each]
+
+    def _stop_tree(self, workflow_id: str, reason: StopReason) -> list[asyncio.Task[None]]:
+        """Interrupt the executions here of a workflow and everything below it; nothing of it is recorded."""
+        below = f"{workflow_id}."
+        return self._stop(
+            [
+                e
+                for e in self._executions.get(root_of(workflow_id), ())
+                if e.workflow_id == workflow_id or e.workflow_id.startswith(below)
+            ],
+            reason,
+        )
+
+    def _stop(self, executions: Collection[Execution], reason: StopReason) -> list[asyncio.Task[None]]:
+        for execution in executions:
+            if execution.stopped is None:
+                execution.stopped = reason
+                execution.task.cancel()
+        return [execution.task for execution in executions]
 
     @property
     def _reader(self) -> RunReader:
@@ -544,205 +589,6 @@ class DbosRunEngine:
     def _check_open(self) -> None:
         if not self._is_open:
             raise Unavailable("the run engine is not open", hint="use it inside `async with engine.open()`")
-
-
-@dataclass(eq=False)
-class _Execution:
-    """One execution of a workflow in this process.
-
-    `broken` is set when a replay took another path, `abandoned` are children it no longer waits for.
-    """
-
-    workflow_id: str
-    task: asyncio.Task[Any]
-    stopped: StopReason | None = None
-    broken: AgenticFlowError | None = None
-    abandoned: list[str] = field(default_factory=list[str])
-
-    @property
-    def is_being_stopped(self) -> bool:
-        """Whether a CancelledError comes from outside, not from a library inside that raised one."""
-        return self.stopped is not None or self.task.cancelling() > 0
-
-
-class _Context:
-    """WorkflowContext of one execution."""
-
-    def __init__(self, engine: DbosRunEngine, library: Library, execution: _Execution) -> None:
-        self._engine = engine
-        self._library = library
-        self._execution = execution
-        self._busy: str | None = None
-
-    @property
-    def workflow_id(self) -> str:
-        return self._execution.workflow_id
-
-    async def step(self, name: str, function: StepFunction) -> JsonObject:
-        """See WorkflowContext. One at a time: steps are numbered by the order in which they start."""
-        assert self._busy is None, f"steps {self._busy!r} and {name!r} of {self.workflow_id!r} at once"
-        self._busy = name
-        try:
-            await self._engine.drop_abandoned(self._execution)
-            recorded = await self._guarded(self._library.step(name, lambda: self._call(name, function)))
-        finally:
-            self._busy = None
-        # Live and replayed results are the same JSON: a tuple is a list on the first run already.
-        return decoded(recorded.text) if isinstance(recorded, Encoded) else recorded
-
-    async def _call(self, name: str, function: StepFunction) -> Encoded:
-        execution = self._execution
-        try:
-            key = f"{execution.workflow_id}:{self._library.step_id}"
-            return Encoded(encode(await function(StepContext(key))))
-        except asyncio.CancelledError as error:
-            if execution.is_being_stopped:
-                raise
-            raise internal(f"step {name!r}", error) from error
-        except Exception as error:
-            if execution.is_being_stopped:
-                # Whatever it says, it says it because it was interrupted: that is no result.
-                raise asyncio.CancelledError from error
-            if isinstance(error, AgenticFlowError):
-                raise
-            log.exception("step_failed", workflow_id=execution.workflow_id, step=name)
-            raise internal(f"step {name!r}", error) from error
-
-    async def children(self, name: str, payloads: Mapping[str, JsonObject]) -> dict[str, JsonObject]:
-        """See WorkflowContext. When the parent gives up on them or fails, its children are cancelled."""
-        assert self._busy is None, f"step {self._busy!r} and children of {self.workflow_id!r} at once"
-        assert not any("." in key for key in payloads), list(payloads)
-        self._busy = name
-        handles: dict[str, Any] = {}
-        results: dict[str, JsonObject] = {}
-        finished = False
-        try:
-            await self._engine.drop_abandoned(self._execution)
-            for key, payload in payloads.items():
-                handles[key] = None
-                child_id = f"{self.workflow_id}.{key}"
-                starting = _unbroken(self._library.start(child_id, name, _normal(payload)))
-                handles[key] = await self._guarded(starting, child_id)
-            for key, handle in handles.items():
-                results[key] = await self._result(f"{self.workflow_id}.{key}", handle)
-            finished = True
-        finally:
-            self._busy = None
-            if not finished:
-                left = [f"{self.workflow_id}.{key}" for key in handles if key not in results]
-                self._execution.abandoned.extend(left)
-        return results
-
-    async def _result(self, child_id: str, handle: Any) -> JsonObject:
-        # A child that was resumed is known to DBOS's handle only by polling.
-        await self._engine.until_left(child_id)
-        try:
-            return await self._guarded(handle.get_result(polling_interval_sec=_CHILD_POLL_S))
-        except AgenticFlowError as error:
-            if error is self._execution.broken:
-                raise
-            return {"error": as_problem(error)}
-        except self._library.signals.child_cancelled:
-            return {"error": as_problem(child_cancelled_error(child_id))}
-
-    async def _guarded(self, operation: Coroutine[Any, Any, Any], child_id: str | None = None) -> Any:
-        """Await a call into DBOS and put its signals into our words."""
-        signals = self._library.signals
-        if self._execution.broken is not None:
-            operation.close()
-            raise self._execution.broken
-        try:
-            result = await operation
-        except (signals.refused, signals.cancelled):
-            await self._engine.give_up(self._execution)
-        except (signals.other_step, signals.other_outcome) as error:
-            raise self._broken(str(error)) from error
-        if child_id is not None and result.get_workflow_id() != child_id:
-            raise self._broken(f"child {result.get_workflow_id()!r} was recorded where {child_id!r} is now")
-        return result
-
-    def _broken(self, what: str) -> AgenticFlowError:
-        self._execution.broken = Conflict(
-            f"workflow {self.workflow_id!r} took another path than the one recorded: {what}",
-            hint="its code has changed since it was started; start it anew",
-        )
-        return self._execution.broken
-
-
-class _Places:
-    """Turns of the top-level workflows of this process, in the order of their reservation."""
-
-    def __init__(self, places_max: int) -> None:
-        self._free = places_max
-        self._waiting: deque[str] = deque()
-        self._turns: dict[str, asyncio.Event] = {}
-
-    def reserve(self, workflow_id: str) -> None:
-        self.give_back(workflow_id)
-        self._turns[workflow_id] = asyncio.Event()
-        self._waiting.append(workflow_id)
-        self._admit()
-
-    async def taken(self, workflow_id: str) -> None:
-        await self._turns[workflow_id].wait()
-
-    def give_back(self, workflow_id: str) -> None:
-        turn = self._turns.pop(workflow_id, None)
-        if turn is None:
-            return
-        if turn.is_set():
-            self._free += 1
-        else:
-            self._waiting.remove(workflow_id)
-        self._admit()
-
-    def _admit(self) -> None:
-        while self._free and self._waiting:
-            self._free -= 1
-            self._turns[self._waiting.popleft()].set()
-
-
-class _Heartbeat:
-    """Renews the lease from a thread of its own, so that a busy event loop does not look like death."""
-
-    def __init__(self, leases: Leases, executor_id: str, interval_s: float) -> None:
-        self._leases = leases
-        self._executor_id = executor_id
-        self._interval_s = interval_s
-        self.has_begun = False
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="run-engine-heartbeat", daemon=True)
-
-    def start(self) -> None:
-        """Beat once now, so that others see this process, and then regularly."""
-        self._leases.beat(self._executor_id)
-        self.has_begun = True
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._end.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    def _run(self) -> None:
-        while not self._end.wait(self._interval_s):
-            try:
-                self._leases.beat(self._executor_id)
-            except AgenticFlowError as error:
-                log.warning("heartbeat_failed", error=error.message)
-
-
-async def _entry(name: str, payload: JsonObject) -> JsonObject:
-    """The one workflow that DBOS knows."""
-    engine = _open_engine
-    if engine is None:
-        raise asyncio.CancelledError("the engine has been closed")
-    return await engine.execute(name, payload)
-
-
-def _normal(value: JsonObject) -> JsonObject:
-    """The value as it will come back from the store."""
-    return orjson.loads(orjson.dumps(value))
 
 
 async def _unbroken(operation: Coroutine[Any, Any, T]) -> T:

@@ -599,7 +599,7 @@ async def does_not_know_strangers(case: RunEngineCase) -> None:
 
 
 async def opens_again_and_again(case: RunEngineCase) -> None:
-    """One engine at a time, said clearly; after it is closed another or the same one opens."""
+    """One engine is opened once at a time, said clearly; after it is closed another or the same one opens."""
 
     async def flow(context: WorkflowContext, payload: JsonObject) -> JsonObject:
         return {}
@@ -609,11 +609,36 @@ async def opens_again_and_again(case: RunEngineCase) -> None:
     await refused(engine.start(case.id("flow"), case.id("closed"), {}, tenant=TENANT), Unavailable)
     for turn in range(3):
         async with engine.open():
-            await refused(case.make().open().__aenter__(), Conflict)
+            await refused(engine.open().__aenter__(), Conflict)
             await engine.start(case.id("flow"), case.id(f"turn{turn}"), {}, tenant=TENANT)
             assert (await engine.wait(case.id(f"turn{turn}"))).state == "completed"
     async with case.engine(flow=flow) as other:
         assert await state_of(other, case.id("turn0")) == "completed"
+
+
+async def works_beside_another(case: RunEngineCase) -> None:
+    """Two engines in one process leave each other's workflows alone, as processes do, until one is gone."""
+    journals = Journal(), Journal()
+
+    def flow_with(journal: Journal) -> Workflow:
+        async def flow(context: WorkflowContext, payload: JsonObject) -> JsonObject:
+            return await context.step("held", journal.hold("held"))
+
+        return flow
+
+    run = case.id("run")
+    async with case.engine(flow=flow_with(journals[0])) as other:
+        async with case.engine(flow=flow_with(journals[1])) as owner:
+            await owner.start(case.id("flow"), run, {}, tenant=TENANT)
+            await journals[1].begun.wait()
+            assert not await other.start(case.id("flow"), run, {}, tenant=TENANT)
+            assert await state_of(other, run) == "running"
+            assert not await other.resume(run)
+            assert await other.resume_interrupted() == []
+        journals[0].gate.set()
+        assert await other.resume_interrupted() == [run]
+        assert (await other.wait(run)).state == "completed"
+    assert [journal.calls for journal in journals] == [["held"], ["held"]]
 
 
 async def leaves_unknown_workflows_alone(case: RunEngineCase) -> None:
@@ -654,5 +679,6 @@ CHECKS: tuple[Callable[[RunEngineCase], Awaitable[None]], ...] = (
     lists_by_tenant,
     does_not_know_strangers,
     opens_again_and_again,
+    works_beside_another,
     leaves_unknown_workflows_alone,
 )
