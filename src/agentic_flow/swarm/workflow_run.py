@@ -350,7 +350,7 @@ class Workflows:
             account=Account(run_id=payload.workflow_id, payload=run),
         )
         result = (await context.children(RUN, {key: own.model_dump(mode="json")}))[key]
-        if "error" in result:
+        if result.get("error") is not None:  # a result has the field as well, and it is empty there
             error = from_problem(result["error"])
             kept: JsonObject = error.details.get("result") or {}
             reports += [AgentReport.model_validate(one) for one in kept.get("agents", ())]
