@@ -94,8 +94,8 @@ $(PORTKEY)/.peer: benchmarks/gateway_peers/package.json
 		echo "Portkey was not installed: it is left out" >&2
 	@touch $@
 
-bench-memory: setup-dev $(BENCH_VENV)/.peers ## whether memory helps: real rollouts in MiniGrid
-	@$(BIN)/python benchmarks/report.py --only minigrid
+bench-memory: setup-dev $(BENCH_VENV)/.peers ## whether memory helps: a simulated stream, real rollouts in MiniGrid
+	@$(BIN)/python benchmarks/report.py --only memory-stream --only minigrid
 
 bench-swarm: setup-dev bench-swarm-peers ## the run engine beside LangGraph and DBOS
 	@$(BIN)/python benchmarks/report.py --only swarm

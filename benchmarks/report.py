@@ -1,7 +1,8 @@
 """Writes RESULTS.md beside this file, a section for each benchmark; those that are not renewed keep theirs.
 
 Usage: python benchmarks/report.py [--only SECTION]… [--kept]
-       sections: answers ingest steps swarm startup agentdb million http router gateway soak minigrid
+       sections: answers ingest steps swarm startup agentdb million http router gateway soak
+       memory-stream minigrid bank
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ import cli_startup  # noqa: E402
 import gateway  # noqa: E402
 import http_search  # noqa: E402
 import ingest  # noqa: E402
+import memory_bank  # noqa: E402
 import memory_minigrid  # noqa: E402
+import memory_stream  # noqa: E402
 import router  # noqa: E402
 import steps  # noqa: E402
 import swarm_engine  # noqa: E402
@@ -47,7 +50,9 @@ SECTIONS: dict[str, tuple[str, Callable[[bool], str]]] = {
     "router": (router.TITLE, lambda _: router.section()),
     "gateway": (gateway.TITLE, lambda _: gateway.section()),
     "soak": (gateway.SOAK_TITLE, lambda _: gateway.soak_section()),
+    "memory-stream": (memory_stream.TITLE, memory_stream.section),
     "minigrid": (memory_minigrid.TITLE, lambda _: memory_minigrid.section()),
+    "bank": (memory_bank.TITLE, lambda _: memory_bank.section()),
 }
 """Name → title and what measures and writes it, in the order of the document."""
 
@@ -90,7 +95,7 @@ def main() -> None:
     parser.add_argument(
         "--kept",
         action="store_true",
-        help="agentdb, million: take the figures of its last runs instead of measuring",
+        help="agentdb, million, memory-stream: take the figures of its last runs instead of measuring",
     )
     options = parser.parse_args()
     renew(options.only or list(SECTIONS), kept=options.kept)

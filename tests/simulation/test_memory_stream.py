@@ -15,6 +15,8 @@ from agentic_flow.testing.memory_stream_learned import LearnedMemory
 
 SEEDS = (200, 201)
 
+pytestmark = pytest.mark.timeout(600)  # a busy machine takes ten times as long as a quiet one
+
 
 @pytest.mark.parametrize("error_rate", [0.0, 0.2])
 async def test_the_memory_succeeds_more_often_and_keeps_less(tmp_path: Path, error_rate: float) -> None:

@@ -338,9 +338,13 @@ def _note(identity: str, line: dict[str, str]) -> Note:
     return Note(identity, lesson, action_of(line["content"]), topic_of(line["content"]))
 
 
+SIZE_EVERY = 40
+"""Tasks between two looks at a memory's size."""
+
+
 @dataclass(frozen=True, slots=True)
 class Walked:
-    """What became of a stream: a flag for each task, and the memory's size after it."""
+    """What became of a stream: a flag for each task; the memory's size every `SIZE_EVERY` tasks and last."""
 
     success: tuple[bool, ...]
     harmed: tuple[bool, ...]
@@ -373,5 +377,6 @@ async def walk(
         await memory.learn(task, notes, tried, judged(task, tried.success, error_rate))
         success.append(tried.success)
         harmed.append(tried.harmed)
-        size.append(await memory.size())
+        if (task.index + 1) % SIZE_EVERY == 0 or task is world.tasks[-1]:
+            size.append(await memory.size())
     return Walked(tuple(success), tuple(harmed), tuple(size))

@@ -51,14 +51,16 @@ class LearnedMemory:
     Args:
         folder: Where AgentDB keeps everything.
         settings: The `memory` section.
+        weigh: Whether the agent weighs a note by how far it is said to be believed.
     """
 
-    def __init__(self, folder: Path, settings: MemorySettings | None = None) -> None:
+    def __init__(self, folder: Path, settings: MemorySettings | None = None, *, weigh: bool = True) -> None:
         self.clock = VirtualClock()
         chosen = settings or MemorySettings()
         self._store = AgentDB(folder, AgentDBSettings(), clock=self.clock)
         self.bank = Bank(self._store, chosen, clock=self.clock)
         self._trajectories = Trajectories(self._store, chosen, clock=self.clock)
+        self._weigh = weigh
         self._verdicts: dict[str, bool] = {}
         self._shown: dict[str, tuple[str, ...]] = {}
         self._learner = Learner(
@@ -73,7 +75,7 @@ class LearnedMemory:
         )
 
     async def recall(self, task: Task, k: int) -> Sequence[Note]:
-        """A note for each item of the recall, weighed by how far the prompt says it is believed."""
+        """A note for each item of the recall, which may weigh as much as the prompt says it is believed."""
         self.clock.now_s += TASK_EVERY_S
         found = await self.bank.recall(TENANT, task.text, k=k)
         self._shown[_id(task)] = tuple(one.item.id for one in found.items)
@@ -83,7 +85,7 @@ class LearnedMemory:
                 one.item.lesson,
                 action_of(one.item.content),
                 topic_of(one.item.content),
-                one.score_parts["confidence"],
+                one.score_parts["confidence"] if self._weigh else 1.0,
             )
             for one in found.items
         ]
