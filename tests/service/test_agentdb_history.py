@@ -173,8 +173,10 @@ async def test_errors_of_the_folder_are_told_and_end_when_it_is_back(tmp_path: P
             written += 1
         assert 20 < written < 500
         before = one.snapshot()
-        with pytest.raises(Unavailable, match="wait to be sealed"):
+        with pytest.raises(Unavailable, match="wait to be sealed") as refused:
             await put(one, "one more")
+        # Clients read it: nothing of the server's folders is in it.
+        assert str(tmp_path) not in f"{refused.value} {refused.value.hint}"
         assert one.snapshot() == before
         (tmp_path / "away").rename(folder)
         one.history.seal()

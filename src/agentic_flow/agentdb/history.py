@@ -195,10 +195,11 @@ class History:
 
     def _demand_room(self, patch: bytes) -> None:
         if self._waiting_bytes > self._waiting_max_bytes:
+            # Callers from elsewhere read this: where the folder is and what ails it, status and log tell.
             raise Unavailable(
-                f"{self._waiting_bytes!r} bytes of changes wait to be sealed into {str(self._folder)!r}: "
-                f"{self._error or 'sealing is slower than writing'}",
-                hint="make room there or bring the folder back; nothing was written",
+                f"{self._waiting_bytes!r} bytes of changes wait to be sealed into the history: "
+                f"{'sealing is slower than writing' if self._error is None else 'it cannot be written'}",
+                hint="nothing was written; the operator sees in the server's log what keeps the history back",
                 retry_after_s=self._seal_s,
             )
         if len(patch) > PATCH_MAX_BYTES:
