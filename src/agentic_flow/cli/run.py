@@ -143,7 +143,10 @@ def register(app: typer.Typer) -> None:
         from agentic_flow.cli.follow import follow
         from agentic_flow.cli.run_options import spec_options
         from agentic_flow.client import AsyncClient
+        from agentic_flow.swarm.topology import topology_named
 
+        if topology is not None:
+            topology_named(topology)  # before anything is opened
         more = spec_options(teams=teams, stages=stage, roles=role, acceptance=accept) | {
             "rounds_max": rounds,
             "laps": laps,
