@@ -598,6 +598,8 @@ def _closest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1)
     if close:
         return f"did you mean {close[0]!r}?"
+    if len(names) == 1:
+        return f"there is only {names[0]!r}"
     return f"there are {', '.join(names[:20])}" if names else "there are none"
 
 
