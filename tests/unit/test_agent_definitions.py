@@ -203,6 +203,8 @@ def test_tool_names_are_those_of_the_tools(tmp_path: Path) -> None:
     """Catches a list of known tools that has drifted from the tools."""
     from agentic_flow.agentdb.tools import memory_tools
     from agentic_flow.memory.tools import reasoning_tools
+    from agentic_flow.swarm import delegation
+    from agentic_flow.swarm.blackboard import board_tools
     from agentic_flow.tools.files import file_tools
     from agentic_flow.tools.shell import shell_tools
 
@@ -212,8 +214,9 @@ def test_tool_names_are_those_of_the_tools(tmp_path: Path) -> None:
         *shell_tools(ToolsSettings(shell_allowed=("echo",))),
         *memory_tools(store),
         *reasoning_tools(store),
+        *board_tools(store),
     ]
-    assert {tool.name for tool in tools} == TOOL_NAMES
+    assert {tool.name for tool in tools} | {*delegation.TOOLS} == TOOL_NAMES
     assert set(CLAUDE_TOOLS.values()) <= TOOL_NAMES
 
 

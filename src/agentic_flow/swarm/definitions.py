@@ -36,6 +36,10 @@ DESCRIPTION_CHARS_MAX = 8000
 
 TOOL_NAMES = frozenset(
     (
+        "board_list",
+        "board_read",
+        "board_write",
+        "delegate",
         "file_edit",
         "file_find",
         "file_info",
@@ -43,6 +47,7 @@ TOOL_NAMES = frozenset(
         "file_read",
         "file_search",
         "file_write",
+        "handoff",
         "memory_search",
         "reasoning_pattern_get",
         "reasoning_pattern_store",
