@@ -346,7 +346,7 @@ class System:
         self._process.wait(60)
 
 
-def measure(rounds: int = 5) -> dict[str, dict[int, dict[str, float]]]:
+def measure(rounds: int = 3) -> dict[str, dict[int, dict[str, float]]]:
     """System → concurrency → medians of CPU milliseconds per step and of runs per second."""
     names = [name for name in SYSTEMS if name == "agentic-flow" or PEERS.exists()]
     found: dict[str, dict[int, list[dict[str, float]]]] = {n: {c: [] for c in CONCURRENCY} for n in names}
@@ -393,7 +393,7 @@ def section() -> str:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description="The run engine beside LangGraph and DBOS.")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--serve", nargs=2, metavar=("SYSTEM", "FOLDER"), help=argparse.SUPPRESS)
     parser.add_argument("--load", metavar="FOLDER", help=argparse.SUPPRESS)
