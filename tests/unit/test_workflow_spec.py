@@ -169,6 +169,11 @@ steps:
     }  # fmt: skip
 
 
+def test_one_fault_is_told_once() -> None:
+    """Catches a wrong step that is reported a second time as too few steps."""
+    assert set(found("name: w\nsteps:\n- {id: a}\n")) == {"steps.0"}
+
+
 def test_an_output_that_may_be_missing_needs_a_default() -> None:
     """Catches the use of an output that is not there when its step was skipped, failed or is not waited for."""
     use = "agent: {prompt: '{{ steps.a.output.n }}'}"
