@@ -59,8 +59,15 @@ async def server(handler: Handler, tls: ssl.SSLContext | None = None) -> AsyncGe
         await asyncio.sleep(0)  # an aborted connection is closed by the loop's next turn
 
 
-async def get(url: str, *, deadline_s: float = 20.0, patience_s: float | None = None, **more: float) -> bytes:
-    """The body of an answer, by a transport of its own."""
+async def get(
+    url: str,
+    *,
+    deadline_s: float = 20.0,
+    patience_s: float | None = None,
+    forwarded: bool = False,
+    **more: float,
+) -> bytes:
+    """The body of an answer, by a transport of its own, read or forwarded."""
     settings = {"idle_timeout_s": 10.0, "response_max_bytes": 10_000, **more}
     transport = HttpTransport(**settings)  # type: ignore[arg-type]
     try:
@@ -73,14 +80,26 @@ async def get(url: str, *, deadline_s: float = 20.0, patience_s: float | None = 
             deadline=Deadline.after(deadline_s),
             patience_s=patience_s,
         ) as answer:
-            return await answer.read()
+            if not forwarded:
+                return await answer.read()
+            pieces: list[bytes] = []
+
+            def take(piece: bytes) -> bool:
+                pieces.append(piece)
+                return True
+
+            await answer.forward(take)
+            return b"".join(pieces)
     finally:
         await transport.close()
 
 
-async def failure(url: str, **more: float) -> AgenticFlowError:
+EACH_WAY = pytest.mark.parametrize("forwarded", [False, True], ids=["read", "forwarded"])
+
+
+async def failure(url: str, *, forwarded: bool = False, **more: float) -> AgenticFlowError:
     with pytest.raises(AgenticFlowError) as caught:
-        await get(url, **more)
+        await get(url, forwarded=forwarded, **more)
     assert caught.value.details["provider"] == "p"
     return caught.value
 
@@ -232,25 +251,29 @@ def sends(*pieces: bytes, then: str = "close") -> Handler:
         *("mute", "half-head", "stall"),
     ],
 )
+@EACH_WAY
 async def test_broken_answers_are_told_apart(
-    handler: Handler, kind: type[AgenticFlowError], reason: str
+    handler: Handler, kind: type[AgenticFlowError], reason: str, forwarded: bool
 ) -> None:
     """Catches a failure under the wrong name: what may be repeated, and what is said, depend on it."""
     async with server(handler) as port:
-        error = await failure(f"http://127.0.0.1:{port}/", patience_s=0.2, idle_timeout_s=0.2)
+        url = f"http://127.0.0.1:{port}/"
+        error = await failure(url, patience_s=0.2, idle_timeout_s=0.2, forwarded=forwarded)
     assert type(error) is kind
     assert error.details["reason"] == reason
 
 
-async def test_a_reset_within_the_body_is_a_failure() -> None:
+@EACH_WAY
+async def test_a_reset_within_the_body_is_a_failure(forwarded: bool) -> None:
     """Catches a connection lost in the middle that ends the answer as if it were whole."""
     async with server(sends(HEAD + b"content-length: 9\r\n\r\nhalf", then="reset")) as port:
-        error = await failure(f"http://127.0.0.1:{port}/")
+        error = await failure(f"http://127.0.0.1:{port}/", forwarded=forwarded)
     assert type(error) in (ProviderFailed, ProviderProtocol)
     assert error.retryable
 
 
-async def test_one_timer_bounds_every_wait_anew() -> None:
+@EACH_WAY
+async def test_one_timer_bounds_every_wait_anew(forwarded: bool) -> None:
     """Catches an idle limit that counts from the start of the answer, and a deadline that chunks put off."""
 
     async def drips(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -262,16 +285,62 @@ async def test_one_timer_bounds_every_wait_anew() -> None:
 
     async with server(drips) as port:
         url = f"http://127.0.0.1:{port}/"
-        assert await get(url, idle_timeout_s=0.4) == b"x" * 40
-        late = await failure(url, idle_timeout_s=0.4, deadline_s=0.3)
+        assert await get(url, idle_timeout_s=0.4, forwarded=forwarded) == b"x" * 40
+        late = await failure(url, idle_timeout_s=0.4, deadline_s=0.3, forwarded=forwarded)
     assert type(late) is DeadlineExceeded
 
 
-async def test_the_size_limit_holds_for_every_body() -> None:
+@EACH_WAY
+async def test_the_size_limit_holds_for_every_body(forwarded: bool) -> None:
     """Catches a body that is read whole before its size is looked at."""
     async with server(sends(HEAD + b"content-length: 50000\r\n\r\n", b"x" * 50_000)) as port:
-        error = await failure(f"http://127.0.0.1:{port}/")
+        error = await failure(f"http://127.0.0.1:{port}/", forwarded=forwarded)
     assert type(error) is TooLarge
+
+
+async def test_what_is_forwarded_stops_where_it_is_told_to_and_can_be_read_on() -> None:
+    """Catches pieces that are lost or doubled between forwarding and reading, and an error of whoever takes
+    them that is lost in the loop."""
+    more = asyncio.Event()
+
+    async def halves(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(HEAD + b"connection: close\r\ncontent-length: 8\r\n\r\nhalf")
+        await more.wait()
+        writer.write(b"rest")
+        await writer.drain()
+
+    transport = HttpTransport(idle_timeout_s=5, response_max_bytes=1000)
+    try:
+        async with server(halves) as port:
+            url, given = f"http://127.0.0.1:{port}/", list[bytes]()
+
+            def first(piece: bytes) -> bool:
+                given.append(piece)
+                more.set()
+                return False
+
+            async with transport.open(
+                "GET", url, provider="p", headers={}, body=None, deadline=Deadline.after(10), patience_s=None
+            ) as answer:
+                await answer.forward(first)
+                assert b"".join(given) + await answer.read() == b"halfrest"
+
+            def refuses(piece: bytes) -> bool:
+                raise ValueError(piece)
+
+            with pytest.raises(ValueError, match="half"):
+                async with transport.open(
+                    "GET",
+                    url,
+                    provider="p",
+                    headers={},
+                    body=None,
+                    deadline=Deadline.after(10),
+                    patience_s=None,
+                ) as answer:
+                    await answer.forward(refuses)
+    finally:
+        await transport.close()
 
 
 async def test_a_connection_is_used_again_after_a_whole_answer_only() -> None:

@@ -14,7 +14,7 @@ import asyncio
 import base64
 import functools
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 from urllib.parse import quote, unquote, urlsplit
 
@@ -129,6 +129,8 @@ class Connection(asyncio.Protocol):
         self._paused = False
         self._lost = False
         self._keep = False
+        self._sink: Callable[[bytes], bool] | None = None
+        self._refused: Exception | None = None  # what the sink said of a piece
 
     # For who asks
 
@@ -182,6 +184,30 @@ class Connection(asyncio.Protocol):
             if self._error is not None:
                 raise self._error
             await self._something()
+
+    async def forward(self, sink: Callable[[bytes], bool]) -> None:
+        """Give the body to `sink` as it comes, in the loop's own callbacks, until it says False or it ends.
+
+        Args:
+            sink: What it raises ends the answer, and is raised here.
+
+        Raises:
+            Truncated, Malformed, ConnectionError: the rest will not come.
+        """
+        found = self.buffered()
+        if found and not sink(found):
+            return
+        self._sink = sink
+        try:
+            while self._sink is not None and not self.complete:
+                if self._error is not None:
+                    raise self._error
+                await self._something()
+        finally:
+            self._sink = None
+        error, self._refused = self._refused, None
+        if error is not None:
+            raise error
 
     def fail(self, error: BaseException) -> None:
         """End the answer with this error, unless it has ended."""
@@ -245,6 +271,21 @@ class Connection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             self.fail(Malformed(str(error)))
         else:
+            if self._sink is None:
+                self._wake()
+            else:
+                self._pour(self._sink)
+
+    def _pour(self, sink: Callable[[bytes], bool]) -> None:
+        """Hand on what came; who waits is woken only if that was the last of it."""
+        chunk = self.buffered()
+        try:
+            if chunk and not sink(chunk):
+                self._sink = None
+        except Exception as error:  # noqa: BLE001 - raised again where the answer is waited for
+            self._sink = None
+            self._refused = error
+        if self._sink is None or self.complete:
             self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:

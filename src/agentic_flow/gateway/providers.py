@@ -32,6 +32,7 @@ from agentic_flow.gateway.health import Health
 from agentic_flow.gateway.keyring import KeyReport, KeyRing
 from agentic_flow.gateway.models import ANTHROPIC_DEFAULT, OPENAI_DEFAULT, OPENROUTER_DEFAULT
 from agentic_flow.gateway.onnx import onnx_provider
+from agentic_flow.gateway.onward import Onward
 from agentic_flow.gateway.transport import HttpAnswer, HttpTransport
 from agentic_flow.gateway.wire.anthropic import API_VERSION, AnthropicFormat
 from agentic_flow.gateway.wire.format import WireFormat, WireRequest, items, load_object, text_of
@@ -258,15 +259,39 @@ class HttpProvider:
         return self._settled(decoded.completion, decoded.usage_estimated)
 
     async def stream(
-        self, request: CompletionRequest, *, deadline: Deadline, idempotency_key: str | None = None
+        self,
+        request: CompletionRequest,
+        *,
+        deadline: Deadline,
+        idempotency_key: str | None = None,
+        onward: Onward | None = None,
     ) -> AsyncIterator[StreamEvent]:
+        """See `Provider`. Once `onward` is open, lists of events go there instead, all but the end."""
         sent = self._wire.encode(request, stream=True)
         decoder = self._wire.decoder(request)
         async with self._asked(request, sent, deadline, idempotency_key, streamed=True) as exchange:
             answer = exchange.answer
             if answer.content_type != _EVENT_STREAM:
                 self._check_type(answer, _EVENT_STREAM, await answer.read())
-            while not decoder.done and (chunk := await answer.chunk()):
+
+            def forward(chunk: bytes) -> bool:
+                assert onward is not None
+                if events := decoder.feed(chunk):
+                    exchange.begin()
+                    onward.give(events)
+                return not decoder.done and not onward.full
+
+            while not decoder.done:
+                if onward is not None and onward.is_open:
+                    await answer.forward(forward)
+                    if onward.full:
+                        await onward.drained()
+                    elif not decoder.done:
+                        break  # all is there that will come
+                    continue
+                chunk = await answer.chunk()
+                if not chunk:
+                    break
                 for event in decoder.feed(chunk):
                     exchange.begin()
                     yield event
@@ -355,11 +380,12 @@ class HttpProvider:
         deadline: Deadline,
         idempotency_key: str | None = None,
         model: str | None = None,
+        onward: Onward | None = None,
     ) -> AsyncGenerator[bytes]:
         """One try, streamed: whole events as they come, untouched.
 
         The provider's own error event is passed on like any other; `reader.error` then holds it. `model` as
-        in `pass_whole`.
+        in `pass_whole`. Once `onward` is open, events go there instead.
 
         Raises:
             ProviderError: as `stream`; also after events were given, when the stream breaks.
@@ -369,16 +395,39 @@ class HttpProvider:
             answer = exchange.answer
             if answer.content_type != _EVENT_STREAM:
                 self._check_type(answer, _EVENT_STREAM, await answer.read())
-            while not reader.done and (chunk := await answer.chunk()):
+            events = b""
+
+            def read(chunk: bytes) -> bool:
+                """Whether these bytes are whole events within the answer, which go on."""
+                nonlocal events
                 events = reader.feed(chunk)
+                if reader.error is not None:
+                    return False
+                if events and reader.model:  # a comment that keeps the connection alive is no answer
+                    exchange.begin()
+                return bool(events)
+
+            def forward(chunk: bytes) -> bool:
+                assert onward is not None
+                if read(chunk):
+                    onward.give(events)
+                return reader.error is None and not reader.done and not onward.full
+
+            while not reader.done:
+                if onward is not None and onward.is_open:
+                    await answer.forward(forward)
+                    if onward.full:
+                        await onward.drained()
+                    elif reader.error is None and not reader.done:
+                        break  # all is there that will come
+                elif not (chunk := await answer.chunk()):
+                    break
+                elif read(chunk):
+                    yield events
                 if reader.error is not None:
                     exchange.broke(reader.error)
                     yield events
                     return
-                if events:
-                    if reader.model:  # a comment that keeps the connection alive is no answer
-                        exchange.begin()
-                    yield events
             if reader.done:
                 await answer.settle()
             else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 
 from agentic_flow.core.clock import Deadline
@@ -71,11 +71,7 @@ class HttpAnswer:
         self._received += len(chunk)
         limit = self._transport.response_max_bytes
         if self._received > limit:
-            raise TooLarge(
-                f"the answer of {self._provider} is larger than {limit} bytes",
-                hint="lower output_tokens_max, or raise gateway.response_max_bytes",
-                details={"provider": self._provider},
-            )
+            raise self._too_large(limit)
         return chunk
 
     async def _wait(self) -> bytes:
@@ -89,6 +85,37 @@ class HttpAnswer:
             raise _broke(self._provider, error) from error
         watch.end()
         return chunk
+
+    async def forward(self, sink: Callable[[bytes], bool]) -> None:
+        """Give the body to `sink` as it comes, with the limits of `chunk`, until it says False or it ends.
+
+        Args:
+            sink: Called within the loop's callbacks. What it raises is raised here.
+        """
+        watch, limit = self._watch, self._transport.response_max_bytes
+
+        def take(chunk: bytes) -> bool:
+            self._received += len(chunk)
+            if self._received > limit:
+                raise self._too_large(limit)
+            watch.again()
+            return sink(chunk)
+
+        watch.begin(self._transport.idle_timeout_s)
+        try:
+            await self._connection.forward(take)
+        except _Overdue as error:
+            raise watch.verdict() from error
+        except (OSError, Truncated, Malformed) as error:
+            raise _broke(self._provider, error) from error
+        watch.end()
+
+    def _too_large(self, limit: int) -> TooLarge:
+        return TooLarge(
+            f"the answer of {self._provider} is larger than {limit} bytes",
+            hint="lower output_tokens_max, or raise gateway.response_max_bytes",
+            details={"provider": self._provider},
+        )
 
     async def read(self) -> bytes:
         """The whole body, with the limits of `chunk`."""
@@ -272,7 +299,16 @@ class _Watch:
     The timer is the transport's: one for each answer, or each chunk, would cost far more.
     """
 
-    __slots__ = ("_alarm", "_connection", "_deadline", "_idle_s", "_patient", "_provider", "due_s")
+    __slots__ = (
+        "_alarm",
+        "_connection",
+        "_deadline",
+        "_idle_s",
+        "_patient",
+        "_provider",
+        "_until_s",
+        "due_s",
+    )
 
     def __init__(self, alarm: _Alarm, connection: Connection, provider: str, deadline: Deadline) -> None:
         self._alarm = alarm
@@ -281,6 +317,7 @@ class _Watch:
         self._deadline = deadline
         self._idle_s = 0.0
         self._patient = False  # whether it is the deadline that ends the wait
+        self._until_s = 0.0  # the deadline, by the loop's time
         self.due_s = float("inf")
         """When the wait must be over, by the loop's time."""
         alarm.watches.add(self)
@@ -296,9 +333,24 @@ class _Watch:
             raise _too_late(self._provider)
         self._idle_s = left_s if limit_s is None else limit_s
         self._patient = left_s <= self._idle_s
-        self.due_s = self._alarm.loop.time() + min(left_s, self._idle_s)
+        now_s = self._alarm.loop.time()
+        self._until_s = now_s + left_s
+        self.due_s = now_s + min(left_s, self._idle_s)
         if self.due_s < self._alarm.armed_s:
             self._alarm.arm(self.due_s)
+
+    def again(self) -> None:
+        """Something came, and as much patience begins anew; what `begin` does, for each piece of a stream.
+
+        Raises:
+            DeadlineExceeded: no time is left for it.
+        """
+        now_s = self._alarm.loop.time()
+        left_s = self._until_s - now_s
+        if left_s <= 0:
+            raise _too_late(self._provider)
+        self._patient = left_s <= self._idle_s
+        self.due_s = self._until_s if self._patient else now_s + self._idle_s
 
     def end(self) -> None:
         """Something came."""

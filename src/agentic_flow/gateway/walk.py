@@ -51,6 +51,7 @@ from agentic_flow.gateway.checkers import Checker
 from agentic_flow.gateway.escalation import Escalated, escalate
 from agentic_flow.gateway.guardrails import CompiledGuardrails, GuardedAnswer, GuardedRequest, Guardrails
 from agentic_flow.gateway.limits import Admission, Door, RateLimits
+from agentic_flow.gateway.onward import Onward
 from agentic_flow.gateway.policies import Caller, Escalation, GatewayPolicies
 from agentic_flow.gateway.prices import ModelRates
 from agentic_flow.gateway.providers import HttpProvider, Provider, log_estimate
@@ -173,6 +174,8 @@ class Walk:
     ) -> None:
         self.headers: dict[str, str] = {}
         """What the answer's headers say of limits and route; there once the first event is."""
+        self.onward = Onward()
+        """Where a stream goes once its first event was given, if whoever reads it opens this."""
         self._house = house
         self._policies = NO_POLICIES
         """In force for this call, to its end."""
@@ -454,6 +457,7 @@ class Walk:
             deadline=self._deadline,
             idempotency_key=self._idempotency_key,
             model=at.model,
+            onward=self.onward,
         )
         try:
             first = await anext(stream)
@@ -470,12 +474,13 @@ class Walk:
         self, at: Destination, asked: CompletionRequest
     ) -> tuple[StreamEvent, AsyncGenerator[StreamEvent]]:
         self._call.tries += 1
-        events = cast(
-            AsyncGenerator[StreamEvent],
-            self._house.providers[at.provider].stream(
-                asked, deadline=self._deadline, idempotency_key=self._idempotency_key
-            ),
+        provider, key = self._house.providers[at.provider], self._idempotency_key
+        given = (
+            provider.stream(asked, deadline=self._deadline, idempotency_key=key, onward=self.onward)
+            if isinstance(provider, HttpProvider)
+            else provider.stream(asked, deadline=self._deadline, idempotency_key=key)
         )
+        events = cast(AsyncGenerator[StreamEvent], given)
         try:
             return await anext(events), events
         except StopAsyncIteration:
@@ -489,6 +494,20 @@ class Walk:
         at, reader = begun.destination, begun.reader
         self._call.first_event()
         kept: list[bytes] | None = [] if self._cache_key is not None and reader is not None else None
+
+        def pass_by(chunk: bytes) -> None:
+            used.pass_by(chunk)
+            if kept is not None:
+                kept.append(chunk)
+
+        def take(events: list[StreamEvent]) -> None:
+            for event in events:
+                used.take(event)
+
+        if reader is None:
+            self.onward.seen = take
+        elif kept is not None or used.text is not None:
+            self.onward.seen = pass_by
         try:
             async with aclosing(begun.rest) as rest:
                 event = begun.first
@@ -501,9 +520,7 @@ class Walk:
                     if reader is None:
                         used.take(event)
                     else:
-                        used.pass_by(event)
-                        if kept is not None:
-                            kept.append(event)
+                        pass_by(event)
                     yield event
                     event = await anext(rest, None)
                     if event is None:

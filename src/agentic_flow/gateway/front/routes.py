@@ -324,6 +324,7 @@ class _Exchange:
             encode=encoding.take,
             last_words=encoding.last_words,
             headers=self._headers(walk.headers),
+            onward=walk.onward,
         )
 
 

@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from agentic_flow.core.errors import AgenticFlowError, Unavailable
 from agentic_flow.core.sse import encode_comment
 from agentic_flow.core.web_floor import OutgoingAnswer, unexpected
+from agentic_flow.gateway.onward import Onward
 
 HEARTBEAT_S = 15.0
 
@@ -29,6 +30,7 @@ async def send_stream(
     encode: Callable[[Event], bytes],
     last_words: Callable[[AgenticFlowError], bytes],
     headers: list[tuple[bytes, bytes]],
+    onward: Onward,
     heartbeat_s: float = HEARTBEAT_S,
 ) -> None:
     """Send whole events as they come.
@@ -44,6 +46,8 @@ async def send_stream(
         encode: An event as bytes; none where it is nothing to its readers.
         last_words: How an error looks as an event.
         headers: Headers of the answer.
+        onward: Opened once `first` was sent, and closed before the end; what it is given is a piece for
+            `encode`, or a list of such.
         heartbeat_s: A comment is sent after this much silence.
     """
     answer.begin(200, [*_STREAM_HEADERS, *headers])
@@ -51,7 +55,15 @@ async def send_stream(
     watch = _Watch(answer)
     pulse = _Pulse(answer, heartbeat_s)
 
+    def send(pieces: bytes | list[Event]) -> bool:
+        chunk = b"".join(map(encode, pieces)) if isinstance(pieces, list) else pieces
+        if not chunk:
+            return True
+        pulse.gave()
+        return put(chunk, more=True)
+
     async def end(data: bytes) -> None:
+        onward.close()
         watch.close()
         pulse.close()
         if not put(data, more=False):
@@ -60,6 +72,7 @@ async def send_stream(
     try:
         if not put(first, more=True):
             await drained()
+        onward.open(send, drained)
         async for event in rest:
             chunk = encode(event)
             if not chunk:
@@ -81,6 +94,7 @@ async def send_stream(
         _log.exception("stream_failed")
         await end(last_words(unexpected()))
     finally:
+        onward.close()
         watch.close()
         pulse.close()
         await rest.aclose()
