@@ -3,7 +3,7 @@
 All ask the same provider. Ours runs as `agentic-flow serve platform` with everything on: a real key checked,
 a budget for each key, limits for each key and model, circuit breakers, metrics, the usage ledger. LiteLLM
 checks its master key; its budgets need a PostgreSQL and are off. Portkey's open gateway has neither keys nor
-budgets.
+budgets. A relay that does nothing but hand bytes on shows what the loop and the parser alone cost.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import gateway_traffic as traffic
 from gateway_traffic import CASES, Case
@@ -30,6 +31,7 @@ ROOT = HERE.parent
 LITELLM_PYTHON = ROOT / ".venv-bench-litellm" / "bin" / "python"
 PORTKEY = ROOT / ".bench-portkey" / "node_modules"
 START_TIMEOUT_S = 90.0
+RELAY = "relay"
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _SECRET = "sk-benchmark-0123456789"
 POLICIES = {
@@ -198,11 +200,24 @@ def portkey(upstream: str) -> Generator[Running]:
             yield _started(process, f"http://127.0.0.1:{port}", headers, traffic.FAST_MODEL)
 
 
+@contextmanager
+def relay(upstream: str) -> Generator[Running]:
+    """The least that a gateway in Python costs: it reads and keeps nothing; see `gateway_floor.py`."""
+    at = urlsplit(upstream)
+    command = [sys.executable, str(HERE / "gateway_floor.py"), str(at.hostname), str(at.port)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with _process(command, _bare_environment(folder), folder) as (process, log):
+            url = f"http://127.0.0.1:{_told(process, log, 'listens on')}"
+            yield _started(process, url, {}, traffic.FAST_MODEL)
+
+
 SYSTEMS: dict[str, Callable[[str], AbstractContextManager[Running]]] = {
     "ours": ours,
     "ours, traced": lambda upstream: ours(upstream, traced=True),
     "litellm": litellm,
     "portkey": portkey,
+    RELAY: relay,
 }
 """Name → what starts it for a provider's URL."""
 
@@ -323,6 +338,7 @@ def load_average() -> float:
 
 
 __all__: list[Any] = [
+    "RELAY",
     "SYSTEMS",
     "Missing",
     "Running",

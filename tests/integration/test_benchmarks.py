@@ -135,6 +135,13 @@ def test_the_gateway_benchmark_measures_ours_and_names_who_is_missing(benchmarks
     text = gateway.text_of(figures)
     assert "| litellm | not run: not installed |" in text
     assert "against litellm | at least 30 times | not measured | **not reached** |" in text
+    ours["cases"]["whole same"]["cpu_ms"] = 0.5
+    figures["systems"]["relay"] = {
+        "cases": {"whole same": {"cpu_ms": 0.05}},
+        "memory_mb": 9,
+        "start_cpu_s": 1,
+    }
+    assert "- CPU, whole same: 0.250 ms too many; the relay takes 0.050 ms (10%)." in gateway.text_of(figures)
     soaked = {"requests": 10, "growth_mb": 7.0, "memory_mb": [90.0, 97.0], "load_average": 1.0}
     assert "| at most 5 MB | 7.0 MB | **not reached** |" in gateway.soak_text_of(soaked)
 
