@@ -47,12 +47,26 @@ def toolset():
         return {"said": "squawk"}
 
     return [Tool("parrot_squawk", "Squawks.", Nothing, squawk)]
+
+
+def echo(state):
+    from agentic_flow.swarm.topology import Assignment
+
+    if "call" not in state.done:
+        return (Assignment("call", "caller", "worker"),)
+    if "echo" not in state.done:
+        return (Assignment("echo", "answerer", "worker", sees=("call",)),)
+    if "merge" not in state.done:
+        return (Assignment("merge", "answerer", "synthesizer", sees=("echo",)),)
+    return ()
 """
 POINTS = """
 [agentic_flow.providers]
 parrot = parrot_plugin:provider
 [agentic_flow.toolsets]
 parrot = parrot_plugin:toolset
+[agentic_flow.topologies]
+echo = parrot_plugin:echo
 """
 LIST_TOOLS = """
 import asyncio, sys
@@ -92,6 +106,23 @@ def test_an_installed_provider_and_toolset_are_used(tmp_path: Path) -> None:
         [sys.executable, "-c", LIST_TOOLS], env=place.environment, capture_output=True, text=True, check=True
     )
     assert {"parrot_squawk", "file_read", "memory_search"} <= set(shown.stdout.split())
+
+
+def test_an_installed_topology_is_used(tmp_path: Path) -> None:
+    """Catches a topology that can be registered and that no run can ask for."""
+    install(tmp_path / "site")
+    place = Place(tmp_path)
+    path = os.pathsep.join([str(tmp_path / "site"), place.environment.get("PYTHONPATH", "")])
+    place.environment["PYTHONPATH"] = path
+    (tmp_path / "notes.md").write_text("The parrot says polly.\n", "utf-8")
+    words = ("run", "What does the parrot say?", "--input", tmp_path / "notes.md", "--topology", "echo")
+    done = place.run(*words, "--model", "extractive", "--json").data
+    assert (done["state"], done["topology"]) == ("completed", "echo")
+    assert {agent["name"] for agent in done["agents"]} >= {"caller", "answerer"}
+    assert [citation["path"] for citation in done["citations"]] == ["notes.md"]
+    graph = place.run("runs", "graph", done["run_id"], "--json").data
+    heard = {(edge["speaker"], edge["listener"]) for edge in graph["edges"]}
+    assert heard == {("caller", "answerer"), ("answerer", "answerer")}
 
 
 def test_a_broken_plugin_is_named(tmp_path: Path) -> None:

@@ -339,9 +339,12 @@ class Team:
         """For the answer the claims that stood; for a lead's report those of its own team."""
         claims = progress.reviewed
         question = payload.spec.goal
-        if assignment.key != MERGE:
+        if assignment.key != MERGE or not progress.reviews:  # a plug-in's team may have no reviewer
             await self._check_citations(context, payload, assignment.sees, progress)
             claims = findings.by_votes([c for key in assignment.sees for c in progress.claims.get(key, [])])
+        if assignment.key == MERGE:
+            progress.reviewed = claims
+        else:
             question = assignment.question or question
         if not claims:
             return None
