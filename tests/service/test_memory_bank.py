@@ -6,7 +6,9 @@ import asyncio
 import random
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -372,6 +374,138 @@ async def test_a_credit_amid_a_consolidation_disturbs_one_item_only(
             f"{colour}.1": pytest.approx(2.0 if colour == "red" else 1.0) for colour in KEYS
         }
         assert (await bank.consolidate(T)).merged == 0
+
+
+class Stepped(AgentDB):
+    """A store before whose so-manieth call something else happens, which is not counted itself."""
+
+    left: int | None = None
+    meanwhile: Callable[[], Awaitable[object]]
+
+    async def step(self) -> None:
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                self.left = None
+                await self.meanwhile()
+
+    async def get(self, tenant: str, namespace: str, ids: Sequence[str]) -> list[Item]:
+        await self.step()
+        return await super().get(tenant, namespace, ids)
+
+    async def upsert(self, tenant: str, namespace: str, items: Sequence[Item], **more: Any) -> UpsertResult:
+        await self.step()
+        return await super().upsert(tenant, namespace, items, **more)
+
+
+class Killed(Exception):
+    """Ends a consolidation in the middle."""
+
+
+async def twins(bank: Bank, tenant: str, colours: Sequence[str], clock: MovedClock) -> None:
+    """Lessons, and of each colour a second one that came to say the same."""
+    await bank.add(tenant, [door(colour) for colour in colours], idempotency_key="a")
+    clock.now_s += 10
+    others = [taught(f"{one}.2", f"Something else: {one}.", title=one, by=f"t-{one}.2") for one in colours]
+    await bank.add(tenant, others, idempotency_key="b")
+    for colour in colours:
+        said = door(colour)
+        await bank.edit(
+            tenant, f"{colour}.2", title=said.title, description=said.description, content=said.content
+        )
+
+
+@pytest.mark.parametrize("colours", [KEYS[:1], KEYS], ids=["singly", "in a batch"])
+async def test_no_credit_is_lost_at_any_moment_of_a_merge(
+    tmp_path: Path, clock: MovedClock, colours: Sequence[str]
+) -> None:
+    """Catches a credit, or a showing, that comes between any two calls which a merge makes of the store, and
+    goes down with the item; also when the merge is killed there, and done by the next consolidation."""
+    async with Stepped(tmp_path, AgentDBSettings(embedding_dimension=512), clock=clock) as store:
+        bank = Bank(store, MemorySettings(), clock=clock)
+        moments = 0
+        for killed in (False, True):
+            for moment in range(1000):
+                tenant = f"t{moment}-{killed}"
+                await twins(bank, tenant, colours, clock)
+
+                async def use(tenant: str = tenant) -> None:
+                    await bank.credit(tenant, [Credit("red.2", "run", "success")])
+                    await bank.note_shown(tenant, ["red.2"])
+
+                async def kill() -> None:
+                    raise Killed
+
+                store.left, store.meanwhile = moment, kill if killed else use
+                try:
+                    await bank.consolidate(tenant)
+                except Killed:
+                    await use()
+                    await bank.consolidate(tenant)
+                if store.left is not None:
+                    store.left = None
+                    break
+                moments += 1
+                (red,) = await bank.get(tenant, ["red.1"])
+                assert (red.successes, red.uses, red.shown) == (pytest.approx(2.0), 1, 1), (moment, killed)
+                active, _ = await bank.list_items(tenant, state="active")
+                assert [one.id for one in active] == sorted(f"{colour}.1" for colour in colours)
+    assert moments >= 2 * 8
+
+
+async def test_no_credit_is_lost_to_a_merge_that_overtakes_it(tmp_path: Path, clock: MovedClock) -> None:
+    """Catches a credit that found its item in use, and writes when that is merged already."""
+    async with Stepped(tmp_path, AgentDBSettings(embedding_dimension=512), clock=clock) as store:
+        bank = Bank(store, MemorySettings(), clock=clock)
+        for moment in range(1000):
+            tenant = f"t{moment}"
+            await twins(bank, tenant, KEYS[:2], clock)
+            store.left, store.meanwhile = moment, partial(bank.consolidate, tenant)
+            await bank.credit(tenant, [Credit("red.2", "run", "success")])
+            if store.left is not None:
+                break
+            (red,) = await bank.get(tenant, ["red.1"])
+            assert (red.successes, red.uses) == (pytest.approx(2.0), 1), moment
+        assert moment >= 4
+
+
+async def test_an_item_that_a_merge_let_go_keeps_its_credits(tmp_path: Path, clock: MovedClock) -> None:
+    """Catches credits that an item loses whose merge was interrupted, or overtaken, when a person has
+    rewritten it or has removed the one that it was to be merged into."""
+    async with Stepped(tmp_path, AgentDBSettings(embedding_dimension=512), clock=clock) as store:
+        bank = Bank(store, MemorySettings(), clock=clock)
+
+        async def kill() -> None:
+            raise Killed
+
+        for partner_gone in (False, True):
+            for moment in range(1000):
+                for killed in (True, False):
+                    tenant = f"t{moment}-{partner_gone}-{killed}"
+                    await twins(bank, tenant, KEYS[:1], clock)
+
+                    async def change(tenant: str = tenant, gone: bool = partner_gone) -> None:
+                        if gone:
+                            await bank.remove(tenant, "red.1")
+                        else:
+                            await bank.edit(tenant, "red.2", content="Ask the porter, who has the ring.")
+
+                    store.left, store.meanwhile = moment, kill if killed else change
+                    try:
+                        await bank.consolidate(tenant)
+                    except Killed:
+                        await change()
+                    over, store.left = store.left is not None, None
+                    (red,) = await bank.get(tenant, ["red.2"])
+                    if over or red.state == "merged":
+                        continue
+                    before = red.uses
+                    await bank.credit(tenant, [Credit("red.2", "run", "success")])
+                    (red,) = await bank.get(tenant, ["red.2"])
+                    assert (red.state, red.uses) == ("active", before + 1), (moment, partner_gone, killed)
+                if over:
+                    break
+            assert moment >= 6
 
 
 ELSEWHERE = """

@@ -270,10 +270,11 @@ class Bank:
 
     async def _absorb(self, tenant: str, into: str, item: MemoryItem) -> None:
         half_life_days = self._settings.recency_half_life_days
-        await self._rows.change_ledger(
+        done = await self._rows.change_evidence(
             tenant, into, lambda ledger: absorbed(ledger, item.id, self._opening(item), half_life_days)
         )
-        await self._rows.change_item(tenant, into)
+        if done is not None:
+            await self._rows.change_item(tenant, done[0])
 
     def _opening(self, item: MemoryItem) -> Ledger:
         """The ledger that a new item begins with: where it comes from, and evidence that it brings along."""
@@ -302,16 +303,14 @@ class Bank:
         """
         half_life_days = self._settings.recency_half_life_days
         for one in credits:
-            item = await self._rows.survivor(tenant, one.item_id)
-            if item is None:
-                continue
             now_s = self._clock.time_s()
 
             def count(ledger: Ledger, one: Credit = one, now_s: float = now_s) -> Ledger:
                 return credited(ledger, one, now_s, half_life_days)
 
-            await self._rows.change_ledger(tenant, item.id, count)
-            await self._rows.change_item(tenant, item.id)
+            done = await self._rows.change_evidence(tenant, one.item_id, count)
+            if done is not None:
+                await self._rows.change_item(tenant, done[0])
 
     async def retract(self, tenant: str, trajectory_id: str, item_ids: Sequence[str]) -> list[str]:
         """Take back what a trajectory taught, because its verdict was wrong; ids of items that were removed,
@@ -324,9 +323,6 @@ class Bank:
         """
         removed: list[str] = []
         for item_id in item_ids:
-            item = await self._rows.survivor(tenant, item_id)
-            if item is None:
-                continue
 
             def without(ledger: Ledger, item_id: str = item_id) -> Ledger:
                 kept = tuple(
@@ -336,18 +332,24 @@ class Bank:
                 )
                 return retracted(ledger, trajectory_id).model_copy(update={"absorbed": kept})
 
-            ledger = await self._rows.change_ledger(tenant, item.id, without)
+            done = await self._rows.change_evidence(tenant, item_id, without)
+            if done is None:
+                continue
+            kept_id, ledger = done
+            item = (await self._rows.items(tenant, [kept_id])).get(kept_id)
+            if item is None:
+                continue
             if not ledger.sources and not ledger.entries and item.origin in ("model", "mechanical"):
-                await self._rows.delete(tenant, [item.id])
-                removed.append(item.id)
+                await self._rows.delete(tenant, [kept_id])
+                removed.append(kept_id)
             else:
-                await self._rows.change_item(tenant, item.id)
+                await self._rows.change_item(tenant, kept_id)
         return removed
 
     async def note_shown(self, tenant: str, item_ids: Sequence[str]) -> None:
         """Count that a run was given these items. The items' own numbers follow with their next change."""
         there = await self._rows.read(tenant, ITEMS, list(dict.fromkeys(item_ids)))
-        await self._rows.change_ledgers(
+        await self._rows.change_evidences(
             tenant,
             dict.fromkeys(there, lambda ledger: ledger.model_copy(update={"shown": ledger.shown + 1})),
         )

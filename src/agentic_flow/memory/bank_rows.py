@@ -7,6 +7,7 @@ between leaves an item that is a little behind and catches up with the next chan
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from agentic_flow.core.clock import Clock
@@ -210,6 +211,42 @@ class BankRows:
 
         return await retried(once)
 
+    async def change_evidence(
+        self, tenant: str, item_id: str, change: Callable[[Ledger], Ledger]
+    ) -> tuple[str, Ledger] | None:
+        """`change_ledger` of the item, or of the one that it is merged into, be it at this moment.
+
+        Returns:
+            The id of the item whose ledger was changed, and that; None when there is no such item (any more).
+        """
+        leaving: str | None = None
+        for _ in range(MERGES_FOLLOWED_MAX):
+            item = await self.survivor(tenant, item_id)
+            if item is None and leaving is not None:
+                # Its merge never came to an end, and what it was to be merged into is gone: it stays.
+                return leaving, await self.change_ledger(
+                    tenant, leaving, lambda ledger: change(ledger.model_copy(update={"moved": None}))
+                )
+            if item is None:
+                return None
+            ledger = await self.change_ledger(
+                tenant, item.id, partial(_unless_moved, change=change, revision=item.revision)
+            )
+            if ledger.moved is None:
+                return item.id, ledger
+            leaving, item_id = item.id, ledger.moved.into
+        return None
+
+    async def change_evidences(self, tenant: str, changes: Mapping[str, Callable[[Ledger], Ledger]]) -> None:
+        """`change_evidence` of many, by their items' ids, in few writes."""
+        # Which revision it was is looked up for the few that have moved only.
+        after = await self.change_ledgers(
+            tenant, {one: partial(_unless_moved, change=change) for one, change in changes.items()}
+        )
+        for one, ledger in after.items():
+            if ledger.moved is not None:
+                await self.change_evidence(tenant, one, changes[one])
+
     async def change_item(
         self, tenant: str, item_id: str, change: Callable[[MemoryItem], MemoryItem] | None = None
     ) -> MemoryItem | None:
@@ -229,8 +266,11 @@ class BankRows:
 
         return await retried(once)
 
-    async def change_ledgers(self, tenant: str, changes: Mapping[str, Callable[[Ledger], Ledger]]) -> None:
-        """`change_ledger` of many, by their items' ids, in few writes."""
+    async def change_ledgers(
+        self, tenant: str, changes: Mapping[str, Callable[[Ledger], Ledger]]
+    ) -> dict[str, Ledger]:
+        """`change_ledger` of many, by their items' ids, in few writes; the ledgers after it."""
+        done: dict[str, Ledger] = {}
         ids = list(changes)
         for start in range(0, len(ids), CHANGED_AT_ONCE):
             part = ids[start : start + CHANGED_AT_ONCE]
@@ -239,12 +279,13 @@ class BankRows:
             for one in part:
                 row = found.get(one)
                 ledger = Ledger() if row is None else Ledger.model_validate(row.metadata)
-                changed = changes[one](ledger)
+                changed = done[one] = changes[one](ledger)
                 if row is None or changed != ledger:
                     version = 0 if row is None else row.version
                     batches.setdefault(version, []).append(as_ledger_row(one, changed))
             for one in await self._disturbed(tenant, LEDGERS, batches):
-                await self.change_ledger(tenant, one, changes[one])
+                done[one] = await self.change_ledger(tenant, one, changes[one])
+        return done
 
     async def change_items(
         self, tenant: str, changes: Mapping[str, Callable[[MemoryItem], MemoryItem] | None]
@@ -324,6 +365,18 @@ async def retried(once: Callable[[], Any]) -> Any:
         except Conflict:
             continue
     return await once()
+
+
+def _unless_moved(
+    ledger: Ledger, *, change: Callable[[Ledger], Ledger], revision: int | None = None
+) -> Ledger:
+    """The ledger after the change; as it is when its item is merged into another. Not so when the item, by
+    now of this revision, has got other words since: then nobody marked it, and the merge is off."""
+    if ledger.moved is None:
+        return change(ledger)
+    if revision is not None and revision > ledger.moved.revision:
+        return change(ledger.model_copy(update={"moved": None}))
+    return ledger
 
 
 def _same(before: MemoryItem, after: MemoryItem, half_life_days: float) -> bool:

@@ -20,7 +20,7 @@ from agentic_flow.core.settings import MemorySettings
 from agentic_flow.core.vectors import Item, SearchQuery
 from agentic_flow.memory.bank_rows import CHANGED_AT_ONCE, BankRows, as_item, row_sketch
 from agentic_flow.memory.confidence import DAY_S, Belief, posterior
-from agentic_flow.memory.ledger import Ledger, absorbed
+from agentic_flow.memory.ledger import Ledger, absorbed, moved
 from agentic_flow.memory.likeness import Sketch, like_pairs, near_pairs, same_words
 from agentic_flow.memory.records import ITEMS, MemoryItem
 
@@ -55,6 +55,7 @@ class _Entry:
     id: str
     lesson: str
     state: str
+    revision: int
     created_at_s: float
     touched_at_s: float
     belief: Belief
@@ -164,6 +165,7 @@ def _entries(
                 id=item.id,
                 lesson=item.lesson,
                 state=item.state,
+                revision=item.revision,
                 created_at_s=item.created_at_s,
                 touched_at_s=max(item.created_at_s, item.used_at_s or 0.0),
                 belief=posterior(item, now_s, half_life_days),
@@ -230,28 +232,49 @@ async def _merge(
         entries[loser].id: entries[winner].id
         for loser, winner in merges
         if all(
-            (item := states.get(entries[index].id)) is not None and item.state in _COMPARED
+            (item := states.get(entries[index].id)) is not None
+            and item.state in _COMPARED
+            and item.revision == entries[index].revision
             for index in (loser, winner)
         )
     }
-    others = await rows.ledgers(tenant, list(into))
+    # From here on what comes for one that is merged goes where its evidence goes.
+    others = await rows.change_ledgers(
+        tenant,
+        {
+            loser: partial(moved, into=winner, revision=states[loser].revision)
+            for loser, winner in into.items()
+        },
+    )
     losers: dict[str, list[str]] = {}
     for loser, winner in into.items():
         losers.setdefault(winner, []).append(loser)
 
     def joined(ledger: Ledger, winner: str) -> Ledger:
         for loser in losers[winner]:
-            ledger = absorbed(ledger, loser, others.get(loser, Ledger()), rows.half_life_days)
+            ledger = absorbed(ledger, loser, others[loser], rows.half_life_days)
         return ledger
 
     # In this order, so that an interrupted merge is found, and done, again: evidence is absorbed once.
-    await rows.change_ledgers(tenant, {winner: partial(joined, winner=winner) for winner in losers})
-    await rows.change_items(tenant, dict.fromkeys(losers))
-    await rows.change_items(
+    await rows.change_evidences(tenant, {winner: partial(joined, winner=winner) for winner in losers})
+    there = await rows.change_items(tenant, dict.fromkeys(losers))
+    marked = await rows.change_items(
         tenant,
-        {loser: _with(*_COMPARED, state="merged", merged_into=winner) for loser, winner in into.items()},
+        {
+            loser: partial(_marked_merged, into=winner, revision=states[loser].revision)
+            for loser, winner in into.items()
+            if winner in there
+        },
     )
-    return {loser for loser, _ in merges if entries[loser].id in into}
+    merged = {one for one, item in marked.items() if item.state == "merged"}
+    return {loser for loser, _ in merges if entries[loser].id in merged}
+
+
+def _marked_merged(item: MemoryItem, into: str, revision: int) -> MemoryItem:
+    """The item, merged into another unless it says something else by now."""
+    if item.state not in _COMPARED or item.revision != revision:
+        return item
+    return item.model_copy(update={"state": "merged", "merged_into": into})
 
 
 def _with(*states: str, **update: object) -> Callable[[MemoryItem], MemoryItem]:

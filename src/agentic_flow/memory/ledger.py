@@ -34,6 +34,13 @@ class Entry(Frozen):
     at_s: float
 
 
+class Moved(Frozen):
+    """That the item, as it was in this revision, is merged `into` another: what comes goes there."""
+
+    into: str
+    revision: int
+
+
 class Totals(Frozen):
     """A ledger's evidence as it weighs at one time."""
 
@@ -43,7 +50,11 @@ class Totals(Frozen):
 
 
 class Ledger(Frozen):
-    """All evidence of an item. `absorbed` are items that were merged into it, with theirs."""
+    """All evidence of an item. `absorbed` are items that were merged into it, with theirs.
+
+    A merge begins with `moved`, in one write: evidence that comes before it is moved along, evidence that
+    comes after it finds its way, and none falls in between.
+    """
 
     entries: dict[str, Entry] = Field(default_factory=dict[str, Entry])
     folded_successes: float = 0.0
@@ -54,6 +65,7 @@ class Ledger(Frozen):
     sources: tuple[Source, ...] = ()
     sources_total: int = 0
     absorbed: tuple[str, ...] = ()
+    moved: Moved | None = None
 
 
 def taught(ledger: Ledger, source: Source, half_life_days: float) -> Ledger:
@@ -131,8 +143,14 @@ def absorbed(ledger: Ledger, item_id: str, other: Ledger, half_life_days: float)
         sources=tuple(sources[-SOURCES_MAX:]),
         sources_total=ledger.sources_total + other.sources_total - overlap,
         absorbed=(*ledger.absorbed, item_id, *other.absorbed),
+        moved=ledger.moved,
     )
     return _bounded(joined, half_life_days)
+
+
+def moved(ledger: Ledger, into: str, revision: int) -> Ledger:
+    """The ledger of an item that is merged into another."""
+    return ledger.model_copy(update={"moved": Moved(into=into, revision=revision)})
 
 
 def totals(ledger: Ledger, now_s: float, half_life_days: float) -> Totals:
