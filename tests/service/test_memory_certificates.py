@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from agentic_flow.agentdb.service import AgentDB
 from agentic_flow.core.clock import SystemClock
 from agentic_flow.core.errors import Conflict, DataCorrupted, NotFound
 from agentic_flow.core.settings import AgentDBSettings
-from agentic_flow.core.vectors import Item, Vector
+from agentic_flow.core.vectors import Item, Page, UpsertResult, Vector
 from agentic_flow.memory.certificates import (
     GENESIS,
     HEAD_EVERY,
@@ -292,6 +293,62 @@ async def test_an_interrupted_pruning_is_finished_by_the_next(db: AgentDB) -> No
     assert await issuer.prune(T, issued[3].at_s + 1e-3, keep={"r5"}) == 4
     report = await issuer.verify(T)
     assert (report.whole, report.certificates, report.pruned) == (True, 2, 4)
+
+
+class Stepped(AgentDB):
+    """A store before whose so-manieth call something else happens, which is not counted itself."""
+
+    left: int | None = None
+    meanwhile: Callable[[], Awaitable[object]]
+
+    async def step(self) -> None:
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                self.left = None
+                await self.meanwhile()
+
+    async def get(self, tenant: str, namespace: str, ids: Sequence[str]) -> list[Item]:
+        await self.step()
+        return await super().get(tenant, namespace, ids)
+
+    async def upsert(self, tenant: str, namespace: str, items: Sequence[Item], **more: Any) -> UpsertResult:
+        await self.step()
+        return await super().upsert(tenant, namespace, items, **more)
+
+    async def list_items(self, tenant: str, namespace: str, **more: Any) -> Page:
+        await self.step()
+        return await super().list_items(tenant, namespace, **more)
+
+    async def delete(self, tenant: str, namespace: str, ids: Sequence[str]) -> int:
+        await self.step()
+        return await super().delete(tenant, namespace, ids)
+
+
+@pytest.mark.parametrize("calls", ["prune", "verify", "issue"])
+async def test_who_prunes_at_the_same_time_breaks_nothing(tmp_path: Path, calls: str) -> None:
+    """Catches a pruning that takes back how far another one has cut the chain, and a verification, or an
+    issuer, that takes what was pruned meanwhile for missing."""
+    async with Stepped(tmp_path, SETTINGS) as store:
+        for moment in range(1000):
+            tenant = f"t{moment}"
+            issuer, other = Certificates(store, Shelf()), Certificates(store, Shelf())
+            for number in range(1, 7):
+                await issuer.issue(tenant, recall(f"r{number}"))
+            future_s = SystemClock().time_s() + 60
+            store.left = moment
+            store.meanwhile = partial(other.prune, tenant, future_s, keep={"r5"})
+            if calls == "prune":
+                await issuer.prune(tenant, future_s, keep={"r3", "r5"})
+            elif calls == "verify":
+                assert (await issuer.verify(tenant)).whole, moment
+            else:
+                assert (await Certificates(store, Shelf()).issue(tenant, recall("next"))).sequence == 7
+            if store.left is not None:
+                break
+            report = await issuer.verify(tenant)
+            assert (report.whole, report.first_sequence, report.pruned) == (True, 5, 4), moment
+        assert moment >= 2
 
 
 names = st.text(alphabet="abcdef012345.", min_size=1, max_size=12).map(lambda text: "x" + text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,13 +13,16 @@ import aiohttp
 import pytest
 
 from agentic_flow.core.auth import LOCAL_OWNER, Principal
+from agentic_flow.core.clock import SystemClock
 from agentic_flow.core.errors import Forbidden, InvalidInput, NotFound, Unauthenticated, Unavailable
 from agentic_flow.core.settings import load
 from agentic_flow.memory.answers import Edit, Note
 from agentic_flow.memory.records import Trajectory, TrajectoryStep, Verdict
 from agentic_flow.memory.remote import RemoteMemory
 from agentic_flow.memory.routes import DOCUMENT_PATH, build_routes, openapi_document, operations
+from agentic_flow.memory.service import Memory
 from agentic_flow.runtime.admin import administer
+from agentic_flow.runtime.build import Runtime
 from agentic_flow.runtime.platform import serve_services
 
 pytestmark = pytest.mark.anyio
@@ -94,6 +98,56 @@ async def test_a_turn_of_learning(port: str, urls: dict[str, str]) -> None:
         assert (await memory.uplift(LOCAL_OWNER)).recalls == 1
         status = await memory.status(LOCAL_OWNER)
         assert (status.trajectories["learned"], status.recalls, status.skills) == (1, 1, 0)
+
+
+class PastClock(SystemClock):
+    """The time so many days ago."""
+
+    def __init__(self, days: float) -> None:
+        self.ago_s = days * 86_400.0
+
+    def time_s(self) -> float:
+        return super().time_s() - self.ago_s
+
+
+async def test_retention_prunes_recalls_with_their_trajectories(tmp_path: Path) -> None:
+    """Catches a server under which certificates of recalls stay for ever, go before the trajectory that needs
+    them, or go in a way that breaks the chain."""
+    settings = load({"data_dir": str(tmp_path), "memory.retention_days": 30}).settings
+    async with Runtime(settings) as runtime:
+        store = await runtime.store()
+        old, recent = (
+            Memory(store, settings.memory, clock=PastClock(days), rng=random.Random(1)) for days in (31, 29)
+        )
+        note = Note(title="Run the linter first", content="Its messages name the changed file and line.")
+        kept = await old.add(LOCAL_OWNER, note)
+        for number in (1, 2, 3):
+            shown = await old.recall(LOCAL_OWNER, TASK, recall_id=f"r{number}")
+            assert [one.item.id for one in shown.items] == [kept.id]
+        await recent.recall(LOCAL_OWNER, TASK, recall_id="r4")
+        # One ended then, one went on until two days later; to one recall there never was a run.
+        began_s = PastClock(31).time_s()
+        for number, clock in ((2, PastClock(31)), (3, PastClock(29))):
+            run = lint_run(number, f"r{number}", kept.id)
+            times = {"started_at_s": began_s, "ended_at_s": clock.time_s()}
+            assert await old.records.keep(LOCAL_OWNER.tenant, run.model_copy(update=times))
+        before = await old.verify(LOCAL_OWNER)
+        assert (before.whole, before.certificates) == (True, 4)
+    async with (
+        serving(tmp_path, "all", **{"memory.retention_days": 30}) as urls,
+        RemoteMemory(urls["platform"]) as memory,
+        asyncio.timeout(60),
+    ):
+        while not (found := await memory.verify(LOCAL_OWNER)).pruned:
+            await asyncio.sleep(0.05)
+        assert (found.whole, found.pruned, found.certificates, found.first_sequence) == (True, 2, 2, 3)
+        with pytest.raises(NotFound):
+            await memory.trajectory(LOCAL_OWNER, "lint-2")
+        assert (await memory.trajectory(LOCAL_OWNER, "lint-3")).recall_id == "r3"
+        assert (await memory.verify(LOCAL_OWNER, "r3")).asked is not None
+        await memory.recall(LOCAL_OWNER, TASK, recall_id="r5")
+        after = await memory.verify(LOCAL_OWNER)
+        assert (after.whole, after.last_sequence) == (True, 5)
 
 
 async def test_bad_input_is_refused(urls: dict[str, str]) -> None:

@@ -53,6 +53,7 @@ _POINTER = "r."
 _HEAD = "chain.head"
 _ANCHOR = "chain.anchor"
 _FLOAT_DIGITS = 9
+_VERIFIED_AGAIN_MAX = 5
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -327,6 +328,15 @@ class Certificates:
         noted = await self._rows.get(tenant, [_HEAD, _ANCHOR])
         head = max((_head_of(noted.get(name)) for name in (_HEAD, _ANCHOR)), key=lambda one: one.sequence)
         while True:
+            last = await self._last(tenant, head)
+            cut = _head_of((await self._rows.get(tenant, [_ANCHOR])).get(_ANCHOR))
+            if cut.sequence <= last.sequence:
+                return last
+            head = cut  # what was behind the noted one was pruned meanwhile
+
+    async def _last(self, tenant: str, head: Head) -> Head:
+        """The last one without a gap from this one on."""
+        while True:
             # The noted one is not asked for: if somebody took it away, the chain goes on from its hash,
             # and verification shows the gap.
             behind = range(head.sequence + 1, head.sequence + 1 + PROBE)
@@ -350,6 +360,23 @@ class Certificates:
         Raises:
             NotFound: there is no certificate of this recall.
         """
+        report, anchor = await self._verified(tenant, recall_id, known)
+        for _ in range(_VERIFIED_AGAIN_MAX):
+            now = _anchor_of((await self._rows.get(tenant, [_ANCHOR])).get(_ANCHOR))
+            if report.whole or anchor == now:
+                break
+            # What was pruned while it was read looks as if it were missing.
+            report, anchor = await self._verified(tenant, recall_id, known)
+        if recall_id is not None and report.asked is None:
+            raise NotFound(
+                f"there is no certificate of recall {recall_id!r}",
+                hint="it may have been pruned; verify without an id to check the chain",
+            )
+        return report
+
+    async def _verified(
+        self, tenant: str, recall_id: str | None, known: Head | None
+    ) -> tuple[Verification, _Anchor]:
         report = Verification()
         notes = await self._rows.get(tenant, [_HEAD, _ANCHOR])
         anchor = _anchor_of(notes.get(_ANCHOR))
@@ -374,12 +401,7 @@ class Certificates:
             if note.sequence > last.sequence:
                 report.broken(last.sequence + 1, f"the chain ends before certificate {note.sequence}")
         report.head_hash = last.hash
-        if recall_id is not None and report.asked is None:
-            raise NotFound(
-                f"there is no certificate of recall {recall_id!r}",
-                hint="it may have been pruned; verify without an id to check the chain",
-            )
-        return report
+        return report, anchor
 
     async def _compare(
         self, tenant: str, batch: Sequence[Certificate], report: Verification, recall_id: str | None
@@ -410,8 +432,16 @@ class Certificates:
             before_s: Unix seconds.
             keep: Recall ids that are still needed.
         """
-        notes = await self._rows.get(tenant, [_ANCHOR])
-        anchor = _anchor_of(notes.get(_ANCHOR))
+        for _ in range(TRIES_MAX):
+            try:
+                return await self._pruned(tenant, before_s, keep)
+            except Conflict:
+                continue  # another process prunes; what it has noted must not be taken back
+        raise Conflict("the chain of recalls kept being pruned", hint="try again")
+
+    async def _pruned(self, tenant: str, before_s: float, keep: Collection[str]) -> int:
+        note = (await self._rows.get(tenant, [_ANCHOR])).get(_ANCHOR)
+        anchor = _anchor_of(note)
         head = await self.head(tenant)
         gone: list[Certificate] = []
         async for row in self._rows.all(tenant, where={"kind": "certificate"}):
@@ -427,16 +457,18 @@ class Certificates:
                 sequence=fresh[-1].sequence, hash=fresh[-1].hash, pruned=anchor.pruned + len(fresh)
             )
             # First the note, then the removal: interrupted between them, the next pruning finishes it.
-            await self._note(tenant, _ANCHOR, anchor)
+            await self._note(tenant, _ANCHOR, anchor, expected_version=0 if note is None else note.version)
         for start in range(0, len(gone), PROBE):
             part = gone[start : start + PROBE]
             await self._rows.delete(tenant, [_key(one.sequence) for one in part])
             await self._rows.delete(tenant, [_POINTER + one.id for one in part])
         return len(gone)
 
-    async def _note(self, tenant: str, name: str, value: Head | _Anchor) -> None:
+    async def _note(
+        self, tenant: str, name: str, value: Head | _Anchor, *, expected_version: int | None = None
+    ) -> None:
         metadata = {"kind": "chain", **value.model_dump(mode="json")}
-        await self._rows.put(tenant, [Item(id=name, metadata=metadata)])
+        await self._rows.put(tenant, [Item(id=name, metadata=metadata)], expected_version=expected_version)
 
 
 def check_item(then: CertifiedItem, now: MemoryItem | None) -> ItemCheck:

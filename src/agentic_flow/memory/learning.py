@@ -64,6 +64,18 @@ class Distils(Protocol):
     ) -> list[MemoryItem]: ...
 
 
+class Expires(Protocol):
+    """Rows that are kept for a time only; `trajectories.Trajectories` are."""
+
+    async def tenants(self) -> list[str]:
+        """Tenants that have any."""
+        ...
+
+    async def expire(self, tenant: str) -> int:
+        """Remove a tenant's that are older than they are kept; how many."""
+        ...
+
+
 Hook = Callable[[Principal, Trajectory, Verdict], Awaitable[object]]
 """What else is learned from a judged trajectory. Run again on the same one, it must come to the same."""
 
@@ -96,6 +108,7 @@ class Learner:
         settings: `attempts_max`, `learners_max`, `enabled`.
         clock: Time.
         after: What else is learned from each judged trajectory; an error of one is an error of the attempt.
+        expiring: What else is kept for a time only; looked at after the trajectories.
         shown: Finds what a recall showed; None: only cited items are credited.
         principal_of: In whose name models are asked, by tenant.
         rng: Spreads the retries.
@@ -112,6 +125,7 @@ class Learner:
         *,
         clock: Clock = SYSTEM_CLOCK,
         after: Sequence[Hook] = (),
+        expiring: Sequence[Expires] = (),
         shown: Shown | None = None,
         principal_of: Callable[[str], Principal] | None = None,
         rng: random.Random | None = None,
@@ -124,6 +138,7 @@ class Learner:
         self._settings = settings
         self._clock = clock
         self._after = tuple(after)
+        self._expiring: tuple[Expires, ...] = (trajectories, *expiring)
         self._shown = shown
         self._principal_of = principal_of or _memory_principal
         self._rng = rng or random.Random()
@@ -145,7 +160,7 @@ class Learner:
         self._failures: Counter[str] = Counter()
         self._problem: str | None = None
         self._since: Counter[str] = Counter()
-        self._expired_at_s: dict[str, float] = {}
+        self._expired_at_s: dict[tuple[int, str], float] = {}
 
     # ---- in the background -------------------------------------------------------------------------------
 
@@ -231,17 +246,30 @@ class Learner:
         while True:
             try:
                 for tenant in await self._trajectories.tenants():
-                    await self._expire(tenant)
                     self.wake(tenant)
             except Exception as error:  # noqa: BLE001 - as above
                 self._note_failure(error)
+            for place in range(len(self._expiring)):
+                await self._expire(place)
             await self._clock.sleep(POLL_S)
 
-    async def _expire(self, tenant: str) -> None:
+    async def _expire(self, place: int) -> None:
+        """Of all tenants, unless that was done not long ago; one that fails does not keep back the others."""
+        kept = self._expiring[place]
+        try:
+            tenants = await kept.tenants()
+        except Exception as error:  # noqa: BLE001 - as above
+            self._note_failure(error)
+            return
         now_s = self._clock.time_s()
-        if now_s - self._expired_at_s.get(tenant, -_EXPIRED_EVERY_S) >= _EXPIRED_EVERY_S:
-            await self._trajectories.expire(tenant)
-            self._expired_at_s[tenant] = now_s
+        for tenant in tenants:
+            if now_s - self._expired_at_s.get((place, tenant), -_EXPIRED_EVERY_S) < _EXPIRED_EVERY_S:
+                continue
+            try:
+                await kept.expire(tenant)
+                self._expired_at_s[place, tenant] = now_s
+            except Exception as error:  # noqa: BLE001 - as above
+                self._note_failure(error, tenant=tenant)
 
     def _wake_at(self, tenant: str, at_s: float) -> None:
         """Wake a tenant later, unless it will be woken earlier; only where it learns in the background."""

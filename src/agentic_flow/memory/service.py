@@ -43,6 +43,7 @@ from agentic_flow.memory.records import (
     CONTENT_CHARS_MAX,
     DESCRIPTION_CHARS_MAX,
     EPISODES,
+    RECALLS,
     TITLE_CHARS_MAX,
     TRAJECTORIES,
     MemoryItem,
@@ -60,6 +61,44 @@ _PAGE = 500
 _PROBLEMS_MAX = 10
 # Those that are few; the rest is learned.
 _COUNTED: tuple[TrajectoryState, ...] = ("open", "pending", "shelved")
+
+
+class RecallRetention:
+    """Keeps the certificates of recalls as long as trajectories, and those of what is left of these longer.
+
+    Args:
+        store: Knows the tenants.
+        certificates: Prunes them.
+        trajectories: Tell which recalls are still needed.
+        settings: `retention_days`.
+        clock: Time.
+    """
+
+    def __init__(
+        self,
+        store: VectorStore,
+        certificates: Certificates,
+        trajectories: Trajectories,
+        settings: MemorySettings,
+        *,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        self._store = store
+        self._certificates = certificates
+        self._trajectories = trajectories
+        self._settings = settings
+        self._clock = clock
+
+    async def tenants(self) -> list[str]:
+        """Tenants that have certificates, as far as this process may know them."""
+        return await self._store.tenants_with(RECALLS)
+
+    async def expire(self, tenant: str) -> int:
+        """Prune a tenant's chain; how many certificates went."""
+        cut_s = self._clock.time_s() - self._settings.retention_days * _DAY_S
+        # A run starts soon after its recall: those that started much later need none from before the cut.
+        keep = await self._trajectories.recalls(tenant, started_before_s=cut_s + _DAY_S)
+        return await self._certificates.prune(tenant, cut_s, keep=keep)
 
 
 class Memory(KnowHow):
@@ -86,6 +125,7 @@ class Memory(KnowHow):
         self._rng = rng or random.SystemRandom()
         self.certificates = Certificates(store, self.bank, clock=clock)
         self.outcomes = Uplift(store, clock=clock)
+        self.recalls = RecallRetention(store, self.certificates, self.records, settings, clock=clock)
 
     async def shown(self, tenant: str, recall_id: str) -> Sequence[str]:
         """Ids of the items that a recall showed."""

@@ -49,6 +49,7 @@ _NAME_CHARS_MAX = 200
 _KEPT_CHARS_MAX = 200
 _KEPT_STEPS_MAX = 100
 _DAY_S = 86_400.0
+_PAGE = 500
 
 Ended = Literal["completed", "failed", "cancelled"]
 
@@ -317,6 +318,26 @@ class Trajectories:
         except NotFound:
             return [], None
         return [_parse(item) for item in page.items], page.cursor
+
+    async def recalls(self, tenant: str, *, started_before_s: float) -> set[str]:
+        """Recall ids of the trajectories that there still are.
+
+        Args:
+            started_before_s: Only of those that started before then, Unix seconds.
+        """
+        found: set[str] = set()
+        where: Filter = {"started_at_s": {"lt": started_before_s}}
+        cursor: str | None = None
+        while True:
+            try:
+                page = await self._store.list_items(
+                    tenant, TRAJECTORIES, where=where, cursor=cursor, limit=_PAGE
+                )
+            except NotFound:
+                return found
+            found |= {recall for item in page.items if (recall := item.metadata.get("recall_id")) is not None}
+            if (cursor := page.cursor) is None:
+                return found
 
     async def similar(self, tenant: str, task: str, *, k: int = 5) -> list[Trajectory]:
         """Past trajectories of tasks like this one, nearest first."""

@@ -245,6 +245,7 @@ class Runtime:
             Distiller(completer, model=own.judge_model),
             own,
             after=(memory.note_outcome, learn_skill, episodes.reflect),
+            expiring=(memory.recalls,),
             shown=memory.shown,
         )
         memory.learner = learner
