@@ -110,6 +110,27 @@ async def test_the_contrast_names_what_made_the_difference() -> None:
     assert len({item.id for item in items}) == len(items) <= ITEMS_MAX
 
 
+def test_numbers_of_one_run_are_not_in_what_it_teaches() -> None:
+    """Catches lessons that equal runs of other tickets or days do not share, and such as lose a number that
+    the tries had to do with."""
+
+    def titles(ticket: int, year: int) -> list[str]:
+        task = f"For ticket {ticket} count the open orders of {year} in table v2.1"
+        calls = (("select 1", None), (f"count orders of {year}", None))
+        runs = [
+            tried(number, good, *(calls if good else BAD)).model_copy(update={"task": task})
+            for number, good in enumerate((True, False))
+        ]
+        found = mechanical_contrast([Tried(run, run.verdicts[0]) for run in runs])
+        return [str(one["title"]) for one in found]
+
+    assert titles(4711, 2024) == titles(815, 2024)
+    assert titles(4711, 2024)[0] == (
+        "What succeeded for 'For ticket … count the open orders of 2024 in table v2.1'"
+    )
+    assert titles(4711, 2024) != titles(4711, 2023)
+
+
 async def test_a_try_that_breaks_is_a_failed_try() -> None:
     """Catches one error that ends all other tries, and one that is not ours being swallowed."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from agentic_flow.core.auth import Principal
@@ -148,7 +148,7 @@ def mechanical_items(trajectory: Trajectory, verdict: Verdict, now_s: float) -> 
     """Items made of what was tried and what followed; no model has understood them."""
     steps = trajectory.steps
     found: list[JsonObject] = []
-    task = _kind_of_task(trajectory)
+    task = kind_of_task(trajectory.task, steps, _TASK_CHARS_MAX)
     if verdict.outcome == "success":
         took = _told([step for step in steps if step.error is None])
         if took:
@@ -179,6 +179,22 @@ def mechanical_items(trajectory: Trajectory, verdict: Verdict, now_s: float) -> 
         found.append(recovered)
     kept = [item for one in found if (item := bounded_item(one)) is not None]
     return _items(trajectory, verdict, kept, now_s, "mechanical")
+
+
+def kind_of_task(task: str, steps: Iterable[TrajectoryStep], chars_max: int) -> str:
+    """The task without numbers that no step had to do with: they are of this run, not of tasks like it, and
+    would keep what two runs teach alike apart.
+
+    Args:
+        task: In the words it was given.
+        steps: What was done for it.
+        chars_max: Characters of the task that are kept.
+    """
+    done = "\n".join(f"{step.action}\n{step.observation}\n{step.error or ''}" for step in steps)
+    had = set(_DIGITS.findall(done))
+    # Masked first: half of a number that is a secret would not be recognised.
+    said = plain(" ".join(task.split()), chars_max)
+    return _NUMBER.sub(lambda found: found[0] if found[0] in had else "…", said)
 
 
 def item_id(trajectory_id: str, outcome: Outcome, number: int) -> str:
@@ -223,16 +239,6 @@ def _items(
         )
         for number, one in enumerate(found[:ITEMS_MAX], 1)
     ]
-
-
-def _kind_of_task(trajectory: Trajectory) -> str:
-    """The task without numbers that no step had to do with: they are of this run, not of tasks like it, and
-    would keep what two runs teach alike apart."""
-    done = "\n".join(f"{step.action}\n{step.observation}\n{step.error or ''}" for step in trajectory.steps)
-    had = set(_DIGITS.findall(done))
-    # Masked first: half of a number that is a secret would not be recognised.
-    task = plain(" ".join(trajectory.task.split()), _TASK_CHARS_MAX)
-    return _NUMBER.sub(lambda found: found[0] if found[0] in had else "…", task)
 
 
 def _told(steps: Sequence[TrajectoryStep]) -> str:

@@ -12,6 +12,7 @@ import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, Protocol
 
 from agentic_flow.core.auth import Principal
@@ -19,6 +20,7 @@ from agentic_flow.core.clock import SYSTEM_CLOCK, Clock, Deadline
 from agentic_flow.core.errors import AgenticFlowError, InvalidInput, ProviderProtocol
 from agentic_flow.core.messages import CompletionRequest, JsonObject
 from agentic_flow.core.ports import Completer
+from agentic_flow.memory.distill import kind_of_task
 from agentic_flow.memory.episodes import mechanical_reflection, read_reflection, reflect_request
 from agentic_flow.memory.judge import mechanical_verdict, writing_model
 from agentic_flow.memory.prompting import (
@@ -339,7 +341,8 @@ def mechanical_contrast(tries: Sequence[Tried]) -> list[JsonObject]:
     bad = [one.trajectory for one in tries if one.verdict.outcome == "failure"]
     if not good and not bad:
         return []
-    task = plain(" ".join(tries[0].trajectory.task.split()), _TASK_CHARS_MAX)
+    done = chain.from_iterable(one.trajectory.steps for one in tries)
+    task = kind_of_task(tries[0].trajectory.task, done, _TASK_CHARS_MAX)
     title = f"for {task!r}"
     counted = f"{len(good)} of {len(good) + len(bad)} tries succeeded"
     found: list[JsonObject] = []
