@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +154,81 @@ steps:
     assert states(result) == {"a": "failed", "b": "completed", "c": "failed"}
     assert result.error is not None
     assert "'c'" in result.error["detail"]
+
+
+def recorded_states(settings: Settings) -> dict[str, str]:
+    """How each workflow and each child stands in the database of runs."""
+    with closing(sqlite3.connect(settings.data_dir / "runs" / "runs.db")) as runs:
+        return dict(runs.execute("SELECT workflow_id, status FROM af_workflows").fetchall())
+
+
+LIVE: dict[str, dict[str, Any]] = {
+    "an agent": {"agent": {"prompt": "Work on it.", "tools": []}},
+    "a team": {"team": {"goal": GOAL, "agents": 2}},
+}
+
+
+@pytest.mark.parametrize("kind", LIVE)
+def test_a_cancelled_workflow_takes_its_live_child_along(tmp_path: Path, kind: str) -> None:
+    """Catches a child that works on for a workflow which is cancelled, steps that follow, a result that says
+    something else, and one that is taken up again by whoever opens the runs next."""
+    flow = tmp_path / "flow.yaml"
+    steps = [
+        {"id": "before", "agent": {"prompt": "Say one.", "tools": []}},
+        {"id": "live", "needs": ["before"], "retry": {"attempts": 3}, "on_failure": "continue", **LIVE[kind]},
+        {"id": "later", "needs": ["live"], "agent": {"prompt": "Say three.", "tools": []}},
+    ]
+    folder = {"inputs": {"folder": {"type": "path"}}, "folders": ["{{ inputs.folder }}"]}
+    flow.write_text(json.dumps({"name": "w", **folder, "steps": steps}), "utf-8")
+    alone = tmp_path / "alone.yaml"
+    alone.write_text('{name: x, steps: [{id: a, agent: {prompt: "Say alone.", tools: []}}]}', "utf-8")
+    inputs = {"folder": str(make_folder(tmp_path))}
+    hangs, hanging = [True], list[str]()
+
+    async def main() -> None:
+        loop, working = asyncio.get_running_loop(), asyncio.Event()
+
+        def answer(request: SeenRequest) -> Reply:
+            if request.last_text.startswith("Say "):
+                return Reply.text("said")
+            if "Split it into at most" in request.last_text or not hangs[0]:
+                return Reply.text("done") if kind == "an agent" else team(request)
+            hanging.append(request.last_text)
+            if len(hanging) == (1 if kind == "an agent" else 2):  # all that are at work are asked now
+                loop.call_soon_threadsafe(working.set)
+            return Reply.broken("hang")
+
+        with FakeProvider(answer) as provider:
+            settings = settings_at(tmp_path, provider)
+            async with AsyncClient(settings=settings) as client, asyncio.timeout(60):
+                run_id = await client.workflows.submit(flow, inputs)
+                await working.wait()
+                assert await client.runs.cancel(run_id)
+                result = await client.runs.wait(run_id)
+                assert (result.run_id, result.state, result.answer) == (run_id, "cancelled", "")
+                assert result.usage.model_calls == (1 if kind == "an agent" else 2)
+                assert await client.runs.cancel(run_id) is False
+                ended = recorded_states(settings)
+                assert ended.pop(f"{run_id}.before") == ended.pop(f"{run_id}.before.try-1") == "completed"
+                if kind == "a team":
+                    assert ended.pop(f"{run_id}.live.try-1.plan") == "completed"
+                assert set(ended) >= {run_id, f"{run_id}.live", f"{run_id}.live.try-1"}
+                assert set(ended.values()) == {"cancelled"}
+                assert f"{run_id}.later" not in ended
+                asked = [request.last_text for request in provider.requests]
+                # Whatever else the engine does, of this one nothing goes on.
+                other = await client.workflows.run(alone)
+                assert other.state == "completed"
+                assert [request.last_text for request in provider.requests] == [*asked, "Say alone."]
+                assert await client.runs.show(run_id) == result
+                hangs[0] = False
+                resumed = await client.runs.resume(run_id)
+                assert resumed.state == "completed", resumed.error
+                assert states(resumed) == {"before": "completed", "live": "completed", "later": "completed"}
+                texts = [request.last_text for request in provider.requests]
+                assert (texts.count("Say one."), texts.count("Say three.")) == (1, 1)
+
+    asyncio.run(main())
 
 
 def test_bad_requests_are_refused_before_anything_is_stored(tmp_path: Path) -> None:
