@@ -19,6 +19,7 @@ from agentic_flow.core.ports import StepContext, WorkflowContext
 from agentic_flow.swarm import checkpoints
 from agentic_flow.swarm.checkpoints import Accept, Checkpoint, CheckpointWriter
 from agentic_flow.swarm.engine import SqlRunEngine
+from agentic_flow.swarm.event_log import events_of
 from agentic_flow.swarm.leases import VERSION, Leases, RunDatabase
 from agentic_flow.swarm.reader import RunReader
 from agentic_flow.swarm.scheduling import TAKEOVERS_MAX, Fence
@@ -61,7 +62,8 @@ def step(workflow_id: str, index: int, fence: Fence = MINE, *, name: str | None 
 
 
 def end(workflow_id: str, fence: Fence = MINE, status: str = "completed") -> Checkpoint:
-    return checkpoints.ended(workflow_id.partition(".")[0], workflow_id, fence, status, "{}", None, 3.0)
+    root_id = workflow_id.partition(".")[0]
+    return checkpoints.ended(root_id, workflow_id, fence, "flow", status, "{}", None, 3.0)
 
 
 def recorded(database: RunDatabase) -> set[tuple[str, int]]:
@@ -83,6 +85,7 @@ class Counting:
         self.transactions = 0
         self.refuses = 0
         self.for_update = database.for_update
+        self.is_sqlite = database.is_sqlite
 
     def transaction(self) -> Any:
         self.transactions += 1
@@ -350,3 +353,58 @@ async def test_a_thousand_queued_runs_wait_in_order(tmp_path: Path) -> None:
     assert order.index("quiet-1") <= 4
     reader = RunReader(None, tmp_path, lease_s=LEASE_S)
     assert len(reader.list_workflows("loud", name="flow", states=["completed"], limit=2000)) == 1000
+
+
+def told(database: RunDatabase, root_id: str = "a") -> list[tuple[int, str, str]]:
+    with database.reading() as connection:
+        return [(e.sequence, e.kind, e.agent) for e in events_of(connection, root_id, 0)]
+
+
+async def test_a_repeated_transaction_tells_once(database: RunDatabase) -> None:
+    """Catches an event written twice, or a number left out, when the answer to a commit was lost."""
+    operations = [
+        [Accept(row("a"))],
+        [step("a", 1), checkpoints.new_children("a", "a", MINE, [row("a.x", "a")])],
+        [step("a.x", 1), end("a.x"), step("a", 2)],
+        [end("a")],
+    ]
+    for each in operations:
+        first = checkpoints.write(database, each)
+        assert checkpoints.write(database, each, again=True) == first or each is operations[2]
+    assert told(database) == [
+        (1, "accepted", ""),
+        (2, "started", ""),
+        (3, "step_finished", ""),
+        (4, "child_started", "x"),
+        (5, "step_finished", "x"),
+        (6, "child_ended", "x"),
+        (7, "step_finished", ""),
+        (8, "ended", ""),
+    ]
+
+
+async def test_what_is_refused_is_not_told(database: RunDatabase) -> None:
+    """Catches events of steps that a fence kept out of the store."""
+    checkpoints.write(database, [Accept(row("a"))])
+    checkpoints.write(database, [step("a", 1, Fence("you", 1)), step("a", 1), step("a", 2, Fence("me", 2))])
+    assert told(database) == [(1, "accepted", ""), (2, "started", ""), (3, "step_finished", "")]
+
+
+async def test_runs_without_a_log(database: RunDatabase, tmp_path: Path) -> None:
+    """Catches runs of older builds that have no events, or others after they were cancelled."""
+    checkpoints.write(database, [Accept(row("a"))])
+    checkpoints.write(database, [checkpoints.new_children("a", "a", MINE, [row("a.x", "a")])])
+    checkpoints.write(database, [step("a.x", 1), step("a.x", 2)])
+    checkpoints.write(database, [end("a.x")])
+    logged = told(database)
+    with closing(sqlite3.connect(tmp_path / "runs" / "runs.db")) as connection:
+        connection.execute("DROP TABLE af_events")
+        connection.commit()
+    reader = RunReader(None, tmp_path, lease_s=LEASE_S)
+    assert [(e.sequence, e.kind, e.agent) for e in reader.events("a")] == logged
+    database.create()
+    assert [(e.sequence, e.kind, e.agent) for e in reader.events("a")] == logged
+    assert Leases(database, lease_s=LEASE_S).cancel("a")
+    assert told(database) == [*logged, (len(logged) + 1, "cancelled", "")]
+    assert Leases(database, lease_s=LEASE_S).erase_tenant("t") == 1
+    assert database.rows("SELECT * FROM af_events") == [], "events of an erased tenant are left"

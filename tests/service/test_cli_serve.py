@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import urllib.error
@@ -14,7 +15,7 @@ import pytest
 from cli_process import Place
 from scripted_team import GOAL, make_folder, team
 
-from agentic_flow.client import Client
+from agentic_flow.client import AsyncClient, Client
 from agentic_flow.core.settings import load
 from agentic_flow.testing.fake_provider import FakeProvider, Reply
 from agentic_flow.testing.fake_wires import SeenRequest
@@ -44,6 +45,21 @@ def remote(url: str, place: Place, token: str | None = None) -> Client:
     return Client(url, token=token, settings=settings)
 
 
+async def check_events_go_on_anywhere(url: str, place: Place, run_id: str) -> None:
+    """The stream over HTTP, also from its last event on, which must not wait for another."""
+    settings = load(
+        {"data_dir": str(place.folder / "client")},
+        environ={},
+        directory=place.folder,
+        user_config=place.folder / "none.toml",
+    ).settings
+    async with AsyncClient(url, settings=settings) as client, asyncio.timeout(30):
+        whole = [event async for event in client.runs.events(run_id) if event.kind != "ingest_progress"]
+        assert [event.sequence for event in whole] == list(range(1, len(whole) + 1))
+        for after in (1, len(whole) - 1, len(whole)):
+            assert [event async for event in client.runs.events(run_id, after=after)] == whole[after:]
+
+
 def test_three_services_answer_as_the_embedded_client_does(tmp_path: Path) -> None:
     """Catches a service without health or metrics, a run that differs over HTTP, and an unclean end."""
     place = Place(tmp_path)
@@ -64,6 +80,7 @@ def test_three_services_answer_as_the_embedded_client_does(tmp_path: Path) -> No
             result = client.run(QUESTION, input=folder, on_event=lambda event: events.append(event.kind))
             assert [run.run_id for run in client.runs.list()] == [result.run_id]
         assert events[-1] == "run_finished"
+        asyncio.run(check_events_go_on_anywhere(urls["swarm"], place, result.run_id))
         assert result.state == "completed"
         got = [citation.model_dump() for citation in result.citations]
         assert got == embedded.data["citations"]

@@ -64,8 +64,15 @@ def test_the_async_client_takes_the_same_calls(tmp_path: Path) -> None:
         async with AsyncClient(settings=settings_at(tmp_path, provider)) as client:
             first = await client.runs.submit(GOAL, input=folder, agents=2, idempotency_key="one")
             assert await client.runs.submit(GOAL, input=folder, agents=2, idempotency_key="one") == first
-            kinds = [event.kind async for event in client.runs.events(first)]
-            assert kinds.count("run_finished") == 1
+            events = [event async for event in client.runs.events(first)]
+            stored = [event for event in events if event.kind != "ingest_progress"]
+            assert [event.sequence for event in stored] == list(range(1, len(stored) + 1))
+            kinds = [event.kind for event in stored]
+            assert (kinds[0], kinds[-1], kinds.count("run_finished")) == ("run_accepted", "run_finished", 1)
+            assert kinds.count("agent_started") == kinds.count("agent_finished") > 0
+            assert any(event.data.get("assignments") for event in stored if event.name == "assign")
+            for after in (1, len(stored) // 2, len(stored)):
+                assert [event async for event in client.runs.events(first, after=after)] == stored[after:]
             result = await client.runs.wait(first)
             assert ANSWER_LINE in result.answer
             assert result.citations[0].label == TRUE_CITATION

@@ -204,7 +204,8 @@ class _Lines:
         elif event.kind == "step_finished" and event.name == "ingest":
             talk("input read")
         elif event.kind == "agent_finished" and event.agent:
-            talk(f"{event.agent}: done after {self._steps.get(event.agent, 0)} steps")
+            state = "done" if event.data.get("state") == "completed" else event.data.get("state")
+            talk(f"{event.agent}: {state} after {self._steps.get(event.agent, 0)} steps")
 
 
 class _Live:
@@ -231,9 +232,12 @@ class _Live:
                 failed = " failed" if event.data.get("error") else ""
                 self._progress.update(task, advance=1, shown=f"{event.name}{failed}")
             case "agent_finished":
-                self._progress.update(self._task(event.agent or ""), total=1, completed=1, shown="done")
+                state = "done" if event.data.get("state") == "completed" else str(event.data.get("state"))
+                self._progress.update(self._task(event.agent or ""), total=1, completed=1, shown=state)
             case "run_finished":
                 self._progress.stop()
+            case _:
+                pass
 
     def _task(self, agent: str) -> TaskID:
         self._progress.update(self._reading, visible=False)

@@ -327,6 +327,37 @@ class StepRecord:
     completed_at_s: float | None
 
 
+EventKind = Literal[
+    "accepted",
+    "started",
+    "step_finished",
+    "child_started",
+    "child_ended",
+    "taken_over",
+    "given_up",
+    "cancelled",
+    "ended",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class EventRecord:
+    """Something that happened in a workflow or below it. `sequence` counts from 1 without gaps.
+
+    `agent` is the part of the workflow's id below the top-level one, "" for that itself; `name` is the step's
+    or the workflow's. `data`: `index` and perhaps `error` of a step; `state` (and a child's `error`) of an
+    end; `asked` (somebody resumed it) and `epoch` of `taken_over`.
+    """
+
+    workflow_id: str
+    sequence: int
+    kind: EventKind
+    at_s: float
+    agent: str
+    name: str
+    data: JsonObject
+
+
 @dataclass(frozen=True, slots=True)
 class WorkflowRecord:
     """One workflow as the store has it; `state` is derived from the store and the owner's lease."""
@@ -375,6 +406,14 @@ class RunEngine(Protocol):
 
     async def steps(self, workflow_id: str) -> list[StepRecord]:
         """Recorded steps of the workflow and of its children, in order of completion."""
+        ...
+
+    async def events(self, workflow_id: str, after: int = 0) -> list[EventRecord]:
+        """What happened in a top-level workflow and below it, with a sequence number above `after`, in order.
+
+        An event is stored together with what it tells of: whoever has seen number n misses nothing by asking
+        for those above n, in whichever process.
+        """
         ...
 
     async def resume(self, workflow_id: str) -> bool:

@@ -20,7 +20,8 @@ import structlog
 
 from agentic_flow.core.errors import AgenticFlowError, Unavailable
 from agentic_flow.core.sql import Connection, SqlDatabase, execute
-from agentic_flow.swarm.scheduling import Fence, Permission, StoredWorkflow, may_record
+from agentic_flow.swarm.event_log import EventRow, append, end_data, event, step_data
+from agentic_flow.swarm.scheduling import UNFINISHED, Fence, Permission, StoredWorkflow, may_record
 
 # ruff: noqa: S608 - what is interpolated into SQL here is constants; values are bound.
 
@@ -80,6 +81,7 @@ class Checkpoint:
         fence: What its process believes to hold.
         statement: One of this module.
         rows: What is bound to it, once for each.
+        events: What it adds to the run's event log.
         ending: The status that the workflow has afterwards, if this ends it.
     """
 
@@ -88,6 +90,7 @@ class Checkpoint:
     fence: Fence
     statement: str
     rows: Sequence[Bindings]
+    events: Sequence[EventRow]
     ending: str | None = None
 
 
@@ -97,24 +100,31 @@ Answer = bool | Permission
 
 def recorded_step(root_id: str, workflow_id: str, fence: Fence, row: Bindings) -> Checkpoint:
     """A step's result."""
-    return Checkpoint(root_id, workflow_id, fence, _INSERT_STEP, (row,))
+    data = step_data(row["step_index"], row["error"])
+    told = event(root_id, workflow_id, "step_finished", row["completed_at_s"], row["name"], data)
+    return Checkpoint(root_id, workflow_id, fence, _INSERT_STEP, (row,), (told,))
 
 
 def new_children(root_id: str, workflow_id: str, fence: Fence, rows: Sequence[Bindings]) -> Checkpoint:
     """Children that the workflow starts."""
-    return Checkpoint(root_id, workflow_id, fence, _INSERT_WORKFLOW, rows)
+    told = [
+        event(root_id, row["workflow_id"], "child_started", row["accepted_at_s"], row["name"]) for row in rows
+    ]
+    return Checkpoint(root_id, workflow_id, fence, _INSERT_WORKFLOW, rows, told)
 
 
-def started(root_id: str, fence: Fence, now_s: float) -> Checkpoint:
+def started(root_id: str, fence: Fence, name: str, now_s: float) -> Checkpoint:
     """A top-level workflow that waited has got its place."""
     row = {"workflow_id": root_id, "now": now_s}
-    return Checkpoint(root_id, root_id, fence, _START, (row,))
+    told = event(root_id, root_id, "started", now_s, name)
+    return Checkpoint(root_id, root_id, fence, _START, (row,), (told,))
 
 
 def ended(
     root_id: str,
     workflow_id: str,
     fence: Fence,
+    name: str,
     status: str,
     output: str | None,
     error: str | None,
@@ -122,7 +132,10 @@ def ended(
 ) -> Checkpoint:
     """A workflow's end."""
     row = {"workflow_id": workflow_id, "status": status, "output": output, "error": error, "now": now_s}
-    return Checkpoint(root_id, workflow_id, fence, _END, (row,), ending=status)
+    is_top = workflow_id == root_id
+    data = end_data(status, None if is_top else error)
+    told = event(root_id, workflow_id, "ended" if is_top else "child_ended", now_s, name, data)
+    return Checkpoint(root_id, workflow_id, fence, _END, (row,), (told,), ending=status)
 
 
 class CheckpointWriter:
@@ -249,15 +262,22 @@ def write(database: SqlDatabase, operations: Sequence[Operation], *, again: bool
     answers: list[Answer] = [False] * len(operations)
     with database.transaction() as connection:
         accepts = [(o.row["workflow_id"], n) for n, o in enumerate(operations) if isinstance(o, Accept)]
+        told: list[EventRow] = []
         for _, number in sorted(accepts):  # in one order everywhere, so that two processes cannot deadlock
-            answers[number] = _accepted(connection, cast(Accept, operations[number]).row, again)
+            answers[number] = _accepted(connection, cast(Accept, operations[number]).row, again, told)
+        new = {row[0] for row in told}
         if len(accepts) < len(operations):
-            _write_checkpoints(connection, operations, answers, database.for_update)
+            _write_checkpoints(connection, operations, answers, database.for_update, told)
+        append(connection, told, new=new, sqlite=database.is_sqlite, again=again)
     return answers
 
 
-def _accepted(connection: Connection, row: Bindings, again: bool) -> bool:
+def _accepted(connection: Connection, row: Bindings, again: bool, told: list[EventRow]) -> bool:
     if connection.execute(_INSERT_WORKFLOW, row).rowcount == 1:
+        of = (row["workflow_id"], row["workflow_id"])
+        told.append(event(*of, "accepted", row["accepted_at_s"], row["name"]))
+        if row["status"] == "running":
+            told.append(event(*of, "started", row["accepted_at_s"], row["name"]))
         return True
     if not again:
         return False
@@ -272,7 +292,11 @@ def _accepted(connection: Connection, row: Bindings, again: bool) -> bool:
 
 
 def _write_checkpoints(
-    connection: Connection, operations: Sequence[Operation], answers: list[Answer], for_update: str
+    connection: Connection,
+    operations: Sequence[Operation],
+    answers: list[Answer],
+    for_update: str,
+    told: list[EventRow],
 ) -> None:
     checkpoints = [(n, o) for n, o in enumerate(operations) if isinstance(o, Checkpoint)]
     stored = _stored(connection, {i for _, o in checkpoints for i in (o.root_id, o.workflow_id)}, for_update)
@@ -287,6 +311,8 @@ def _write_checkpoints(
         if permission != "granted":
             continue
         rows.setdefault(operation.statement, []).extend(operation.rows)
+        if operation.ending is None or stored[operation.workflow_id].status in UNFINISHED:
+            told += operation.events  # of an end that is written twice, once
         if operation.ending is not None:  # for what comes after it in this transaction
             before = stored[operation.workflow_id]
             stored[operation.workflow_id] = StoredWorkflow(operation.ending, before.executor_id, before.epoch)

@@ -31,7 +31,7 @@ from agentic_flow.core.errors import (
     as_problem,
 )
 from agentic_flow.core.messages import JsonObject
-from agentic_flow.core.ports import RunState, StepRecord, Workflow, WorkflowRecord
+from agentic_flow.core.ports import EventRecord, RunState, StepRecord, Workflow, WorkflowRecord
 from agentic_flow.swarm import checkpoints
 from agentic_flow.swarm.checkpoints import Accept, Checkpoint, CheckpointWriter
 from agentic_flow.swarm.execution import (
@@ -305,6 +305,10 @@ class SqlRunEngine:
         """See RunEngine."""
         return await asyncio.to_thread(self._reader.steps, workflow_id)
 
+    async def events(self, workflow_id: str, after: int = 0) -> list[EventRecord]:
+        """See RunEngine."""
+        return await asyncio.to_thread(self._reader.events, workflow_id, after)
+
     async def resume(self, workflow_id: str) -> bool:
         """See RunEngine.
 
@@ -453,7 +457,9 @@ class SqlRunEngine:
         run = execution.run
         is_top = execution.workflow_id == run.workflow_id
         if is_top and not run.starts_at_once:
-            await self.record(execution, checkpoints.started(run.workflow_id, run.fence, self.clock.time_s()))
+            await self.record(
+                execution, checkpoints.started(run.workflow_id, run.fence, run.name, self.clock.time_s())
+            )
         output, problem = await self._outcome(execution)
         await self.drop_abandoned(execution)
         if execution.stopped is not None:
@@ -465,7 +471,14 @@ class SqlRunEngine:
         await self.record(
             execution,
             checkpoints.ended(
-                run.workflow_id, execution.workflow_id, run.fence, status, output, error, now_s
+                run.workflow_id,
+                execution.workflow_id,
+                run.fence,
+                execution.name,
+                status,
+                output,
+                error,
+                now_s,
             ),
         )
         if not is_top:

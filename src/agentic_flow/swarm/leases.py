@@ -1,11 +1,12 @@
 """The run database: who owns which workflow, and what the store says about it.
 
-Three tables, in SQLite or PostgreSQL:
+Four tables, in SQLite or PostgreSQL:
 
     af_executors  one row per process, with its last heartbeat
     af_workflows  one row per workflow. A top-level one carries its owner, and an epoch that grows when it
                   changes hands; its children, their children and so on are rows of their own below it
     af_steps      one row per recorded step, under the number that it has in its workflow
+    af_events     one row per thing that happened in a tree, numbered in it (`event_log`)
 
 An owner is alive while its heartbeat is fresh and, on SQLite, while it holds the lock on its lock file: the
 operating system drops that at once when the process dies, which makes `kill -9` visible without waiting.
@@ -25,8 +26,11 @@ from typing import Any
 
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
 from agentic_flow.core.errors import Conflict, Unavailable
+from agentic_flow.core.messages import JsonObject
+from agentic_flow.core.ports import EventKind
 from agentic_flow.core.sql import Connection, SqlDatabase, execute
 from agentic_flow.swarm.dbos_import import import_runs
+from agentic_flow.swarm.event_log import append, create_events, event, written_down
 from agentic_flow.swarm.locks import hold_lock, is_locked, lock_path
 from agentic_flow.swarm.scheduling import UNFINISHED, Fence, claim_verdict, is_alive
 
@@ -77,12 +81,13 @@ class RunDatabase(SqlDatabase):
 
     def __init__(self, database_url: str | None, data_dir: Path, *, pooled: bool = True) -> None:
         self.folder = data_dir / "runs"
+        self._tables = (*_CREATE, create_events(sqlite=not database_url))
         super().__init__(
             database_url,
             self.folder / "runs.db",
             name="run database",
             setting="swarm.database_url",
-            create=_CREATE,
+            create=self._tables,
             pooled=pooled,
         )
 
@@ -95,7 +100,7 @@ class RunDatabase(SqlDatabase):
             DataCorrupted: the database file is damaged.
         """
         if self.has_table("af_leases"):
-            import_runs(self, _CREATE, self.folder / "executors")
+            import_runs(self, self._tables, self.folder / "executors")
         super().create()
 
     def has_runs(self) -> bool:
@@ -281,6 +286,7 @@ class Leases:
                     id=workflow_id,
                     now=self._clock.time_s(),
                 )
+                self._tell(connection, workflow_id, "given_up", str(row[5]), {"takeovers": int(row[3])})
                 return None
             if row[4] != VERSION:
                 raise Conflict(
@@ -288,6 +294,8 @@ class Leases:
                     f"continues {VERSION!r}",
                     hint="resume it with the version of agentic-flow that started it",
                 )
+            data: JsonObject = {"asked": asked, "epoch": epoch + 1}
+            self._tell(connection, workflow_id, "taken_over", str(row[5]), data)
             self._take(connection, workflow_id, executor_id, status, asked=asked)
             return Claim(
                 workflow_id=workflow_id,
@@ -379,10 +387,11 @@ class Leases:
             if root is None or (only_as is not None and Fence(str(root[0]), int(root[1])) != only_as):
                 return False
             top = execute(
-                connection, "SELECT status FROM af_workflows WHERE workflow_id = :id", id=workflow_id
+                connection, "SELECT status, name FROM af_workflows WHERE workflow_id = :id", id=workflow_id
             ).first()
             if top is None or top[0] not in (*UNFINISHED, "given_up"):
                 return False
+            self._tell(connection, workflow_id, "cancelled", str(top[1]), {"state": "cancelled"})
             execute(
                 connection,
                 "UPDATE af_workflows SET status = 'cancelled', cancelled_with = :id, updated_at_s = :now, "
@@ -414,9 +423,20 @@ class Leases:
                 bindings = tree_of(str(root))
                 execute(connection, f"DELETE FROM af_steps WHERE workflow_id IN ({tree})", **bindings)
                 execute(connection, f"DELETE FROM af_workflows WHERE {TREE}", **bindings)
+                execute(connection, "DELETE FROM af_events WHERE root_id = :id", id=root)
         return len(roots)
 
     # ---- plumbing ----------------------------------------------------------------------------------------
+
+    def _tell(
+        self, connection: Connection, workflow_id: str, kind: EventKind, name: str, data: JsonObject
+    ) -> None:
+        """Add to the event log of a tree whose top-level row this transaction holds."""
+        root_id = root_of(workflow_id)
+        sqlite = self._database.is_sqlite
+        written_down(connection, root_id, sqlite=sqlite)
+        told = event(root_id, workflow_id, kind, self._clock.time_s(), name, data)
+        append(connection, [told], sqlite=sqlite)
 
     def _has_runs(self) -> bool:
         self._runs_seen = self._runs_seen or self._database.has_runs()

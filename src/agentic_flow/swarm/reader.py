@@ -11,8 +11,9 @@ import orjson
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
 from agentic_flow.core.errors import AgenticFlowError, DataCorrupted, LimitExceeded, as_problem
 from agentic_flow.core.messages import JsonObject
-from agentic_flow.core.ports import RunState, StepRecord, WorkflowRecord
+from agentic_flow.core.ports import EventRecord, RunState, StepRecord, WorkflowRecord
 from agentic_flow.core.sql import execute
+from agentic_flow.swarm.event_log import events_of
 from agentic_flow.swarm.leases import TREE, Leases, RunDatabase, root_of, tree_of
 from agentic_flow.swarm.scheduling import TAKEOVERS_MAX, UNFINISHED, state_of
 
@@ -43,13 +44,14 @@ class RunReader:
     ) -> None:
         self._database = RunDatabase(database_url, data_dir, pooled=False)
         self._leases = Leases(self._database, lease_s=lease_s, clock=clock)
-        self._ready = False
+        self._ready = self._has_log = False
 
     @classmethod
     def on(cls, database: RunDatabase, leases: Leases) -> RunReader:
         """A reader over connections that somebody else opens and closes."""
         reader = cls.__new__(cls)
-        reader._database, reader._leases, reader._ready = database, leases, False
+        reader._database, reader._leases = database, leases
+        reader._ready = reader._has_log = False
         return reader
 
     def get(self, workflow_id: str) -> WorkflowRecord | None:
@@ -91,6 +93,14 @@ class RunReader:
             **tree_of(workflow_id),
         )
         return [_step(row) for row in rows]
+
+    def events(self, workflow_id: str, after: int = 0) -> list[EventRecord]:
+        """What happened in a top-level workflow and below it, with a sequence number above `after`."""
+        if not self._is_ready():
+            return []
+        self._has_log = self._has_log or self._database.has_table("af_events")
+        with self._database.reading() as connection:
+            return events_of(connection, workflow_id, after, has_log=self._has_log)
 
     def _is_ready(self) -> bool:
         self._ready = self._ready or self._database.has_runs()

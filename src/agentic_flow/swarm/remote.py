@@ -90,6 +90,7 @@ class RemoteSwarm(HttpTwin):
         """See RunService. A stream that breaks is opened again after the last event seen."""
         failures = 0
         while True:
+            came = False
             try:
                 async with aclosing(
                     self.stream_events(
@@ -97,12 +98,14 @@ class RemoteSwarm(HttpTwin):
                     )
                 ) as stream:
                     async for sent in stream:
-                        failures = 0
+                        failures, came = 0, True
                         event = RunEvent.model_validate_json(sent.data)
                         yield event
                         if event.kind == "run_finished":
                             return
                         after = max(after, event.sequence)
+                if not came and (await self.show(principal, run_id)).state in _ENDED:
+                    return  # nothing is above `after`, and nothing will be
             except Unavailable:
                 failures += 1
                 if failures >= self._attempts:

@@ -208,16 +208,33 @@ class RunResult(Frozen):
     updated_at_s: float = 0.0
 
 
-class RunEvent(Frozen):
-    """Something that happened in a run. `sequence` grows by one per event of a run, from 1.
+RunEventKind = Literal[
+    "run_accepted",
+    "run_started",
+    "run_taken_over",
+    "run_given_up",
+    "run_cancelled",
+    "run_finished",
+    "agent_started",
+    "agent_finished",
+    "step_finished",
+    "ingest_progress",
+]
 
-    Kinds: `ingest_progress` (done, total files; live only), `step_finished` (agent, name: a model or tool
-    call or another recorded step; of a step `assign` the data say who works next, on whose words, in which
-    shape, and why if it changed), `agent_finished`, `run_finished`.
+
+class RunEvent(Frozen):
+    """Something that happened in a run. `sequence` counts the stored events of a run, from 1 without gaps.
+
+    Kinds: `run_accepted`, `run_started`, `run_taken_over` (by another process, or resumed: `asked`),
+    `agent_started`, `step_finished` (agent, name: a model or tool call or another recorded step; of a step
+    `assign` the data say who works next, on whose words, in which shape, and why if it changed),
+    `agent_finished` (state, error), `run_given_up` (taken over too often), `run_cancelled` (and resumed
+    later), `run_finished` (state, error), which is the last. `ingest_progress` (done, total files) is live
+    only: it is not stored, and bears the number of the event before it.
     """
 
     sequence: int
-    kind: Literal["ingest_progress", "step_finished", "agent_finished", "run_finished"]
+    kind: RunEventKind
     at_s: float
     agent: str | None = None
     name: str | None = None

@@ -6,15 +6,16 @@ import asyncio
 import hashlib
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from agentic_flow.core.auth import LOCAL_OWNER, Principal
 from agentic_flow.core.errors import Conflict, Forbidden, NotFound
-from agentic_flow.core.messages import Completion, ModelInfo
+from agentic_flow.core.messages import Completion, JsonObject, ModelInfo
 from agentic_flow.core.ports import (
     Completer,
+    EventRecord,
     RunEngine,
     RunState,
     StepRecord,
@@ -37,6 +38,7 @@ from agentic_flow.swarm.runs import (
     AgentReport,
     RoleChoice,
     RunEvent,
+    RunEventKind,
     RunResult,
     RunSpec,
     RunStep,
@@ -235,35 +237,48 @@ class Swarm:
         return cancelled
 
     async def events(self, principal: Principal, run_id: str, *, after: int = 0) -> AsyncIterator[RunEvent]:
-        await self._record(principal, run_id)
-        sent = 0
-        seen: set[tuple[str, int]] = set()
         shown_ingest: tuple[int, int] | None = None
+        has_begun = False
         while True:
+            # Read before its events: what they miss of an end that this record tells of, nobody will add.
             record = await self._record(principal, run_id)
             ingest = self._ingest_progress.get(run_id)
             if ingest is not None and ingest != shown_ingest:
                 shown_ingest = ingest
                 data = {"done": ingest[0], "total": ingest[1]}
-                yield RunEvent(sequence=sent, kind="ingest_progress", at_s=time.time(), data=data)
-            for step in await self._engine.steps(run_id):
-                key = (step.workflow_id, step.index)
-                if key in seen:
-                    continue
-                seen.add(key)
-                sent += 1
-                if sent > after:
-                    yield _step_event(run_id, sent, step)
-            if record.state in _ENDED:
+                yield RunEvent(sequence=after, kind="ingest_progress", at_s=time.time(), data=data)
+            found = await self._engine.events(run_id, after)
+            for event in await self._run_events(record, found):
+                after = event.sequence
+                has_begun = has_begun or event.kind == "step_finished"
+                yield event
+                if event.kind == "run_finished":
+                    return
+            if record.state in _ENDED and not found:
+                return  # the caller has seen the end
+            if not found:
+                await asyncio.sleep(_POLL_S if has_begun else _INGEST_EVENT_INTERVAL_S)
+
+    async def _run_events(self, record: WorkflowRecord, found: Sequence[EventRecord]) -> list[RunEvent]:
+        """As callers see them; the last is left for later when only a later record can say what it is."""
+        assignments: dict[tuple[str, int], JsonObject] = {}
+        if any(event.name == "assign" for event in found):
+            steps = await self._engine.steps(record.workflow_id)
+            assignments = {
+                (s.workflow_id, s.index): s.output for s in steps if s.name == "assign" and s.output
+            }
+        shown: list[RunEvent] = []
+        for event in found:
+            is_cancelled = event.kind == "cancelled" and not event.agent and event is found[-1]
+            if event.kind != "ended" and not is_cancelled:
+                shown.append(_run_event(event, assignments))
+            elif record.state in _ENDED:
                 result = await self._result(record)
-                yield RunEvent(
-                    sequence=sent + 1,
-                    kind="run_finished",
-                    at_s=record.updated_at_s,
-                    data={"state": result.state, "error": result.error},
+                data = {"state": result.state, "error": result.error}
+                shown.append(
+                    RunEvent(sequence=event.sequence, kind="run_finished", at_s=event.at_s, data=data)
                 )
-                return
-            await asyncio.sleep(_INGEST_EVENT_INTERVAL_S if not seen else _POLL_S)
+        return shown
 
     async def _keep_cancelled(self, record: WorkflowRecord) -> None:
         """What a cancelled run did is experience as well; nothing runs in it that could still store that."""
@@ -434,15 +449,33 @@ def _step(run_id: str, step: StepRecord) -> RunStep:
     )
 
 
-def _step_event(run_id: str, sequence: int, step: StepRecord) -> RunEvent:
-    shown = _step(run_id, step)
+_KINDS: dict[str, RunEventKind] = {
+    "accepted": "run_accepted",
+    "started": "run_started",
+    "taken_over": "run_taken_over",
+    "given_up": "run_given_up",
+    "cancelled": "run_cancelled",
+    "step_finished": "step_finished",
+    "child_started": "agent_started",
+    "child_ended": "agent_finished",
+}
+
+
+def _run_event(event: EventRecord, assignments: Mapping[tuple[str, int], JsonObject]) -> RunEvent:
+    data = dict(event.data)
+    if event.kind == "step_finished":
+        index = int(data.pop("index"))
+        below = f"{event.workflow_id}.{event.agent}" if event.agent else event.workflow_id
+        data = data or assignments.get((below, index), {})
+    kind = "agent_finished" if event.kind == "cancelled" and event.agent else _KINDS[event.kind]
+    name = event.name if event.kind == "step_finished" else None
     return RunEvent(
-        sequence=sequence,
-        kind="step_finished",
-        at_s=step.completed_at_s or 0.0,
-        agent=shown.agent,
-        name=shown.name,
-        data={"error": shown.error} if shown.error else shown.output or {} if shown.name == "assign" else {},
+        sequence=event.sequence,
+        kind=kind,
+        at_s=event.at_s,
+        agent=event.agent or "run",
+        name=name,
+        data=data,
     )
 
 

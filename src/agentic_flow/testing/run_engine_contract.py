@@ -14,7 +14,7 @@ from typing import Protocol
 
 from agentic_flow.core.errors import AgenticFlowError, Conflict, DeadlineExceeded, ProviderFailed, Unavailable
 from agentic_flow.core.messages import JsonObject
-from agentic_flow.core.ports import RunEngine, RunState, StepContext, Workflow, WorkflowContext
+from agentic_flow.core.ports import EventRecord, RunEngine, RunState, StepContext, Workflow, WorkflowContext
 
 TIMEOUT_S = 30.0
 TENANT = "tenant-a"
@@ -661,6 +661,81 @@ async def leaves_unknown_workflows_alone(case: RunEngineCase) -> None:
         assert (await engine.wait(case.id("run"))).state == "completed"
 
 
+async def tells_what_happened(case: RunEngineCase) -> None:
+    """The event log of a tree has numbers without gaps, and a reader that goes on from any misses nothing."""
+
+    async def child(context: WorkflowContext, payload: JsonObject) -> JsonObject:
+        journal = Journal()
+        for name in ("one", "two"):
+            await context.step(name, journal.note(name))
+        if payload["fails"]:
+            raise Conflict("no", hint="yes")
+        return {}
+
+    async def parent(context: WorkflowContext, payload: JsonObject) -> JsonObject:
+        await context.step("before", Journal().note("before"))
+        return await context.children(case.id("child"), {f"c{n}": {"fails": n == 3} for n in range(12)})
+
+    run = case.id("run")
+    reader = case.make()
+    seen: list[EventRecord] = []
+    async with case.engine(parent=parent, child=child) as engine:
+        await engine.start(case.id("parent"), run, {}, tenant=TENANT)
+        async with asyncio.timeout(TIMEOUT_S):
+            while not seen or seen[-1].kind != "ended":
+                seen += await reader.events(run, after=len(seen))
+        log = await engine.events(run)
+    assert seen == log
+    assert [event.sequence for event in log] == list(range(1, len(log) + 1))
+    assert [event.kind for event in log[:2]] == ["accepted", "started"]
+    assert (log[2].kind, log[2].agent, log[2].name, log[2].data) == (
+        "step_finished",
+        "",
+        "before",
+        {"index": 1},
+    )
+    assert log[-1].data == {"state": "completed"}
+    for number in range(12):
+        mine = [event for event in log if event.agent == f"c{number}"]
+        assert [event.kind for event in mine] == [
+            "child_started",
+            "step_finished",
+            "step_finished",
+            "child_ended",
+        ]
+        assert [event.name for event in mine[1:3]] == ["one", "two"]
+        error = mine[-1].data.get("error", {})
+        assert (mine[-1].data["state"], error.get("hint")) == (
+            ("failed", "yes") if number == 3 else ("completed", None)
+        )
+    assert await reader.events(run, after=len(log)) == []
+    assert await reader.events(case.id("stranger")) == []
+
+
+async def tells_of_changes_of_hands(case: RunEngineCase) -> None:
+    """Cancelling, resuming and taking over are events of the same numbering, whichever process does it."""
+    journal = Journal()
+
+    async def flow(context: WorkflowContext, payload: JsonObject) -> JsonObject:
+        return await context.step("held", journal.hold("held"))
+
+    run = case.id("run")
+    async with case.engine(flow=flow) as engine:
+        await engine.start(case.id("flow"), run, {}, tenant=TENANT)
+        await journal.begun.wait()
+    async with case.engine(flow=flow) as engine, case.engine() as other:
+        assert await engine.resume_interrupted() == [run]
+        assert await other.cancel(run)
+        journal.gate.set()
+        assert await engine.resume(run)
+        await engine.wait(run)
+        log = await other.events(run)
+    kinds = [event.kind for event in log if event.kind != "started"]
+    assert kinds == ["accepted", "taken_over", "cancelled", "taken_over", "step_finished", "ended"]
+    assert [event.data["asked"] for event in log if event.kind == "taken_over"] == [False, True]
+    assert [event.sequence for event in log] == list(range(1, len(log) + 1))
+
+
 CHECKS: tuple[Callable[[RunEngineCase], Awaitable[None]], ...] = (
     runs_and_records,
     accepts_an_id_once,
@@ -681,4 +756,6 @@ CHECKS: tuple[Callable[[RunEngineCase], Awaitable[None]], ...] = (
     opens_again_and_again,
     works_beside_another,
     leaves_unknown_workflows_alone,
+    tells_what_happened,
+    tells_of_changes_of_hands,
 )
