@@ -245,6 +245,14 @@ def check_exactly_once(store: Store, run: str, kills: int) -> None:
     assert set(counts) == store.recorded_keys(run)
     assert len(counts) == CHILDREN * STEPS + 2
     assert sum(counts.values()) - len(counts) <= kills * CHILDREN
+    log = store.reader().events(run)
+    assert [event.sequence for event in log] == list(range(1, len(log) + 1))
+    told = [(event.agent, event.data["index"]) for event in log if event.kind == "step_finished"]
+    steps = store.reader().steps(run)
+    assert sorted(told) == sorted((step.workflow_id[len(run) + 1 :], step.index) for step in steps)
+    ends = Counter(event.kind for event in log if event.kind in ("child_ended", "ended"))
+    assert ends == {"child_ended": CHILDREN, "ended": 1}
+    assert log[-1].kind == "ended"
 
 
 def kill_at_random_points(store: Store, kills_wanted: int, seed: int) -> None:
