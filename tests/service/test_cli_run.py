@@ -27,6 +27,7 @@ BESIDE = {
     "error",
     "created_at_s",
     "updated_at_s",
+    "workflow",
 }
 QUESTION = "What switches the kettle off when the temperature reaches the limit?"
 

@@ -611,15 +611,16 @@ def test_a_run_whose_budget_ends_fails_and_says_so(tmp_path: Path, limit_usd: st
         whole = place.run("run", GOAL, "--input", folder, "--agents", "2", "--json")
         assert whole.code == 0, whole.err
         used = place.run("models", "usage", "--by", "agent,run", "--json").data["rows"]
-        assert {row["agent"] for row in used} == {
+        team_rows = [row for row in used if row["agent"] != "memory"]  # which learns when the answer is out
+        assert {row["agent"] for row in team_rows} == {
             "planner",
             "worker-1",
             "worker-2",
             "reviewer",
             "synthesizer",
         }
-        assert {row["run"] for row in used} == {whole.data["run_id"]}
-        assert sum(row["calls"] for row in used) == whole.data["usage"]["model_calls"]
+        assert {row["run"] for row in team_rows} == {whole.data["run_id"]}
+        assert sum(row["calls"] for row in team_rows) == whole.data["usage"]["model_calls"]
         file = place.folder / "policies.toml"
         file.write_text(
             f"[[budgets]]\nscope = 'run'\nname = '*'\nlimit_usd = {limit_usd}\nperiod = 'total'\n", "utf-8"
