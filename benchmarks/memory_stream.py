@@ -392,9 +392,9 @@ fewer than two topic words in common with the task. Parameters were chosen on ot
 What harms at 20 %, on the development seeds: half of it is advice from wrong verdicts, a quarter true advice
 about the twin, the rest warnings. A lesson from a single success is believed at 60 % and shown, since under a
 fair judge that is worth far more than it costs; a wrong one is followed until its own failures refute it. To
-show only what is believed at 59 % or more (tried with a change to the credit of uncited items, which is not in
-the product) brought harm down to 5.7 % there, and success below plain append's: in this world the two targets
-are at odds at that rate. No setting that was tried reaches both."""
+show only what is believed at 59 % or more (tried with a change to the credit of uncited items that is not
+in the product) brought harm down to 5.7 % there, and success below plain append's: in this world the two
+targets are at odds at that rate. No setting that was tried reaches both."""
 
 
 def _listed(values: Mapping[float, float]) -> str:
