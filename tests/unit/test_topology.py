@@ -270,6 +270,14 @@ def test_no_usable_work_means_no_merge() -> None:
         assert not [a for a in flat(batches) if a.key == MERGE]
 
 
+def test_an_adaptive_run_with_teams_keeps_its_agents_when_the_shape_changes() -> None:
+    """Catches new names for the same agents: more of them than the run asked for (12 agents, 14 names)."""
+    world = World((Task("t"),), review=Reviewed(0, 2))
+    batches, _ = play("adaptive", Shape(12, teams=(2,)), world)
+    agents = [a.agent for a in flat(batches) if a.key.startswith("turn2-draft-")]
+    assert agents == ["lead-1", "agent-1-1", *(f"agent-{i}" for i in range(1, 11))]
+
+
 @pytest.mark.parametrize("name", sorted(TOPOLOGIES))
 @settings(max_examples=60, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(data=st.data())

@@ -198,7 +198,8 @@ def adaptive(state: TeamState) -> tuple[Assignment, ...]:
         view = _view(state, phase)
         work = _WORK[phase.topology](view)
         if phase is taken[-1] and work.batch:
-            return tuple(_in_phase(a, phase, carried) for a in work.batch)
+            roster = _roster(_view(state, taken[0]))
+            return tuple(_in_phase(a, phase, carried, roster) for a in work.batch)
         carried = tuple(phase.prefix + key for key in work.findings or _usable_work(view)) or carried
     return _review_and_merge(state, carried, prefix=taken[-1].prefix)
 
@@ -450,12 +451,25 @@ def _usable_work(view: TeamState) -> tuple[str, ...]:
     return view.usable(key for key in view.done if key.startswith(("work-", "draft-", "revise-")))
 
 
-def _in_phase(assignment: Assignment, phase: Phase, carried: tuple[str, ...]) -> Assignment:
+def _roster(first: TeamState) -> tuple[str, ...]:
+    """The agents that the next shapes have: those of the first one's tree, then fresh ones up to the limit."""
+    tree = [(name, path) for name, _, path in (key.partition("-") for key in first.done) if path]
+    known = [f"lead-{path}" for name, path in tree if name == PLAN]
+    known += [f"agent-{path}" for name, path in tree if name == "work"]
+    known.sort(key=lambda agent: [int(number) for number in agent.split("-")[1:]])
+    fresh = (f"agent-{i}" for i in range(1, first.shape.agents + 1))
+    return (*known, *(agent for agent in fresh if agent not in known))
+
+
+def _in_phase(
+    assignment: Assignment, phase: Phase, carried: tuple[str, ...], roster: tuple[str, ...]
+) -> Assignment:
     """The assignment under the run's keys. The first of a phase see what the phases before found."""
     prefix = phase.prefix
     agent = assignment.agent
-    if assignment.role == "worker":
-        agent = f"agent-{agent.partition('-')[2]}"  # the same agents, whatever the shape
+    if assignment.role == "worker":  # the same agents, whatever the shape
+        number = agent.partition("-")[2]
+        agent = f"agent-{number}" if phase.number == 1 else roster[int(number) - 1]
     return replace(
         assignment,
         key=prefix + assignment.key,
