@@ -388,9 +388,9 @@ class AsyncRuns:
         return await swarm.cancel(runtime.principal, run_id)
 
     async def events(self, run_id: str, *, after: int = 0) -> AsyncIterator[RunEvent]:
-        """What happened since event `after`, then what happens, until the run has ended."""
-        runtime, swarm = await self._client._swarm()  # pyright: ignore[reportPrivateUsage]
-        async for event in swarm.events(runtime.principal, run_id, after=after):
+        """What happened since event `after`, then what happens, until the run has ended. Starts nothing."""
+        runtime, runs = await self._client._records()  # pyright: ignore[reportPrivateUsage]
+        async for event in runs.events(runtime.principal, run_id, after=after):
             yield event
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Begin = Callable[["AsyncClient"], Awaitable[str]]
 _STOP_TIMEOUT_S = 15.0
+_RECONNECT_S = 60.0
 
 
 class Display(Protocol):
@@ -34,13 +35,15 @@ class Display(Protocol):
         ...
 
 
-def follow(session: Session, begin: Begin) -> None:
+def follow(session: Session, begin: Begin, *, whole: bool = False) -> None:
     """Begin a run with `begin`, show it while it goes, print it when it has ended, and learn from it.
+
+    `whole` shows it as `swarm watch` does: every agent with what it used, or every event.
 
     Exits with 0 for a completed run, with the error's code for a failed one, and with 130 when Ctrl-C (or
     somebody elsewhere) cancelled it.
     """
-    code = asyncio.run(_follow(session, begin))
+    code = asyncio.run(_follow(session, begin, whole))
     if code:
         raise typer.Exit(code)
 
@@ -64,16 +67,16 @@ def _print_end(session: Session, result: RunResult) -> int:
     return error.exit_code if error is not None else 0
 
 
-async def _follow(session: Session, begin: Begin) -> int:
+async def _follow(session: Session, begin: Begin, whole: bool) -> int:
     from agentic_flow.client import AsyncClient
 
     stopped = asyncio.Event()
-    with _interrupts(stopped):
+    with interrupts(stopped):
         async with AsyncClient(settings=session.start()) as client:
             run_id = await _unless(stopped, begin(client))
             talk(f"run {run_id}")
-            with _display() as display:
-                watching = asyncio.create_task(_watch(client, run_id, display))
+            with _shown(client, run_id, whole) as shown:
+                watching = asyncio.ensure_future(shown)
                 stopping = asyncio.create_task(stopped.wait())
                 try:
                     await asyncio.wait({watching, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -130,6 +133,22 @@ async def _watch(client: AsyncClient, run_id: str, display: Display) -> None:
         display.event(event)
 
 
+@contextlib.contextmanager
+def _shown(client: AsyncClient, run_id: str, whole: bool) -> Generator[Awaitable[None]]:
+    """What shows the run to its end, with its place on the terminal."""
+    if not whole:
+        with _display() as display:
+            yield _watch(client, run_id, display)
+        return
+    from agentic_flow.cli.watch import Lines, follow_events, live
+    from agentic_flow.swarm.run_view import RunView
+
+    view = RunView(run_id)
+    place = live(view, sys.stderr) if sys.stderr.isatty() else contextlib.nullcontext(Lines(view, sys.stderr))
+    with place as display:
+        yield follow_events(client, view, display, reconnect_s=_RECONNECT_S)
+
+
 async def _unless(stopped: asyncio.Event, beginning: Awaitable[str]) -> str:
     """The id of the run, or Cancelled when Ctrl-C came before it was accepted."""
     begun = asyncio.ensure_future(beginning)
@@ -145,7 +164,7 @@ async def _unless(stopped: asyncio.Event, beginning: Awaitable[str]) -> str:
 
 
 @contextlib.contextmanager
-def _interrupts(stopped: asyncio.Event) -> Generator[None]:
+def interrupts(stopped: asyncio.Event) -> Generator[None]:
     """The first Ctrl-C sets `stopped`; the second ends the process, whatever it is doing."""
     loop = asyncio.get_running_loop()
 

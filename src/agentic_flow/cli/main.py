@@ -27,6 +27,7 @@ from agentic_flow.cli import (
     runs,
     secrets,
     serve,
+    swarm,
     tenants,
     version,
     workflow,
@@ -64,6 +65,7 @@ for _module in (run, serve, doctor, version):
     _module.register(app)
 for _name, _module in (
     ("runs", runs),
+    ("swarm", swarm),
     ("workflow", workflow),
     ("agents", agents),
     ("models", models),

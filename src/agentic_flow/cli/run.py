@@ -133,6 +133,9 @@ def register(app: typer.Typer) -> None:
         tokens_max: Annotated[
             int | None, typer.Option("--tokens-max", min=1, help="Tokens of the run at most.")
         ] = None,
+        watch: Annotated[
+            bool, typer.Option("--watch", help="Show the whole team at work, as `swarm watch` does.")
+        ] = False,
     ) -> None:
         """Put a team of agents to work on a goal and print its answer with citations.
 
@@ -174,4 +177,4 @@ def register(app: typer.Typer) -> None:
                 **given,
             )
 
-        follow(session, submit)
+        follow(session, submit, whole=watch)
