@@ -1,3 +1,4 @@
+# pyright: basic, reportMissingImports=false
 """`agentic-flow swarm watch` from outside: on a real terminal, through cuts, and beside a real server."""
 
 from __future__ import annotations

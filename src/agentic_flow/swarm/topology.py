@@ -452,7 +452,7 @@ def _usable_work(view: TeamState) -> tuple[str, ...]:
 
 
 def _roster(first: TeamState) -> tuple[str, ...]:
-    """The agents that the next shapes have: those of the first one's tree, then fresh ones up to the limit."""
+    """Agents that the next shapes have: those of the first one's tree, then fresh ones up to the limit."""
     tree = [(name, path) for name, _, path in (key.partition("-") for key in first.done) if path]
     known = [f"lead-{path}" for name, path in tree if name == PLAN]
     known += [f"agent-{path}" for name, path in tree if name == "work"]
