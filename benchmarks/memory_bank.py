@@ -277,7 +277,8 @@ task; 10,000 items consolidated within {CONSOLIDATION_LIMIT_S:g} s, in time that
 
 CPU milliseconds of one recall, medians, all threads counted. The reference's are without the embedding too:
 brute force by numpy over a JSON Lines file, held in memory or read for each task as the paper's code does. It
-filters, weighs, de-duplicates and bounds nothing.
+filters, weighs, de-duplicates and bounds nothing. The process made the index itself, and so has the
+vectors of a bank this small in memory; one that loads the index file reads each when it is first compared.
 
 {table(figures)}
 

@@ -1,5 +1,7 @@
 """AgentDB's indexes: every tier equals a rebuilt one whatever happened, and no filter costs recall."""
 
+# pyright: reportPrivateUsage=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import asyncio
@@ -19,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from agentic_flow.agentdb.index import recent as recent_vectors
 from agentic_flow.agentdb.index.files import DamagedIndex, read_index, write_index
 from agentic_flow.agentdb.index.layout import Layout, newest_sequence, widened
 from agentic_flow.agentdb.index.matrix import Matrix
@@ -462,18 +465,23 @@ def test_a_sketch_passes_over_what_is_gone(metric: Any, steps: list[tuple[bool, 
             assert set(near) <= held
 
 
+@pytest.mark.parametrize("ready", [False, True], ids=["as stored", "ready"])
 @pytest.mark.parametrize("quantization", ["f32", "f16"])
 @settings(max_examples=25, deadline=None)
 @given(steps=st.lists(st.tuples(st.booleans(), KEY_SETS), min_size=1, max_size=8), room=st.integers(0, 200))
 def test_recent_vectors_are_those_of_the_file(
-    quantization: Any, steps: list[tuple[bool, list[int]]], room: int
+    quantization: Any, ready: bool, steps: list[tuple[bool, list[int]]], room: int
 ) -> None:
     """Catches similarities of another row, of one that was dropped, or past the memory allowed."""
     layout = Layout(1, DIMENSION, "cosine", quantization)
     vectors = clustered(301)
-    recent, most = Recent(layout, room * layout.stored_bytes), room * layout.stored_bytes
-    for takes, keys in steps:
-        if takes:
+    most = room * (4 * DIMENSION if ready else layout.stored_bytes)
+    recent = Recent(layout, most, ready=ready)
+    for number, (takes, keys) in enumerate(steps):
+        if takes and ready and number % 2:
+            new = recent.missing(np.array(keys))
+            recent.fill(new, layout.decoded([vectors[key].astype(layout.dtype).tobytes() for key in new]))
+        elif takes:
             recent.bring(np.array(keys), [vectors[key].astype(layout.dtype).tobytes() for key in keys])
         else:
             recent.drop(np.array(keys))
@@ -487,6 +495,35 @@ def test_recent_vectors_are_those_of_the_file(
         assert scores is not None
         stored = layout.decoded([vectors[key].astype(layout.dtype).tobytes() for key in held])
         assert np.allclose(scores, layout.similarities(stored, vectors[0]), atol=1e-6)
+
+
+async def test_a_small_namespace_is_decided_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches vectors that first searches must read, old ones that stay, or too many kept as float32."""
+    vectors = clustered(600)
+    monkeypatch.setattr(recent_vectors, "READY_MAX_BYTES", 4 * DIMENSION * 500)
+    async with AgentDB(tmp_path, settings_of("scan")) as store:
+        await store.create_namespace(T, SPACE, dimension=DIMENSION)
+        layout = (await store._namespace(T, SPACE)).layout
+
+        async def kept(rows: slice) -> tuple[bool, int]:
+            await store.upsert(T, SPACE, items_of(vectors[rows], rows.start))
+            await store.settle()
+            for n in range(rows.start, rows.stop, 37):
+                assert (await found(store, vectors[n], k=1)) == [f"i{n:05}"]
+            index = store._searcher.indexes.loaded(layout)
+            assert index is not None
+            assert index.recent is not None
+            return index.recent.ready, len(index.recent.missing(np.arange(1, len(index) + 1)))
+
+        assert await kept(slice(0, 400)) == (True, 0)
+        vectors[:100] = clustered(100, seed=5)
+        assert await kept(slice(0, 100)) == (True, 0)
+        assert await kept(slice(400, 500)) == (True, 0)
+        ready, missing = await kept(slice(500, 600))
+        assert not ready
+        assert missing
 
 
 def test_halves_are_widened_exactly() -> None:

@@ -45,7 +45,7 @@ from agentic_flow.agentdb.index.layout import (
     walk_vectors,
 )
 from agentic_flow.agentdb.index.matrix import Matrix, best
-from agentic_flow.agentdb.index.recent import Recent
+from agentic_flow.agentdb.index.recent import MEMORY_SHARE, Recent
 from agentic_flow.agentdb.index.sketch import TRAINING_ROWS as SKETCH_TRAINING_ROWS
 from agentic_flow.agentdb.index.sketch import Sketch
 from agentic_flow.core.db import rows
@@ -71,8 +71,6 @@ GRAPH_OUTGROWN = 4
 """Growth after which a graph is made anew, if there was no chance to choose its beam again."""
 READ_MAX = 8
 """Candidates, over twice as many as answers, up to which reading them is as quick as remembering them."""
-RECENT_SHARE = 0.25
-"""Share of the memory for indexes that recently compared vectors of one namespace may take."""
 PENDING_SHARE_MAX = 0.1
 """Share of rows that the graph lacks past which searches go to the scan instead."""
 GRAPH_BLOCK = 256
@@ -159,7 +157,7 @@ class NamespaceIndex:
                 self.sketch.remove(changed)
                 self.sketch.add(keys, vectors)
         if self.recent is not None:
-            self.recent.drop(changed)
+            self.recent = self.recent.after(changed, keys, vectors, len(self))
         if self.changes_while_fitting is not None:
             self.changes_while_fitting.append((changed, keys, vectors))
         if self.changed_while_building is not None:
@@ -243,6 +241,7 @@ class Indexes:
     ) -> None:
         self._folder = folder
         self._settings = settings
+        self._recent_max_bytes = int(MEMORY_SHARE * settings.index_memory_max_bytes)
         self._read = read
         self._held: OrderedDict[int, NamespaceIndex] = OrderedDict()
         self._lock = threading.Lock()
@@ -318,8 +317,7 @@ class Indexes:
             return self._compared(connection, layout, query, found)
         with index.lock:
             if index.recent is None:
-                most = int(RECENT_SHARE * self._settings.index_memory_max_bytes)
-                index.recent = Recent(index.layout, most)
+                index.recent = Recent.of_rows(layout, len(index), self._recent_max_bytes)
             recent = index.recent
             scores = recent.scores(query, found) if index.sequence == newest else None
             if scores is not None:
@@ -447,23 +445,28 @@ class Indexes:
         layout = index.layout
         index.sequence = newest_sequence(connection, layout.namespace_id)
         index.mark = operation_mark(connection, index.sequence)
-        index.graph, index.pending, index.changes_while_fitting = None, set(), None
+        index.graph, index.pending, index.changes_while_fitting, index.recent = None, set(), None, None
         if tier == "exact":
             index.codes, index.sketch, index.matrix = None, None, Matrix(layout)
             for keys, vectors in walk_vectors(connection, layout):
                 index.matrix.apply(np.zeros(0, np.int64), keys, vectors)
         else:
-            index.codes, index.sketch, index.fit = self._fitted(connection, layout)
+            count = count_rows(connection, layout.namespace_id)
+            index.recent = Recent.of_rows(layout, count, self._recent_max_bytes)
+            index.codes, index.sketch, index.fit = self._fitted(connection, layout, index.recent)
             index.matrix = None
         index.unsaved = len(index)
 
-    def _fitted(self, connection: apsw.Connection, layout: Layout) -> tuple[Codes, Sketch | None, Fit]:
+    def _fitted(
+        self, connection: apsw.Connection, layout: Layout, recent: Recent
+    ) -> tuple[Codes, Sketch | None, Fit]:
         """The coarsest codes of the transaction's rows that find enough, and what to ask of them."""
         keys, library = namespace_keys(connection, layout.namespace_id), self._settings.scan_library
         if len(keys) <= FITTED_ROWS_MIN or layout.dimension < TURBOVEC_DIMENSION_MIN:
             codes = make_codes(layout, library)
             for block, vectors in walk_vectors(connection, layout, keys):
                 codes.add(block, vectors)
+                recent.fill(block, vectors)
             return codes, None, Fit(rows=len(keys))
         sketch = Sketch(layout, read_vectors(connection, layout, spread(keys, SKETCH_TRAINING_ROWS))[1])
         trial = Trial(layout, *read_vectors(connection, layout, spread(keys, SAMPLE)), GATHERED_MAX)
@@ -472,6 +475,7 @@ class Indexes:
             codes.add(block, vectors)
             sketch.add(block, vectors)
             trial.see(block, vectors)
+            recent.fill(block, vectors)
         free, allowed = trial.sketch_lists(sketch)
         listed = trial.code_list(codes)
         # Vectors that are all but alike lose in few bits what tells them apart; half precision keeps it.
@@ -595,7 +599,9 @@ class Indexes:
             index.changes_while_fitting = []
         try:
             fresh = NamespaceIndex(index.layout)
-            fresh.codes, fresh.sketch, fresh.fit = self._fitted(connection, index.layout)
+            fresh.codes, fresh.sketch, fresh.fit = self._fitted(
+                connection, index.layout, Recent(index.layout, 0)
+            )
             with index.lock:
                 changes = index.changes_of_fitting()
                 if index.codes is None or changes is None:
