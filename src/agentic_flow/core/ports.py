@@ -313,6 +313,47 @@ class WorkflowContext(Protocol):
         """
         ...
 
+    async def receive(
+        self, topic: str, *, timeout_s: float | None = None, default: JsonObject | None = None
+    ) -> JsonObject:
+        """The payload of the oldest message of this topic that this workflow has not had yet; recorded.
+
+        It waits through restarts: the deadline is recorded when the wait begins. Meanwhile the workflow needs
+        none of the places of its process. A child receives what is sent to its top-level workflow; every
+        workflow of a tree reads all of its messages.
+
+        Args:
+            topic: What the message must be about.
+            timeout_s: So long it waits; None: for ever.
+            default: The payload to go on with when none came.
+
+        Raises:
+            DeadlineExceeded: none came in time, and there is no default.
+        """
+        ...
+
+    async def ask(
+        self,
+        question: str,
+        *,
+        options: Sequence[str] = (),
+        timeout_s: float | None = None,
+        default: str | None = None,
+    ) -> JsonObject:
+        """Ask a person, and wait as `receive` does: `{"answer": …, "by": sender, "timed_out": false}`.
+
+        Args:
+            question: What to ask.
+            options: The only answers that are taken; empty: any text.
+            timeout_s: So long it waits; None: for ever.
+            default: The answer to go on with when none came.
+
+        Raises:
+            InvalidInput: no question, or a default that is no option.
+            DeadlineExceeded: nobody answered in time, and there is no default.
+        """
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
@@ -336,6 +377,8 @@ EventKind = Literal[
     "taken_over",
     "given_up",
     "cancelled",
+    "message",
+    "question",
     "ended",
 ]
 
@@ -346,7 +389,8 @@ class EventRecord:
 
     `agent` is the part of the workflow's id below the top-level one, "" for that itself; `name` is the step's
     or the workflow's. `data`: `index` and perhaps `error` of a step; `state` (and a child's `error`) of an
-    end; `asked` (somebody resumed it) and `epoch` of `taken_over`.
+    end; `asked` (somebody resumed it) and `epoch` of `taken_over`; `key` and `sender` of a `message`, whose
+    name is its topic; `id`, `text`, `options`, `default` and `until_s` of a `question`.
     """
 
     workflow_id: str
@@ -356,6 +400,18 @@ class EventRecord:
     agent: str
     name: str
     data: JsonObject
+
+
+@dataclass(frozen=True, slots=True)
+class MessageRecord:
+    """A message to a top-level workflow."""
+
+    workflow_id: str
+    topic: str
+    key: str
+    payload: JsonObject
+    sender: str
+    at_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -414,6 +470,39 @@ class RunEngine(Protocol):
         An event is stored together with what it tells of: whoever has seen number n misses nothing by asking
         for those above n, in whichever process.
         """
+        ...
+
+    async def send(
+        self,
+        workflow_id: str,
+        topic: str,
+        payload: JsonObject,
+        *,
+        key: str,
+        sender: str = "",
+        before_s: float | None = None,
+    ) -> bool:
+        """Store a message for a top-level workflow, in whichever process it runs. False when it has the key.
+
+        Args:
+            workflow_id: The workflow.
+            topic: What the message is about.
+            payload: What it says.
+            key: Its name among those of the topic: to send it again does nothing.
+            sender: Who sends it.
+            before_s: Refuse it from this time on, in seconds since 1970.
+
+        Raises:
+            NotFound: there is no such workflow.
+            Conflict: it has another message with this key, or has ended.
+            DeadlineExceeded: it is too late.
+            InvalidInput: the topic or the key is empty or too long, or the payload too large.
+            LimitExceeded: it has too many messages.
+        """
+        ...
+
+    async def messages(self, workflow_id: str) -> list[MessageRecord]:
+        """All messages that were sent to a top-level workflow, in order."""
         ...
 
     async def resume(self, workflow_id: str) -> bool:

@@ -98,11 +98,13 @@ Operation = Accept | Checkpoint
 Answer = bool | Permission
 
 
-def recorded_step(root_id: str, workflow_id: str, fence: Fence, row: Bindings) -> Checkpoint:
-    """A step's result."""
+def recorded_step(
+    root_id: str, workflow_id: str, fence: Fence, row: Bindings, *, also: Sequence[EventRow] = ()
+) -> Checkpoint:
+    """A step's result, and the events that it is besides."""
     data = step_data(row["step_index"], row["error"])
     told = event(root_id, workflow_id, "step_finished", row["completed_at_s"], row["name"], data)
-    return Checkpoint(root_id, workflow_id, fence, _INSERT_STEP, (row,), (told,))
+    return Checkpoint(root_id, workflow_id, fence, _INSERT_STEP, (row,), (told, *also))
 
 
 def new_children(root_id: str, workflow_id: str, fence: Fence, rows: Sequence[Bindings]) -> Checkpoint:

@@ -15,7 +15,7 @@ import asyncio
 import secrets
 import socket
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -31,7 +31,14 @@ from agentic_flow.core.errors import (
     as_problem,
 )
 from agentic_flow.core.messages import JsonObject
-from agentic_flow.core.ports import EventRecord, RunState, StepRecord, Workflow, WorkflowRecord
+from agentic_flow.core.ports import (
+    EventRecord,
+    MessageRecord,
+    RunState,
+    StepRecord,
+    Workflow,
+    WorkflowRecord,
+)
 from agentic_flow.swarm import checkpoints
 from agentic_flow.swarm.checkpoints import Accept, Checkpoint, CheckpointWriter
 from agentic_flow.swarm.execution import (
@@ -46,6 +53,7 @@ from agentic_flow.swarm.execution import (
     row_of,
 )
 from agentic_flow.swarm.heartbeat import Heartbeat
+from agentic_flow.swarm.inbox import Inbox, Waiters
 from agentic_flow.swarm.leases import Leases, RunDatabase, root_of
 from agentic_flow.swarm.reader import RunReader, decoded_object, record_of
 from agentic_flow.swarm.scheduling import ENDED, Fence, Places
@@ -55,6 +63,8 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("agentic_flow.engine")
 
 _WAIT_FIRST_S, _WAIT_MOST_S = 0.01, 0.25
 _WATCH_S = 0.5
+_LOOK_S = 0.25
+_CLOCK_JUMP_S = 1.0
 _TEARDOWN_S = 30.0
 
 
@@ -80,6 +90,7 @@ class SqlRunEngine:
     ) -> None:
         self._database = RunDatabase(database_url, data_dir)
         self._leases = Leases(self._database, lease_s=lease_s, clock=clock)
+        self._inbox = Inbox(self._database, clock)
         self._open_reader = RunReader.on(self._database, self._leases)
         self._closed_reader = RunReader(database_url, data_dir, lease_s=lease_s, clock=clock)
         self._lease_s = lease_s
@@ -94,6 +105,7 @@ class SqlRunEngine:
         self._executor_id = f"{socket.gethostname()}-{secrets.token_hex(6)}"
         self._places: Places[Run] = Places(self._runs_parallel_max)
         self._runs: dict[str, Run] = {}
+        self._waiters = Waiters()
         self._accepting: dict[str, asyncio.Future[checkpoints.Answer]] = {}
         self._executions: dict[str, set[Execution]] = {}
         self._keepers: list[asyncio.Task[None]] = []
@@ -130,6 +142,7 @@ class SqlRunEngine:
             self._writer = CheckpointWriter(self._database, patience_s=self._lease_s)
             self._is_open = True
             self._keepers.append(self._keep(_WATCH_S, self._watch))
+            self._keepers.append(self._keep(_LOOK_S, self._look))
             if takeover:
                 self._keepers.append(self._keep(self._lease_s / 2, self._take_orphans))
             yield
@@ -210,6 +223,11 @@ class SqlRunEngine:
             if statuses.get(workflow_id) == "cancelled":
                 self._stop_tree(workflow_id, "cancelled")
         await self._release_idle(owned)
+
+    async def _look(self) -> None:
+        """Wake who waits for a message that another process has sent."""
+        if roots := self._waiters.roots:
+            self._waiters.note(await asyncio.to_thread(self._inbox.newest, roots))
 
     async def _release_idle(self, owned: Mapping[str, int]) -> None:
         """Let go, again, of what is ours in the store and executed by nobody: its end was not written."""
@@ -309,6 +327,28 @@ class SqlRunEngine:
         """See RunEngine."""
         return await asyncio.to_thread(self._reader.events, workflow_id, after)
 
+    async def send(
+        self,
+        workflow_id: str,
+        topic: str,
+        payload: JsonObject,
+        *,
+        key: str,
+        sender: str = "",
+        before_s: float | None = None,
+    ) -> bool:
+        """See RunEngine. Works without `open` as well."""
+        sending = asyncio.to_thread(
+            self._inbox.send, workflow_id, topic, payload, key=key, sender=sender, before_s=before_s
+        )
+        is_new = await _unbroken(sending)
+        self._waiters.wake(workflow_id)
+        return is_new
+
+    async def messages(self, workflow_id: str) -> list[MessageRecord]:
+        """See RunEngine."""
+        return await asyncio.to_thread(self._inbox.messages, workflow_id)
+
     async def resume(self, workflow_id: str) -> bool:
         """See RunEngine.
 
@@ -384,7 +424,11 @@ class SqlRunEngine:
     def _admit(self) -> None:
         for admitted in self._places.admit():
             admitted.has_place = True
-            self._begin_if_placed(admitted)
+            if admitted.placed is None:
+                self._begin_if_placed(admitted)
+            else:
+                admitted.placed.set()  # it is being executed: only who waits in it goes on
+                admitted.placed = None
 
     def _begin_if_placed(self, run: Run) -> None:
         if run.has_place and run.is_accepted and self._is_open:
@@ -431,6 +475,8 @@ class SqlRunEngine:
         executions.discard(execution)
         if not executions:
             del self._executions[run.workflow_id]
+        elif run.waiting:
+            self._rest(run)
         if execution.workflow_id == run.workflow_id:
             self._leave(run, execution.record)
         elif not execution.result.done() and execution.stopped == "cancelled":
@@ -572,6 +618,70 @@ class SqlRunEngine:
             cancelling = asyncio.to_thread(self._leases.cancel, child_id, only_as=execution.run.fence)
             if await _unbroken(cancelling):
                 self._stop_tree(child_id, "cancelled")
+
+    async def message(
+        self, execution: Execution, topic: str, known: Collection[str], until_s: float | None
+    ) -> MessageRecord | None:
+        """See EngineOfExecution. Meanwhile the tree needs no place, if nothing else of it works."""
+        run = execution.run
+        with self._waiters.waiting(run.workflow_id) as woken:
+            found = await self._oldest(run, topic, known)
+            if found is None:
+                execution.is_waiting = True
+                run.waiting += 1
+                try:
+                    self._rest(run)
+                    while found is None and await self._woken(woken, until_s):
+                        found = await self._oldest(run, topic, known)
+                finally:
+                    execution.is_waiting = False
+                    run.waiting -= 1
+        await self.take_place(execution)
+        return found or await self._oldest(run, topic, known, final=True)
+
+    async def _woken(self, woken: asyncio.Event, until_s: float | None) -> bool:
+        """True when there may be a message, False when time is over."""
+        while not woken.is_set():
+            left_s = None if until_s is None else until_s - self.clock.time_s()
+            if left_s is not None and left_s <= 0:
+                return False
+            with suppress(TimeoutError):
+                # The stored deadline is of the clock on the wall, which may be set while we wait.
+                async with asyncio.timeout(None if left_s is None else min(left_s, _CLOCK_JUMP_S)):
+                    await woken.wait()
+        woken.clear()
+        return True
+
+    async def _oldest(
+        self, run: Run, topic: str, known: Collection[str], *, final: bool = False
+    ) -> MessageRecord | None:
+        """A database that is away for a while must not become what the step is recorded with."""
+        while True:
+            try:
+                return await asyncio.to_thread(self._inbox.oldest, run.workflow_id, topic, known, final=final)
+            except Unavailable as error:
+                log.warning("inbox_unavailable", workflow_id=run.workflow_id, error=error.message)
+            await asyncio.sleep(_WATCH_S)
+
+    def _rest(self, run: Run) -> None:
+        """Give the tree's place back if all of it waits: for messages, or for children that do."""
+        if run.has_place and all(e.is_idle for e in self._executions.get(run.workflow_id, ())):
+            run.has_place = False
+            self._places.give_back(run)
+            if self._is_open:
+                self._admit()
+
+    async def take_place(self, execution: Execution) -> None:
+        """See EngineOfExecution."""
+        run = execution.run
+        while not run.has_place:
+            if run.placed is None:
+                run.placed = placed = asyncio.Event()
+                self._places.ask(run, returns=True)
+                self._admit()
+            else:
+                placed = run.placed
+            await placed.wait()
 
     def _all_executions(self) -> list[Execution]:
         return [execution for each in self._executions.values() for execution in each]

@@ -14,12 +14,21 @@ import orjson
 import structlog
 
 from agentic_flow.core.clock import Clock
-from agentic_flow.core.errors import AgenticFlowError, Cancelled, Conflict, as_problem, from_problem
+from agentic_flow.core.errors import (
+    AgenticFlowError,
+    Cancelled,
+    Conflict,
+    DeadlineExceeded,
+    as_problem,
+    from_problem,
+)
 from agentic_flow.core.messages import JsonObject
-from agentic_flow.core.ports import StepContext, StepFunction, WorkflowRecord
+from agentic_flow.core.ports import EventKind, MessageRecord, StepContext, StepFunction, WorkflowRecord
 from agentic_flow.core.sql import SqlDatabase
 from agentic_flow.swarm import checkpoints
+from agentic_flow.swarm.event_log import event
 from agentic_flow.swarm.leases import VERSION
+from agentic_flow.swarm.questions import ANSWER, QUESTION, RECEIPT, check_question
 from agentic_flow.swarm.reader import decoded_object
 from agentic_flow.swarm.scheduling import Fence
 
@@ -30,7 +39,11 @@ StopReason = Literal["closing", "cancelled", "lost"]
 
 @dataclass(eq=False, slots=True)
 class Run:
-    """A top-level workflow that is this process's to execute."""
+    """A top-level workflow that is this process's to execute.
+
+    `waiting` executions of its tree wait for messages. When nothing of it works it gives its place back, and
+    whoever wakes asks for it again: `placed` is set once it has one.
+    """
 
     workflow_id: str
     name: str
@@ -42,6 +55,8 @@ class Run:
     is_new: bool
     is_accepted: bool = False
     has_place: bool = False
+    waiting: int = 0
+    placed: asyncio.Event | None = None
     starts_at_once: bool = False
     is_ending: bool = False
     ended: asyncio.Future[WorkflowRecord | None] = field(
@@ -77,7 +92,7 @@ class Execution:
     """One execution of a workflow in this process.
 
     `broken` is set when a replay took another path, `unwritten` when the store could not be written to,
-    `abandoned` are children it no longer waits for.
+    `abandoned` are children it no longer waits for, `below` results of children that it does wait for.
     """
 
     run: Run
@@ -90,6 +105,8 @@ class Execution:
     broken: AgenticFlowError | None = None
     unwritten: AgenticFlowError | None = None
     abandoned: list[str] = field(default_factory=list[str])
+    below: Sequence[asyncio.Future[JsonObject]] = ()
+    is_waiting: bool = False
     record: WorkflowRecord | None = None
     result: asyncio.Future[JsonObject] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
@@ -100,6 +117,11 @@ class Execution:
     def is_being_stopped(self) -> bool:
         """Whether a CancelledError comes from outside, not from a library inside that raised one."""
         return self.stopped is not None or self.task.cancelling() > 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it waits for a message or for children, and not for work of its own."""
+        return self.is_waiting or any(not result.done() for result in self.below)
 
 
 class EngineOfExecution(Protocol):
@@ -124,6 +146,16 @@ class EngineOfExecution(Protocol):
         """Cancel the children that this workflow gave up on and went on without."""
         ...
 
+    async def take_place(self, execution: Execution) -> None:
+        """Return when the execution's tree has a place again, if it gave its own back."""
+        ...
+
+    async def message(
+        self, execution: Execution, topic: str, known: Collection[str], until_s: float | None
+    ) -> MessageRecord | None:
+        """The oldest message whose key is none of `known`, once there is one, or None when time is over."""
+        ...
+
 
 class Context:
     """WorkflowContext of one execution."""
@@ -133,6 +165,7 @@ class Context:
         self._execution = execution
         self._busy: str | None = None
         self._index = 0
+        self._received: dict[str, set[str]] = {}
 
     @property
     def workflow_id(self) -> str:
@@ -156,11 +189,77 @@ class Context:
             if execution.broken is not None:
                 raise execution.broken
             await self._engine.drop_abandoned(execution)
+            if not execution.run.has_place:
+                await self._engine.take_place(execution)
         except BaseException:
             self._busy = None
             raise
 
-    async def _step(self, name: str, function: StepFunction) -> JsonObject:
+    async def receive(
+        self, topic: str, *, timeout_s: float | None = None, default: JsonObject | None = None
+    ) -> JsonObject:
+        """See WorkflowContext. Two steps: `wait:TOPIC` has the deadline, `receive:TOPIC` the message."""
+        await self._begin(topic, f"topic {topic!r}")
+        try:
+
+            async def begin(step: StepContext) -> JsonObject:
+                return {"until_s": None if timeout_s is None else self._engine.clock.time_s() + timeout_s}
+
+            until_s = (await self._step(f"wait:{topic}", begin))["until_s"]
+            return (await self._receive(topic, until_s, default))["payload"]
+        finally:
+            self._busy = None
+
+    async def ask(
+        self,
+        question: str,
+        *,
+        options: Sequence[str] = (),
+        timeout_s: float | None = None,
+        default: str | None = None,
+    ) -> JsonObject:
+        """See WorkflowContext. Two steps: `question:ID`, and the receipt of a message `answer:ID`."""
+        check_question(question, options, default)
+        await self._begin(question, f"question {question!r}")
+        try:
+            _, _, below = self.workflow_id.partition(".")
+            question_id = f"{below}.q{self._index + 1}" if below else f"q{self._index + 1}"
+
+            async def begin(step: StepContext) -> JsonObject:
+                until_s = None if timeout_s is None else self._engine.clock.time_s() + timeout_s
+                asked: JsonObject = {"id": question_id, "text": question, "options": list(options)}
+                return asked | {"default": default, "until_s": until_s}
+
+            asked = await self._step(f"{QUESTION}{question_id}", begin, told_as="question")
+            instead: JsonObject | None = None if default is None else {"answer": default}
+            received = await self._receive(f"{ANSWER}{question_id}", asked["until_s"], instead)
+            answer = received["payload"]["answer"]
+            return {"answer": answer, "by": received["sender"], "timed_out": received["key"] is None}
+        finally:
+            self._busy = None
+
+    async def _receive(self, topic: str, until_s: float | None, default: JsonObject | None) -> JsonObject:
+        known = self._received.setdefault(topic, set())
+
+        async def take(step: StepContext) -> JsonObject:
+            found = await self._engine.message(self._execution, topic, known, until_s)
+            if found is not None:
+                return {"key": found.key, "payload": found.payload, "sender": found.sender}
+            if default is None:
+                raise DeadlineExceeded(
+                    f"no message of topic {topic!r} came to workflow {self.workflow_id!r} in time",
+                    hint="send it earlier, wait longer, or give a default",
+                )
+            return {"key": None, "payload": default, "sender": None}
+
+        received = await self._step(f"{RECEIPT}{topic}", take)
+        if received["key"] is not None:
+            known.add(received["key"])
+        return received
+
+    async def _step(
+        self, name: str, function: StepFunction, *, told_as: EventKind | None = None
+    ) -> JsonObject:
         execution = self._execution
         self._index += 1
         index = self._index
@@ -180,9 +279,9 @@ class Context:
             "completed_at_s": self._engine.clock.time_s(),
         }
         run = execution.run
-        await self._engine.record(
-            execution, checkpoints.recorded_step(run.workflow_id, execution.workflow_id, run.fence, row)
-        )
+        of = (run.workflow_id, execution.workflow_id)
+        also = [event(*of, told_as, row["completed_at_s"], name, output)] if told_as is not None else []
+        await self._engine.record(execution, checkpoints.recorded_step(*of, run.fence, row, also=also))
         if error is not None:
             raise error
         # Live and replayed results are the same JSON: a tuple is a list on the first run already.
@@ -235,8 +334,10 @@ class Context:
                 await self._store(new)
             executions = self._engine.start_children(self._execution, unfinished)
             if executions:
-                await asyncio.wait([execution.result for execution in executions.values()])
+                self._execution.below = [execution.result for execution in executions.values()]
+                await asyncio.wait(self._execution.below)
         finally:
+            self._execution.below = ()
             left -= {i for i, execution in executions.items() if execution.result.done()}
             self._execution.abandoned.extend(sorted(left))
         return {

@@ -1,12 +1,13 @@
 """The run database: who owns which workflow, and what the store says about it.
 
-Four tables, in SQLite or PostgreSQL:
+Five tables, in SQLite or PostgreSQL:
 
     af_executors  one row per process, with its last heartbeat
     af_workflows  one row per workflow. A top-level one carries its owner, and an epoch that grows when it
                   changes hands; its children, their children and so on are rows of their own below it
     af_steps      one row per recorded step, under the number that it has in its workflow
     af_events     one row per thing that happened in a tree, numbered in it (`event_log`)
+    af_inbox      one row per message to a top-level workflow, numbered in it (`inbox`)
 
 An owner is alive while its heartbeat is fresh and, on SQLite, while it holds the lock on its lock file: the
 operating system drops that at once when the process dies, which makes `kill -9` visible without waiting.
@@ -57,6 +58,10 @@ _CREATE = (
         workflow_id TEXT NOT NULL, step_index INTEGER NOT NULL, name TEXT NOT NULL, output TEXT, error TEXT,
         started_at_s DOUBLE PRECISION, completed_at_s DOUBLE PRECISION,
         PRIMARY KEY (workflow_id, step_index))""",
+    """CREATE TABLE IF NOT EXISTS af_inbox (
+        root_id TEXT NOT NULL, number INTEGER NOT NULL, topic TEXT NOT NULL, message_key TEXT NOT NULL,
+        payload TEXT NOT NULL, sender TEXT NOT NULL, at_s DOUBLE PRECISION NOT NULL,
+        PRIMARY KEY (root_id, number), UNIQUE (root_id, topic, message_key))""",
     "CREATE INDEX IF NOT EXISTS af_workflows_unfinished ON af_workflows (executor_id, accepted_at_s) "
     f"WHERE parent_id IS NULL AND {_UNFINISHED}",
     "CREATE INDEX IF NOT EXISTS af_workflows_by_tenant ON af_workflows (tenant, name, accepted_at_s) "
@@ -409,6 +414,7 @@ class Leases:
         """
         if not self._has_runs():
             return 0
+        self._database.create()  # what an older build has made lacks tables
         roots = self._database.rows(
             "SELECT workflow_id FROM af_workflows WHERE tenant = :tenant AND parent_id IS NULL", tenant=tenant
         )
@@ -423,7 +429,8 @@ class Leases:
                 bindings = tree_of(str(root))
                 execute(connection, f"DELETE FROM af_steps WHERE workflow_id IN ({tree})", **bindings)
                 execute(connection, f"DELETE FROM af_workflows WHERE {TREE}", **bindings)
-                execute(connection, "DELETE FROM af_events WHERE root_id = :id", id=root)
+                for table in ("af_events", "af_inbox"):
+                    execute(connection, f"DELETE FROM {table} WHERE root_id = :id", id=root)
         return len(roots)
 
     # ---- plumbing ----------------------------------------------------------------------------------------

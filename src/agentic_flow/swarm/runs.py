@@ -218,6 +218,8 @@ RunEventKind = Literal[
     "agent_started",
     "agent_finished",
     "step_finished",
+    "message_received",
+    "question_asked",
     "ingest_progress",
 ]
 
@@ -228,9 +230,10 @@ class RunEvent(Frozen):
     Kinds: `run_accepted`, `run_started`, `run_taken_over` (by another process, or resumed: `asked`),
     `agent_started`, `step_finished` (agent, name: a model or tool call or another recorded step; of a step
     `assign` the data say who works next, on whose words, in which shape, and why if it changed),
-    `agent_finished` (state, error), `run_given_up` (taken over too often), `run_cancelled` (and resumed
-    later), `run_finished` (state, error), which is the last. `ingest_progress` (done, total files) is live
-    only: it is not stored, and bears the number of the event before it.
+    `agent_finished` (state, error), `question_asked` (id, text, options, default, until_s),
+    `message_received` (key, sender; name: its topic, `answer:ID` for an answer), `run_given_up` (taken over too often),
+    `run_cancelled` (and resumed later), `run_finished` (state, error), which is the last. `ingest_progress`
+    (done, total files) is live only: it is not stored, and bears the number of the event before it.
     """
 
     sequence: int

@@ -131,10 +131,19 @@ class Places(Generic[W]):
         self._served: dict[str, int] = {}
         self._served_last = 0
 
-    def ask(self, work: W) -> None:
-        """Let it wait for a place; `admit` says when it has one."""
+    def ask(self, work: W, *, returns: bool = False) -> None:
+        """Let it wait for a place; `admit` says when it has one.
+
+        Args:
+            work: What wants one.
+            returns: It had one and gave it back while it waited: before what has not begun.
+        """
         tenants = self._waiting.setdefault(work.priority, {})
-        tenants.setdefault(work.tenant, deque()).append(work)
+        line = tenants.setdefault(work.tenant, deque())
+        if returns:
+            line.appendleft(work)
+        else:
+            line.append(work)
 
     def admit(self) -> list[W]:
         """Those that have a place from now on, in order."""

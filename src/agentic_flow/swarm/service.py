@@ -456,6 +456,8 @@ _KINDS: dict[str, RunEventKind] = {
     "given_up": "run_given_up",
     "cancelled": "run_cancelled",
     "step_finished": "step_finished",
+    "message": "message_received",
+    "question": "question_asked",
     "child_started": "agent_started",
     "child_ended": "agent_finished",
 }
@@ -468,7 +470,7 @@ def _run_event(event: EventRecord, assignments: Mapping[tuple[str, int], JsonObj
         below = f"{event.workflow_id}.{event.agent}" if event.agent else event.workflow_id
         data = data or assignments.get((below, index), {})
     kind = "agent_finished" if event.kind == "cancelled" and event.agent else _KINDS[event.kind]
-    name = event.name if event.kind == "step_finished" else None
+    name = event.name if event.kind in ("step_finished", "message", "question") else None
     return RunEvent(
         sequence=event.sequence,
         kind=kind,
