@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from agentic_flow.memory.answers import LearnReport, MemoryService
     from agentic_flow.memory.bound import BoundMemory, WaitedMemory
     from agentic_flow.runtime.build import Runtime
+    from agentic_flow.swarm.questions import Question
     from agentic_flow.swarm.runs import RunEvent, RunResult, RunService, RunSpec, RunStep
     from agentic_flow.swarm.tries import SeveralTries
     from agentic_flow.swarm.workflow_bound import BoundWorkflows, WaitedWorkflows
@@ -363,6 +364,22 @@ class AsyncRuns:
         runtime, runs = await self._client._records()  # pyright: ignore[reportPrivateUsage]
         return await runs.steps(runtime.principal, run_id)
 
+    async def questions(self, run_id: str) -> Sequence[Question]:
+        """What the run has asked people, answered or not."""
+        runtime, runs = await self._client._records()  # pyright: ignore[reportPrivateUsage]
+        return await runs.questions(runtime.principal, run_id)
+
+    async def answer(self, run_id: str, question_id: str, answer: str) -> bool:
+        """Answer a question of a run, wherever it waits; False when it has this answer already.
+
+        Raises:
+            NotFound: no such question was asked.
+            InvalidInput: the answer is none of its options.
+            Conflict: it has another answer, or waits for none any more.
+        """
+        runtime, runs = await self._client._records()  # pyright: ignore[reportPrivateUsage]
+        return await runs.answer(runtime.principal, run_id, question_id, answer)
+
     async def resume(self, run_id: str) -> RunResult:
         """Continue an interrupted or cancelled run where it was, and wait for its end.
 
@@ -558,6 +575,14 @@ class Runs:
     def steps(self, run_id: str) -> Sequence[RunStep]:
         """See `AsyncRuns.steps`."""
         return self._call(lambda: self._runs.steps(run_id))
+
+    def questions(self, run_id: str) -> Sequence[Question]:
+        """See `AsyncRuns.questions`."""
+        return self._call(lambda: self._runs.questions(run_id))
+
+    def answer(self, run_id: str, question_id: str, answer: str) -> bool:
+        """See `AsyncRuns.answer`."""
+        return self._call(lambda: self._runs.answer(run_id, question_id, answer))
 
     def resume(self, run_id: str) -> RunResult:
         """See `AsyncRuns.resume`."""

@@ -131,6 +131,10 @@ def _counted(number: int, what: str) -> str:
 async def _watch(client: AsyncClient, run_id: str, display: Display) -> None:
     async for event in client.runs.events(run_id):
         display.event(event)
+        if event.kind == "question_asked":
+            options = " or ".join(event.data["options"]) or "ANSWER"
+            talk(f"{event.agent} asks: {event.data['text']}")
+            talk(f"answer with `agentic-flow runs answer {run_id} {event.data['id']} {options}`")
 
 
 @contextlib.contextmanager

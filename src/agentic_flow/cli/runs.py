@@ -1,4 +1,4 @@
-"""`agentic-flow runs list|show|graph|picture|resume|cancel`."""
+"""`agentic-flow runs list|show|graph|picture|resume|questions|answer|cancel`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from agentic_flow.cli.session import Session, command, new_app
 
-app = new_app("List, show, draw, resume and cancel runs.")
+app = new_app("List, show, draw, resume, answer and cancel runs.")
 
 RunId = Annotated[str, typer.Argument(help="Id of the run, as `runs list` prints it.", metavar="ID")]
 
@@ -141,6 +141,50 @@ def resume(session: Session, run_id: RunId) -> None:
         return run_id
 
     follow(session, restart)
+
+
+@command(
+    app, "questions", examples=("agentic-flow runs questions ID", "agentic-flow runs questions ID --json")
+)
+def questions(session: Session, run_id: RunId) -> None:
+    """List what a run has asked people, and what was answered."""
+    from agentic_flow.cli.output import local_time, print_table
+
+    with session.client() as client:
+        asked = client.runs.questions(run_id)
+    session.show(
+        asked,
+        lambda: print_table(
+            ("question", "state", "until", "options", "answer", "text"),
+            [
+                (
+                    q.id,
+                    q.state,
+                    "-" if q.until_s is None else local_time(q.until_s),
+                    "|".join(q.options) or "any text",
+                    "-" if q.answer is None else _head(q.answer),
+                    _head(q.text),
+                )
+                for q in asked
+            ],
+        ),
+    )
+
+
+@command(app, "answer", examples=("agentic-flow runs answer ID release.q1 approve",))
+def answer(
+    session: Session,
+    run_id: RunId,
+    question: Annotated[
+        str, typer.Argument(help="Id of the question, as `runs questions` prints it.", metavar="QUESTION")
+    ],
+    text: Annotated[str, typer.Argument(help="One of its options, or any text.", metavar="ANSWER")],
+) -> None:
+    """Answer a question of a run, which goes on with it wherever it waits."""
+    with session.client() as client:
+        is_new = client.runs.answer(run_id, question, text)
+    told = {"run_id": run_id, "question_id": question, "answer": text, "is_new": is_new}
+    session.show(told, lambda: print(f"{question} answered {text!r}" + ("" if is_new else " already")))
 
 
 @command(app, "cancel", examples=("agentic-flow runs cancel ID",))

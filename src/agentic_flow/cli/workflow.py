@@ -148,6 +148,8 @@ def _line(step: Step) -> str:
         what = f"agent {step.agent.definition or step.agent.role}"
     elif step.team is not None:
         what = f"team {step.team.topology}"
+    elif step.approval is not None:
+        what = f"approval ({' | '.join(step.approval.options) or 'any text'})"
     parts = [f"{step.id}: {what}"]
     if step.needs:
         parts.append(

@@ -90,7 +90,8 @@ class SqlRunEngine:
     ) -> None:
         self._database = RunDatabase(database_url, data_dir)
         self._leases = Leases(self._database, lease_s=lease_s, clock=clock)
-        self._inbox = Inbox(self._database, clock)
+        self._open_inbox = Inbox(self._database, clock)
+        self._closed_inbox = Inbox(RunDatabase(database_url, data_dir, pooled=False), clock)
         self._open_reader = RunReader.on(self._database, self._leases)
         self._closed_reader = RunReader(database_url, data_dir, lease_s=lease_s, clock=clock)
         self._lease_s = lease_s
@@ -708,6 +709,10 @@ class SqlRunEngine:
     @property
     def _reader(self) -> RunReader:
         return self._open_reader if self._is_open else self._closed_reader
+
+    @property
+    def _inbox(self) -> Inbox:
+        return self._open_inbox if self._is_open else self._closed_inbox
 
     def _check_open(self) -> None:
         if not self._is_open:

@@ -156,9 +156,9 @@ class Inbox:
 
     def messages(self, root_id: str) -> list[MessageRecord]:
         """All messages of a run, read or not, in order."""
-        if not self._database.has_runs():
+        if not self._has_table and not (self._database.has_runs() and self._database.has_table("af_inbox")):
             return []
-        rows = self._opened().rows(
+        rows = self._database.rows(
             f"SELECT {_COLUMNS} FROM af_inbox WHERE root_id = :id ORDER BY number", id=root_id
         )
         return [_record(root_id, *row) for row in rows]

@@ -12,6 +12,7 @@ from agentic_flow.core.auth import Principal
 from agentic_flow.core.errors import Unavailable
 from agentic_flow.core.http_twin import HttpTwin
 from agentic_flow.core.ports import RunState
+from agentic_flow.swarm.questions import Question
 from agentic_flow.swarm.runs import RunEvent, RunResult, RunSpec, RunStep
 from agentic_flow.swarm.workflow_spec import Validation, WorkflowRequest, WorkflowSource
 
@@ -77,6 +78,20 @@ class RemoteSwarm(HttpTwin):
     async def steps(self, principal: Principal, run_id: str) -> list[RunStep]:
         answer = await self.call("GET", f"{_path(run_id)}/steps", principal=principal)
         return [RunStep.model_validate(step) for step in answer["steps"]]
+
+    async def questions(self, principal: Principal, run_id: str) -> list[Question]:
+        answer = await self.call("GET", f"{_path(run_id)}/questions", principal=principal)
+        return [Question.model_validate(one) for one in answer["questions"]]
+
+    async def answer(self, principal: Principal, run_id: str, question_id: str, answer: str) -> bool:
+        given = await self.call(
+            "POST",
+            f"{_path(run_id)}/questions/{quote(question_id, safe='')}",
+            body={"answer": answer},
+            principal=principal,
+            idempotent=True,
+        )
+        return bool(given["is_new"])
 
     async def resume(self, principal: Principal, run_id: str) -> bool:
         answer = await self.call("POST", f"{_path(run_id)}/resume", principal=principal, idempotent=True)

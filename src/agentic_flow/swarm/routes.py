@@ -15,6 +15,7 @@ from agentic_flow.core.ports import RunState
 from agentic_flow.core.sse import ServerEvent
 from agentic_flow.core.web import event_stream, json_response, parse, require
 from agentic_flow.swarm.picture import picture
+from agentic_flow.swarm.questions import AnswerRequest
 from agentic_flow.swarm.runs import RunService, RunSpec
 from agentic_flow.swarm.workflow_spec import WorkflowRequest, WorkflowSource
 
@@ -77,6 +78,17 @@ def build_routes(runs: RunService) -> list[Route]:
         principal = require(request, "runs:write")
         return json_response({"resumed": await runs.resume(principal, _id(request))})
 
+    async def questions(request: Request) -> Response:
+        principal = require(request, "runs:read")
+        return json_response({"questions": await runs.questions(principal, _id(request))})
+
+    async def answer(request: Request) -> Response:
+        principal = require(request, "runs:write")
+        given = await parse(request, AnswerRequest)
+        question_id = str(request.path_params["question_id"])
+        is_new = await runs.answer(principal, _id(request), question_id, given.answer)
+        return json_response({"question_id": question_id, "answer": given.answer, "is_new": is_new})
+
     async def events(request: Request) -> Response:
         principal = require(request, "runs:read")
         last = request.headers.get("last-event-id")
@@ -92,6 +104,8 @@ def build_routes(runs: RunService) -> list[Route]:
         Route("/v1/runs/{run_id}", show, methods=["GET"]),
         Route("/v1/runs/{run_id}/steps", steps, methods=["GET"]),
         Route("/v1/runs/{run_id}/events", events, methods=["GET"]),
+        Route("/v1/runs/{run_id}/questions", questions, methods=["GET"]),
+        Route("/v1/runs/{run_id}/questions/{question_id}", answer, methods=["POST"]),
         Route("/v1/runs/{run_id}/picture.svg", picture_svg, methods=["GET"]),
         Route("/v1/runs/{run_id}/cancel", cancel, methods=["POST"]),
         Route("/v1/runs/{run_id}/resume", resume, methods=["POST"]),

@@ -16,6 +16,7 @@ from agentic_flow.swarm.criteria import CRITERIA_MAX, Checked, Criterion
 from agentic_flow.swarm.topology import Role
 
 if TYPE_CHECKING:
+    from agentic_flow.swarm.questions import Question
     from agentic_flow.swarm.workflow_spec import Validation, WorkflowRequest, WorkflowSource
 
 TEAM_LEVELS_MAX = 3
@@ -167,11 +168,14 @@ class RunMemory(Frozen):
     tokens: int = 0
 
 
+StepKind = Literal["agent", "team", "tool", "approval"]
+
+
 class WorkflowStepReport(Frozen):
     """How one step of a workflow ended, or that it has not. `items` of a fan-out."""
 
     id: str
-    kind: Literal["agent", "team", "tool"]
+    kind: StepKind
     state: Literal["completed", "failed", "skipped", "unfinished"]
     reason: str = ""
     items: int | None = None
@@ -231,9 +235,10 @@ class RunEvent(Frozen):
     `agent_started`, `step_finished` (agent, name: a model or tool call or another recorded step; of a step
     `assign` the data say who works next, on whose words, in which shape, and why if it changed),
     `agent_finished` (state, error), `question_asked` (id, text, options, default, until_s),
-    `message_received` (key, sender; name: its topic, `answer:ID` for an answer), `run_given_up` (taken over too often),
-    `run_cancelled` (and resumed later), `run_finished` (state, error), which is the last. `ingest_progress`
-    (done, total files) is live only: it is not stored, and bears the number of the event before it.
+    `message_received` (key, sender; name: its topic, `answer:ID` for an answer), `run_given_up` (taken over
+    too often), `run_cancelled` (and resumed later), `run_finished` (state, error), which is the last.
+    `ingest_progress` (done, total files) is live only: it is not stored, and bears the number of the event
+    before it.
     """
 
     sequence: int
@@ -303,6 +308,20 @@ class RunService(Protocol):
         ...
 
     async def steps(self, principal: Principal, run_id: str) -> list[RunStep]: ...
+
+    async def questions(self, principal: Principal, run_id: str) -> list[Question]:
+        """What the run has asked people, answered or not, in order."""
+        ...
+
+    async def answer(self, principal: Principal, run_id: str, question_id: str, answer: str) -> bool:
+        """Answer a question of a run. False when it has this answer already.
+
+        Raises:
+            NotFound: the run has asked no such question.
+            InvalidInput: the answer is none of the question's options.
+            Conflict: it has another answer, or waits for none any more.
+        """
+        ...
 
     async def resume(self, principal: Principal, run_id: str) -> bool:
         """Continue an interrupted or cancelled run. False when it has ended or is alive."""

@@ -34,6 +34,7 @@ from agentic_flow.swarm.experience import RunExperience, Shown, memory_of
 from agentic_flow.swarm.inputs import Folder, Inputs
 from agentic_flow.swarm.member import Budgets, Members
 from agentic_flow.swarm.payloads import RUN, Brief, RunPayload, from_record
+from agentic_flow.swarm.questions import ANSWER, QUESTION, Question, check_answer, questions_of
 from agentic_flow.swarm.runs import (
     AgentReport,
     RoleChoice,
@@ -222,6 +223,38 @@ class Swarm:
     async def steps(self, principal: Principal, run_id: str) -> list[RunStep]:
         await self._record(principal, run_id)
         return [_step(run_id, step) for step in await self._engine.steps(run_id)]
+
+    async def questions(self, principal: Principal, run_id: str) -> list[Question]:
+        """See RunService."""
+        await self._record(principal, run_id)
+        steps = await self._engine.steps(run_id)
+        ended: set[str] = set()
+        for asking in {step.workflow_id for step in steps if step.name.startswith(QUESTION)}:
+            record = await self._engine.get(asking)
+            if record is None or record.state in _ENDED:
+                ended.add(asking)
+        messages = await self._engine.messages(run_id)
+        return questions_of(run_id, steps, messages, now_s=time.time(), ended=ended)
+
+    async def answer(self, principal: Principal, run_id: str, question_id: str, answer: str) -> bool:
+        """See RunService."""
+        principal.demand("runs:write")
+        asked = await self.questions(principal, run_id)
+        question = next((one for one in asked if one.id == question_id), None)
+        if question is None:
+            raise NotFound(
+                f"run {run_id!r} has asked no question {question_id!r}",
+                hint=f"list them with `agentic-flow runs questions {run_id}`",
+            )
+        check_answer(question, answer)
+        return await self._engine.send(
+            run_id,
+            f"{ANSWER}{question_id}",
+            {"answer": answer},
+            key="answer",
+            sender=principal.subject,
+            before_s=question.until_s,
+        )
 
     async def resume(self, principal: Principal, run_id: str) -> bool:
         principal.demand("runs:write")

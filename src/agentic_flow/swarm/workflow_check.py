@@ -29,11 +29,12 @@ from agentic_flow.swarm.workflow_text import Reference, Template, expression, is
 
 _OURS = ("inputs", "paths_allowed", "paths_forbidden", "budget_usd", "deadline_s", "tokens_max", "refines")
 """Fields of a run that, within a workflow, are the workflow's."""
-_LATER = ("approval", "approve", "ask", "schedule", "signal", "wait", "sleep", "cron", "question")
+_LATER = ("approve", "ask", "schedule", "signal", "wait", "sleep", "cron", "question")
 _PROBLEMS_MAX = 200
 _LIMITS = ("steps_max", "tool_calls_max", "output_tokens_max")
 _AGENT_FIELDS = ("text", "citations", "model", "truncated")
 _TEAM_FIELDS = ("answer", "citations", "run_id", "topology")
+_APPROVAL_FIELDS = ("answer", "by", "timed_out")
 
 
 def check_text(
@@ -163,8 +164,8 @@ class _Check:
         if key in _LATER:
             self.say(
                 place,
-                f"{key!r} is not offered: workflows have no approvals, schedules or signals",
-                "take it out; cut the workflow in two where somebody must decide",
+                f"{key!r} is not offered: workflows have approvals, but no schedules or signals",
+                "take it out; where somebody must decide, use `approval`",
             )
             return
         close = difflib.get_close_matches(key, _keys_at(place), n=1)
@@ -434,9 +435,11 @@ class _Check:
         other = graph.step(path[1])
         if other is None or other.fan_out is not None or other.fallback is not None:
             return
-        fields = {"agent": _AGENT_FIELDS, "team": _TEAM_FIELDS}.get(other.kind)
+        fields = {"agent": _AGENT_FIELDS, "team": _TEAM_FIELDS, "approval": _APPROVAL_FIELDS}.get(other.kind)
         if fields is not None and path[3] not in fields:
-            what = f"the output of {'an agent' if other.kind == 'agent' else 'a team'} has no {path[3]!r}"
+            what = (
+                f"the output of {'a team' if other.kind == 'team' else f'an {other.kind}'} has no {path[3]!r}"
+            )
             self.say(place, what, f"there are {', '.join(fields)}")
 
     def _over(self, place: Place, found: Template, graph: _Graph) -> None:
@@ -457,7 +460,7 @@ class _Check:
             other = graph.step(plain[1])
             if other is None or other.fan_out is not None:
                 return
-            is_text = len(plain) == 4 and plain[3] in ("text", "answer", "model", "run_id", "topology")
+            is_text = len(plain) == 4 and plain[3] in ("text", "answer", "model", "run_id", "topology", "by")
             if len(plain) == 3 or (other.kind != "tool" and is_text):
                 what = "a text" if is_text else "a table"
                 self.say(place, f"{found.source!r} is {what}, no list", hint)
@@ -573,6 +576,8 @@ def _sources(step: Step) -> Iterator[tuple[Place, str, bool]]:
         yield ("agent", "prompt"), step.agent.prompt, False
     if step.team is not None:
         yield ("team", "goal"), step.team.goal, False
+    if step.approval is not None:
+        yield ("approval", "question"), step.approval.question, False
     if step.tool is not None:
         for place, source in _texts(step.tool.arguments, ("tool", "arguments")):
             yield place, source, False
@@ -617,13 +622,14 @@ def _keys_at(place: Place) -> list[str]:
 
 def _models() -> dict[str, Any]:
     from agentic_flow.swarm.runs import RunSpec
-    from agentic_flow.swarm.workflow_spec import AgentWork, FanOut, Retry, ToolWork
+    from agentic_flow.swarm.workflow_spec import AgentWork, ApprovalWork, FanOut, Retry, ToolWork
 
     return {
         "steps": Step,
         "agent": AgentWork,
         "team": RunSpec,
         "tool": ToolWork,
+        "approval": ApprovalWork,
         "fan_out": FanOut,
         "retry": Retry,
         "inputs": InputSpec,

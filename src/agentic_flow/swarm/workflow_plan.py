@@ -266,11 +266,13 @@ def _gathered(step: Step, ended: Sequence[Outcome]) -> Outcome:
 
 
 def _work(step: Step, scope: Mapping[str, Any]) -> Any:
-    """The prompt, the goal or the arguments of a step, filled in."""
+    """The prompt, the goal, the question or the arguments of a step, filled in."""
     if step.agent is not None:
         return as_text(filled(step.agent.prompt, scope))
     if step.team is not None:
         return as_text(filled(step.team.goal, scope))
+    if step.approval is not None:
+        return as_text(filled(step.approval.question, scope))
     assert step.tool is not None
     return filled(step.tool.arguments, scope)
 

@@ -1,7 +1,7 @@
 """Workflows as durable work: rounds of steps, each step a child, each effect of a step recorded.
 
     workflow:  ingest → (plan → the steps that may start, as children)* → outputs
-    step:      (attempt: a tool call | an agent as a child | a team's run as a child)* → output
+    step:      (attempt: a tool call | an agent as a child | a team's run as a child | a question)* → output
 
 What is next is decided by `advance`, which is pure; it is recorded as the step `plan` only so that others
 can follow. Steps of one round run at once, and the next round begins when all of them have ended: the engine
@@ -26,6 +26,7 @@ from agentic_flow.core.errors import (
     DeadlineExceeded,
     InvalidInput,
     LimitExceeded,
+    NotAccepted,
     as_problem,
     from_problem,
 )
@@ -46,7 +47,7 @@ from agentic_flow.swarm.runs import (
     WorkflowStepReport,
 )
 from agentic_flow.swarm.workflow_plan import Outcome, Plan, Start, advance, conclude
-from agentic_flow.swarm.workflow_spec import Step, WorkflowSpec
+from agentic_flow.swarm.workflow_spec import DENY, Step, WorkflowSpec
 from agentic_flow.swarm.workflow_text import as_text
 
 WORKFLOW = "workflow"
@@ -235,6 +236,8 @@ class Workflows:
         step = payload.step
         if step.tool is not None:
             return await self._tool(context, payload)
+        if step.approval is not None:
+            return await self._approval(context, payload)
         try:
             async with asyncio.timeout(step.timeout_s):
                 if step.agent is not None:
@@ -274,6 +277,23 @@ class Workflows:
             return {**result.content, "truncated": True} if result.truncated else dict(result.content)
 
         return await context.step(f"tool:{tool.name}", call)
+
+    async def _approval(self, context: WorkflowContext, payload: StepPayload) -> JsonObject:
+        """The wait has no place of its process, and goes on elsewhere with the same deadline."""
+        approval = payload.step.approval
+        assert approval is not None
+        given = await context.ask(
+            as_text(payload.work),
+            options=approval.options,
+            timeout_s=payload.step.timeout_s,
+            default=approval.default,
+        )
+        if given["answer"] == DENY:
+            how = "was approved by nobody in time" if given["timed_out"] else f"was denied by {given['by']!r}"
+            raise NotAccepted(
+                f"step {payload.step.id!r} {how}", hint="start the workflow again when it may go on"
+            )
+        return given
 
     async def _agent(
         self, context: WorkflowContext, payload: StepPayload, attempt: int, reports: list[AgentReport]

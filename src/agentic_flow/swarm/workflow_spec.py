@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, StringConstraints, model_validator
 
 from agentic_flow.core.errors import InvalidInput
 from agentic_flow.core.messages import Frozen, JsonObject
 from agentic_flow.core.settings import SwarmSettings
-from agentic_flow.swarm.runs import AgentName, Count, RunSpec
+from agentic_flow.swarm.questions import OPTIONS_MAX, check_question
+from agentic_flow.swarm.runs import AgentName, Count, RunSpec, StepKind
 from agentic_flow.swarm.topology import Role
 from agentic_flow.swarm.workflow_file import Document, Format, bounded_document, parse_document
 from agentic_flow.swarm.workflow_text import SOURCE_CHARS_MAX
@@ -25,6 +26,8 @@ INPUTS_MAX = 100
 OUTPUTS_MAX = 100
 ITEMS_MAX = 1_000
 ATTEMPTS_MAX = 10
+DENY = "deny"
+"""The answer to an approval that fails its step."""
 RESERVED = frozenset({"inputs", "steps", "item", "index", "loop", "true", "false", "none"})
 
 Id = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
@@ -71,6 +74,27 @@ class ToolWork(Frozen):
     arguments: dict[str, Any] = Field(default_factory=dict[str, Any])
 
 
+class ApprovalWork(Frozen):
+    """A question to a person; the step waits for the answer. `question` is a template.
+
+    `options` are the answers that are taken; none: any text. The answer "deny" fails the step. When the
+    `timeout_s` of the step is over it goes on with `default`, or fails without one. The output of the step is
+    {answer, by, timed_out}.
+    """
+
+    question: Text
+    options: Annotated[tuple[Text, ...], Field(max_length=OPTIONS_MAX)] = ("approve", DENY)
+    default: Text | None = None
+
+    @model_validator(mode="after")
+    def _can_be_answered(self) -> Self:
+        try:
+            check_question("?", self.options, self.default)
+        except InvalidInput as error:
+            raise ValueError(error.message) from error
+        return self
+
+
 class FanOut(Frozen):
     """The step once for each entry of a list, as `item` and `index` (from 0); it gives the list of outputs.
 
@@ -90,12 +114,12 @@ class Retry(Frozen):
 
 
 class Step(Frozen):
-    """One step: exactly one of `agent`, `team` and `tool`.
+    """One step: exactly one of `agent`, `team`, `tool` and `approval`.
 
     `needs` are the steps before it. `start_when`: "all" of them completed (else it is skipped), "any" of them
     (once all have ended), or "ended", however they did. `when` false skips it. `on_failure`: "fail" ends the
     workflow, "continue" goes on without an output, "fallback" runs the step `fallback` in its place.
-    `timeout_s` bounds one attempt.
+    `timeout_s` bounds one attempt. An approval is asked once.
 
     In `team` the goal is a template; folders, path rules, budget and deadline are the workflow's.
     """
@@ -107,6 +131,7 @@ class Step(Frozen):
     agent: AgentWork | None = None
     team: RunSpec | None = None
     tool: ToolWork | None = None
+    approval: ApprovalWork | None = None
     fan_out: FanOut | None = None
     when: Expression | None = None
     retry: Retry = Retry(attempts=1)
@@ -116,9 +141,13 @@ class Step(Frozen):
 
     @model_validator(mode="after")
     def _is_one_thing(self) -> Self:
-        kinds = [name for name in ("agent", "team", "tool") if getattr(self, name) is not None]
+        kinds = [name for name in get_args(StepKind) if getattr(self, name) is not None]
         if len(kinds) != 1:
-            raise ValueError(f"give exactly one of agent, team and tool, not {' and '.join(kinds) or 'none'}")
+            raise ValueError(
+                f"give exactly one of agent, team, tool and approval, not {' and '.join(kinds) or 'none'}"
+            )
+        if self.approval is not None and self.retry.attempts > 1:
+            raise ValueError("a person is asked once: an approval has no retry")
         if self.on_failure == "fallback" and self.fallback is None:
             raise ValueError("on_failure is 'fallback' and no fallback step is named")
         if self.fallback is not None and self.on_failure != "fallback":
@@ -128,9 +157,9 @@ class Step(Frozen):
         return self
 
     @property
-    def kind(self) -> Literal["agent", "team", "tool"]:
+    def kind(self) -> StepKind:
         """What it does."""
-        return "agent" if self.agent is not None else "team" if self.team is not None else "tool"
+        return next(name for name in get_args(StepKind) if getattr(self, name) is not None)
 
 
 class WorkflowSpec(Frozen):

@@ -27,6 +27,7 @@ async def has_step(engine: RunEngine, workflow_id: str, name: str) -> bool:
 
 
 async def ended_as(engine: RunEngine, workflow_id: str) -> JsonObject:
+    """What the workflow, which must complete, has returned."""
     async with asyncio.timeout(TIMEOUT_S):
         record = await engine.wait(workflow_id)
     assert record.state == "completed", record
