@@ -381,7 +381,7 @@ class AsyncRuns:
         return await runs.answer(runtime.principal, run_id, question_id, answer)
 
     async def resume(self, run_id: str) -> RunResult:
-        """Continue an interrupted or cancelled run where it was, and wait for its end.
+        """Continue a paused, interrupted or cancelled run where it was, and wait for its end.
 
         Raises:
             Conflict: it has ended already, or another process is working on it.
@@ -390,14 +390,19 @@ class AsyncRuns:
         return await self.wait(run_id)
 
     async def restart(self, run_id: str) -> None:
-        """Continue an interrupted or cancelled run without waiting for it; raises like `resume`."""
+        """Continue a paused, interrupted or cancelled run without waiting for it; raises like `resume`."""
         runtime, swarm = await self._client._swarm()  # pyright: ignore[reportPrivateUsage]
         if not await swarm.resume(runtime.principal, run_id):
             state = (await swarm.show(runtime.principal, run_id)).state
             raise Conflict(
                 f"run {run_id!r} is {state} and cannot be resumed",
-                hint="only interrupted and cancelled runs can; `agentic-flow runs show` prints what it left",
+                hint="only paused, interrupted and cancelled runs can; `runs show` prints what it left",
             )
+
+    async def pause(self, run_id: str) -> bool:
+        """Hold a run before its next steps until it is resumed; False when it has ended or is paused."""
+        runtime, runs = await self._client._records()  # pyright: ignore[reportPrivateUsage]
+        return await runs.pause(runtime.principal, run_id)
 
     async def cancel(self, run_id: str) -> bool:
         """Cancel a run and its agents; False when it had already ended."""
@@ -587,6 +592,10 @@ class Runs:
     def resume(self, run_id: str) -> RunResult:
         """See `AsyncRuns.resume`."""
         return self._call(lambda: self._runs.resume(run_id))
+
+    def pause(self, run_id: str) -> bool:
+        """See `AsyncRuns.pause`."""
+        return self._call(lambda: self._runs.pause(run_id))
 
     def cancel(self, run_id: str) -> bool:
         """See `AsyncRuns.cancel`."""

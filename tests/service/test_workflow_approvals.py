@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import urllib.error
 import urllib.request
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +47,20 @@ def submitted(url: str, folder: Path) -> str:
     return accepted["run_id"]
 
 
-def event_of(url: str, run_id: str, kind: str) -> Any:
-    """The first event of this kind, waited for on the stream."""
+def events_of(url: str, run_id: str) -> Generator[Any]:
+    """The events of a run as they come, until it has ended."""
     with urllib.request.urlopen(f"{url}/v1/runs/{run_id}/events", timeout=60) as stream:
         for line in stream:
             if line.startswith(b"data:"):
-                event = orjson.loads(line.removeprefix(b"data:"))
-                if event["kind"] == kind:
-                    return event
+                yield orjson.loads(line.removeprefix(b"data:"))
+
+
+def event_of(url: str, run_id: str, kind: str) -> Any:
+    """The first event of this kind, waited for."""
+    with closing(events_of(url, run_id)) as events:
+        for event in events:
+            if event["kind"] == kind:
+                return event
     raise AssertionError(f"the stream ended without {kind!r}")
 
 
@@ -122,6 +130,32 @@ def test_a_denial_ends_the_workflow(tmp_path: Path) -> None:
             "gate": "failed",
             "ship": "skipped",
         }
+
+
+def test_a_paused_run_goes_on_only_when_resumed(tmp_path: Path) -> None:
+    """Catches a pause that holds nothing, is told wrongly, or cannot be lifted from outside."""
+    place, folder = Place(tmp_path), make_folder(tmp_path)
+    with place.start("serve", "platform") as server:
+        url = platform_of(server)
+        run_id = submitted(url, folder)
+        question_id = event_of(url, run_id, "question_asked")["data"]["id"]
+        run = f"{url}/v1/runs/{run_id}"
+        assert call(f"{run}/pause", {}) == (200, {"paused": True})
+        assert call(f"{run}/pause", {}) == (200, {"paused": False})
+        assert call(f"{run}/questions/{question_id}", {"answer": "approve"})[0] == 200
+        assert [r["run_id"] for r in call(f"{url}/v1/runs?state=paused")[1]["runs"]] == [run_id]
+        assert call(run)[1]["state"] == "paused"
+        assert call(f"{run}/resume", {}) == (200, {"resumed": True})
+        finished = event_of(url, run_id, "run_finished")
+        assert finished["data"]["state"] == "completed"
+        lifted = event_of(url, run_id, "run_unpaused")["sequence"]
+        assert event_of(url, run_id, "run_paused")["sequence"] < lifted
+        begun = [e for e in events_of(url, run_id) if e["kind"] == "agent_started"]
+        starts = [e["sequence"] for e in begun if e["agent"] == "ship"]
+        assert len(starts) == 1
+        assert lifted < starts[0] < finished["sequence"]
+        assert call(f"{run}/pause", {}) == (200, {"paused": False})
+        assert call(f"{url}/v1/runs/run-nobody/pause", {})[0] == 404
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`agentic-flow runs list|show|graph|picture|resume|questions|answer|cancel`."""
+"""`agentic-flow runs list|show|graph|picture|pause|resume|questions|answer|cancel`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from agentic_flow.cli.session import Session, command, new_app
 
-app = new_app("List, show, draw, resume, answer and cancel runs.")
+app = new_app("List, show, draw, pause, resume, answer and cancel runs.")
 
 RunId = Annotated[str, typer.Argument(help="Id of the run, as `runs list` prints it.", metavar="ID")]
 
@@ -28,7 +28,7 @@ def list_runs(
         list[str] | None,
         typer.Option(
             "--state",
-            help="Only queued, running, interrupted, completed, failed or cancelled ones; may be repeated.",
+            help="Only queued, running, paused, interrupted, completed, failed or cancelled ones.",
             metavar="STATE",
         ),
     ] = None,
@@ -129,7 +129,7 @@ def picture(
 
 @command(app, "resume", examples=("agentic-flow runs resume ID", "agentic-flow runs resume ID --json"))
 def resume(session: Session, run_id: RunId) -> None:
-    """Continue an interrupted or cancelled run where it was, and print its answer.
+    """Continue a paused, interrupted or cancelled run where it was, and print its answer.
 
     Finished steps are not repeated and recorded model calls are not paid again.
     """
@@ -141,6 +141,18 @@ def resume(session: Session, run_id: RunId) -> None:
         return run_id
 
     follow(session, restart)
+
+
+@command(app, "pause", examples=("agentic-flow runs pause ID",))
+def pause(session: Session, run_id: RunId) -> None:
+    """Hold a run before its next steps until `runs resume`; what is under way ends and is recorded."""
+    from agentic_flow.core.errors import Conflict
+
+    with session.client() as client:
+        if not client.runs.pause(run_id):
+            state = client.runs.show(run_id).state
+            raise Conflict(f"run {run_id!r} is {state} already", hint="there is nothing to pause")
+    session.show({"run_id": run_id, "state": "paused"}, lambda: print(f"{run_id} paused"))
 
 
 @command(

@@ -282,8 +282,9 @@ class ToolBox(Protocol):
 StepFunction = Callable[["StepContext"], Awaitable[JsonObject]]
 Workflow = Callable[["WorkflowContext", JsonObject], Awaitable[JsonObject]]
 
-RunState = Literal["queued", "running", "interrupted", "completed", "failed", "cancelled"]
-"""`interrupted`: accepted and unfinished, and the process that ran it is gone; it can be resumed."""
+RunState = Literal["queued", "running", "paused", "interrupted", "completed", "failed", "cancelled"]
+"""`paused`: held before its next step until somebody lets it go on. `interrupted`: accepted and unfinished,
+and the process that ran it is gone; it can be resumed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,6 +378,8 @@ EventKind = Literal[
     "taken_over",
     "given_up",
     "cancelled",
+    "paused",
+    "unpaused",
     "message",
     "question",
     "ended",
@@ -389,8 +392,9 @@ class EventRecord:
 
     `agent` is the part of the workflow's id below the top-level one, "" for that itself; `name` is the step's
     or the workflow's. `data`: `index` and perhaps `error` of a step; `state` (and a child's `error`) of an
-    end; `asked` (somebody resumed it) and `epoch` of `taken_over`; `key` and `sender` of a `message`, whose
-    name is its topic; `id`, `text`, `options`, `default` and `until_s` of a `question`.
+    end; `asked` (somebody resumed it) and `epoch` of `taken_over`; `by` of `paused` and `unpaused`; `key` and
+    `sender` of a `message`, whose name is its topic; `id`, `text`, `options`, `default` and `until_s` of a
+    `question`.
     """
 
     workflow_id: str
@@ -498,6 +502,25 @@ class RunEngine(Protocol):
             DeadlineExceeded: it is too late.
             InvalidInput: the topic or the key is empty or too long, or the payload too large.
             LimitExceeded: it has too many messages.
+        """
+        ...
+
+    async def pause(self, workflow_id: str, *, by: str = "") -> bool:
+        """Hold a top-level workflow, and all below it, before the next step of each; durably.
+
+        Steps under way end and are recorded. Who takes it over holds it as well. False when it has ended or
+        was paused already.
+
+        Raises:
+            NotFound: there is no such workflow.
+        """
+        ...
+
+    async def unpause(self, workflow_id: str, *, by: str = "") -> bool:
+        """Let it go on. False when it was not paused.
+
+        Raises:
+            NotFound: there is no such workflow.
         """
         ...
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import socket
-from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Generator, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -55,6 +55,7 @@ from agentic_flow.swarm.execution import (
 from agentic_flow.swarm.heartbeat import Heartbeat
 from agentic_flow.swarm.inbox import Inbox, Waiters
 from agentic_flow.swarm.leases import Leases, RunDatabase, root_of
+from agentic_flow.swarm.pauses import Pauses
 from agentic_flow.swarm.reader import RunReader, decoded_object, record_of
 from agentic_flow.swarm.scheduling import ENDED, Fence, Places
 
@@ -91,7 +92,9 @@ class SqlRunEngine:
         self._database = RunDatabase(database_url, data_dir)
         self._leases = Leases(self._database, lease_s=lease_s, clock=clock)
         self._open_inbox = Inbox(self._database, clock)
-        self._closed_inbox = Inbox(RunDatabase(database_url, data_dir, pooled=False), clock)
+        self._open_pauses = Pauses(self._database, clock)
+        unpooled = RunDatabase(database_url, data_dir, pooled=False)
+        self._closed_inbox, self._closed_pauses = Inbox(unpooled, clock), Pauses(unpooled, clock)
         self._open_reader = RunReader.on(self._database, self._leases)
         self._closed_reader = RunReader(database_url, data_dir, lease_s=lease_s, clock=clock)
         self._lease_s = lease_s
@@ -107,6 +110,7 @@ class SqlRunEngine:
         self._places: Places[Run] = Places(self._runs_parallel_max)
         self._runs: dict[str, Run] = {}
         self._waiters = Waiters()
+        self._pauses_changed = 0
         self._accepting: dict[str, asyncio.Future[checkpoints.Answer]] = {}
         self._executions: dict[str, set[Execution]] = {}
         self._keepers: list[asyncio.Task[None]] = []
@@ -223,7 +227,24 @@ class SqlRunEngine:
         for workflow_id in children:
             if statuses.get(workflow_id) == "cancelled":
                 self._stop_tree(workflow_id, "cancelled")
+        await self._watch_pauses()
         await self._release_idle(owned)
+
+    async def _watch_pauses(self) -> None:
+        """Notice which of our workflows others have paused, or let go on."""
+        changed = self._pauses_changed
+        runs = {run.workflow_id: run for run in self._runs.values() if run.is_accepted}
+        paused = await asyncio.to_thread(self._pauses.among, runs)
+        if changed == self._pauses_changed:  # else what was read may be older than what we know
+            for workflow_id, run in runs.items():
+                self._set_paused(run, workflow_id in paused)
+
+    def _set_paused(self, run: Run, paused: bool) -> None:
+        if paused and run.unpaused is None:
+            run.unpaused = asyncio.Event()
+        elif not paused and run.unpaused is not None:
+            run.unpaused.set()
+            run.unpaused = None
 
     async def _look(self) -> None:
         """Wake who waits for a message that another process has sent."""
@@ -346,6 +367,24 @@ class SqlRunEngine:
         self._waiters.wake(workflow_id)
         return is_new
 
+    async def pause(self, workflow_id: str, *, by: str = "") -> bool:
+        """See RunEngine. Works without `open` as well; owners in other processes notice within a second."""
+        return await self._change_pause(self._pauses.pause, workflow_id, by, paused=True)
+
+    async def unpause(self, workflow_id: str, *, by: str = "") -> bool:
+        """See RunEngine, and `pause`."""
+        return await self._change_pause(self._pauses.unpause, workflow_id, by, paused=False)
+
+    async def _change_pause(
+        self, change: Callable[[str, str], bool], workflow_id: str, by: str, *, paused: bool
+    ) -> bool:
+        has_changed = await _unbroken(asyncio.to_thread(change, workflow_id, by))
+        run = self._runs.get(workflow_id)
+        if has_changed and run is not None:
+            self._pauses_changed += 1
+            self._set_paused(run, paused)
+        return has_changed
+
     async def messages(self, workflow_id: str) -> list[MessageRecord]:
         """See RunEngine."""
         return await asyncio.to_thread(self._inbox.messages, workflow_id)
@@ -412,6 +451,7 @@ class SqlRunEngine:
                 is_new=False,
             )
             run.is_accepted = True
+            self._set_paused(run, bool(await asyncio.to_thread(self._pauses.among, [workflow_id])))
             self._enter(run)
             return True
         finally:
@@ -628,16 +668,10 @@ class SqlRunEngine:
         with self._waiters.waiting(run.workflow_id) as woken:
             found = await self._oldest(run, topic, known)
             if found is None:
-                execution.is_waiting = True
-                run.waiting += 1
-                try:
-                    self._rest(run)
+                with self._idle(execution):
                     while found is None and await self._woken(woken, until_s):
                         found = await self._oldest(run, topic, known)
-                finally:
-                    execution.is_waiting = False
-                    run.waiting -= 1
-        await self.take_place(execution)
+        await self._take_place(run)
         return found or await self._oldest(run, topic, known, final=True)
 
     async def _woken(self, woken: asyncio.Event, until_s: float | None) -> bool:
@@ -672,9 +706,28 @@ class SqlRunEngine:
             if self._is_open:
                 self._admit()
 
-    async def take_place(self, execution: Execution) -> None:
-        """See EngineOfExecution."""
+    async def go_on(self, execution: Execution) -> None:
+        """See EngineOfExecution. While it is paused the tree needs no place, if nothing of it still works."""
         run = execution.run
+        while (unpaused := run.unpaused) is not None or not run.has_place:
+            if unpaused is None:
+                await self._take_place(run)
+                continue
+            with self._idle(execution):
+                await unpaused.wait()
+
+    @contextmanager
+    def _idle(self, execution: Execution) -> Generator[None]:
+        execution.is_waiting = True
+        execution.run.waiting += 1
+        try:
+            self._rest(execution.run)
+            yield
+        finally:
+            execution.is_waiting = False
+            execution.run.waiting -= 1
+
+    async def _take_place(self, run: Run) -> None:
         while not run.has_place:
             if run.placed is None:
                 run.placed = placed = asyncio.Event()
@@ -709,6 +762,10 @@ class SqlRunEngine:
     @property
     def _reader(self) -> RunReader:
         return self._open_reader if self._is_open else self._closed_reader
+
+    @property
+    def _pauses(self) -> Pauses:
+        return self._open_pauses if self._is_open else self._closed_pauses
 
     @property
     def _inbox(self) -> Inbox:

@@ -42,7 +42,7 @@ class Run:
     """A top-level workflow that is this process's to execute.
 
     `waiting` executions of its tree wait for messages. When nothing of it works it gives its place back, and
-    whoever wakes asks for it again: `placed` is set once it has one.
+    whoever wakes asks for it again: `placed` is set once it has one. `unpaused` is there while it is paused.
     """
 
     workflow_id: str
@@ -57,6 +57,7 @@ class Run:
     has_place: bool = False
     waiting: int = 0
     placed: asyncio.Event | None = None
+    unpaused: asyncio.Event | None = None
     starts_at_once: bool = False
     is_ending: bool = False
     ended: asyncio.Future[WorkflowRecord | None] = field(
@@ -120,7 +121,7 @@ class Execution:
 
     @property
     def is_idle(self) -> bool:
-        """Whether it waits for a message or for children, and not for work of its own."""
+        """Whether it waits for a message, for children or for the end of a pause: not for work of its own."""
         return self.is_waiting or any(not result.done() for result in self.below)
 
 
@@ -146,8 +147,8 @@ class EngineOfExecution(Protocol):
         """Cancel the children that this workflow gave up on and went on without."""
         ...
 
-    async def take_place(self, execution: Execution) -> None:
-        """Return when the execution's tree has a place again, if it gave its own back."""
+    async def go_on(self, execution: Execution) -> None:
+        """Return when the execution's tree is not paused and has a place, if it gave its own back."""
         ...
 
     async def message(
@@ -189,8 +190,8 @@ class Context:
             if execution.broken is not None:
                 raise execution.broken
             await self._engine.drop_abandoned(execution)
-            if not execution.run.has_place:
-                await self._engine.take_place(execution)
+            if not execution.run.has_place or execution.run.unpaused is not None:
+                await self._engine.go_on(execution)
         except BaseException:
             self._busy = None
             raise

@@ -1,6 +1,6 @@
 """The run database: who owns which workflow, and what the store says about it.
 
-Five tables, in SQLite or PostgreSQL:
+Six tables, in SQLite or PostgreSQL:
 
     af_executors  one row per process, with its last heartbeat
     af_workflows  one row per workflow. A top-level one carries its owner, and an epoch that grows when it
@@ -8,6 +8,7 @@ Five tables, in SQLite or PostgreSQL:
     af_steps      one row per recorded step, under the number that it has in its workflow
     af_events     one row per thing that happened in a tree, numbered in it (`event_log`)
     af_inbox      one row per message to a top-level workflow, numbered in it (`inbox`)
+    af_paused     one row per top-level workflow that is paused (`pauses`)
 
 An owner is alive while its heartbeat is fresh and, on SQLite, while it holds the lock on its lock file: the
 operating system drops that at once when the process dies, which makes `kill -9` visible without waiting.
@@ -62,6 +63,8 @@ _CREATE = (
         root_id TEXT NOT NULL, number INTEGER NOT NULL, topic TEXT NOT NULL, message_key TEXT NOT NULL,
         payload TEXT NOT NULL, sender TEXT NOT NULL, at_s DOUBLE PRECISION NOT NULL,
         PRIMARY KEY (root_id, number), UNIQUE (root_id, topic, message_key))""",
+    """CREATE TABLE IF NOT EXISTS af_paused (
+        root_id TEXT PRIMARY KEY, at_s DOUBLE PRECISION NOT NULL, sender TEXT NOT NULL)""",
     "CREATE INDEX IF NOT EXISTS af_workflows_unfinished ON af_workflows (executor_id, accepted_at_s) "
     f"WHERE parent_id IS NULL AND {_UNFINISHED}",
     "CREATE INDEX IF NOT EXISTS af_workflows_by_tenant ON af_workflows (tenant, name, accepted_at_s) "
@@ -429,7 +432,7 @@ class Leases:
                 bindings = tree_of(str(root))
                 execute(connection, f"DELETE FROM af_steps WHERE workflow_id IN ({tree})", **bindings)
                 execute(connection, f"DELETE FROM af_workflows WHERE {TREE}", **bindings)
-                for table in ("af_events", "af_inbox"):
+                for table in ("af_events", "af_inbox", "af_paused"):
                     execute(connection, f"DELETE FROM {table} WHERE root_id = :id", id=root)
         return len(roots)
 

@@ -25,6 +25,7 @@ _STATUSES: dict[RunState, tuple[str, ...]] = {
     "cancelled": ("cancelled",),
     "queued": ("queued",),
     "running": ("running",),
+    "paused": UNFINISHED,
     "interrupted": (*UNFINISHED, "given_up"),
 }
 
@@ -44,14 +45,14 @@ class RunReader:
     ) -> None:
         self._database = RunDatabase(database_url, data_dir, pooled=False)
         self._leases = Leases(self._database, lease_s=lease_s, clock=clock)
-        self._ready = self._has_log = False
+        self._ready = self._has_log = self._has_pauses = False
 
     @classmethod
     def on(cls, database: RunDatabase, leases: Leases) -> RunReader:
         """A reader over connections that somebody else opens and closes."""
         reader = cls.__new__(cls)
         reader._database, reader._leases = database, leases
-        reader._ready = reader._has_log = False
+        reader._ready = reader._has_log = reader._has_pauses = False
         return reader
 
     def get(self, workflow_id: str) -> WorkflowRecord | None:
@@ -114,11 +115,15 @@ class RunReader:
         root_id = "w.root_id"
         if root is not None:
             root_id, bindings["root"] = ":root", root
+        self._has_pauses = self._has_pauses or self._database.has_table("af_paused")
+        paused = "0"
+        if self._has_pauses:
+            paused = "(SELECT COUNT(*) FROM af_paused p WHERE p.root_id = r.workflow_id)"
         with self._database.reading() as connection:
             found = execute(
                 connection,
                 "SELECT w.workflow_id, w.name, w.tenant, w.status, w.payload, w.output, w.error, "
-                "w.accepted_at_s, w.updated_at_s, r.executor_id, r.status "
+                f"w.accepted_at_s, w.updated_at_s, r.executor_id, r.status, {paused} "
                 f"FROM af_workflows w JOIN af_workflows r ON r.workflow_id = {root_id} "
                 f"WHERE {where} ORDER BY {order} LIMIT {int(limit)} OFFSET {int(offset)}",
                 **bindings,
@@ -208,7 +213,7 @@ def _record(row: Sequence[Any], alive: Collection[str]) -> WorkflowRecord:
         str(row[0]),
         name=str(row[1]),
         tenant=str(row[2]),
-        state=state_of(str(row[3]), str(row[10]), owner_lives=row[9] in alive),
+        state=state_of(str(row[3]), str(row[10]), owner_lives=row[9] in alive, paused=bool(row[11])),
         payload=str(row[4]),
         output=row[5],
         error=error,

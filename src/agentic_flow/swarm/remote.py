@@ -97,6 +97,10 @@ class RemoteSwarm(HttpTwin):
         answer = await self.call("POST", f"{_path(run_id)}/resume", principal=principal, idempotent=True)
         return bool(answer["resumed"])
 
+    async def pause(self, principal: Principal, run_id: str) -> bool:
+        answer = await self.call("POST", f"{_path(run_id)}/pause", principal=principal, idempotent=True)
+        return bool(answer["paused"])
+
     async def cancel(self, principal: Principal, run_id: str) -> bool:
         answer = await self.call("POST", f"{_path(run_id)}/cancel", principal=principal, idempotent=True)
         return bool(answer["cancelled"])

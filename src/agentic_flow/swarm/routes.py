@@ -74,6 +74,10 @@ def build_routes(runs: RunService) -> list[Route]:
         principal = require(request, "runs:write")
         return json_response({"cancelled": await runs.cancel(principal, _id(request))})
 
+    async def pause(request: Request) -> Response:
+        principal = require(request, "runs:write")
+        return json_response({"paused": await runs.pause(principal, _id(request))})
+
     async def resume(request: Request) -> Response:
         principal = require(request, "runs:write")
         return json_response({"resumed": await runs.resume(principal, _id(request))})
@@ -108,6 +112,7 @@ def build_routes(runs: RunService) -> list[Route]:
         Route("/v1/runs/{run_id}/questions/{question_id}", answer, methods=["POST"]),
         Route("/v1/runs/{run_id}/picture.svg", picture_svg, methods=["GET"]),
         Route("/v1/runs/{run_id}/cancel", cancel, methods=["POST"]),
+        Route("/v1/runs/{run_id}/pause", pause, methods=["POST"]),
         Route("/v1/runs/{run_id}/resume", resume, methods=["POST"]),
     ]
 

@@ -218,6 +218,8 @@ RunEventKind = Literal[
     "run_taken_over",
     "run_given_up",
     "run_cancelled",
+    "run_paused",
+    "run_unpaused",
     "run_finished",
     "agent_started",
     "agent_finished",
@@ -236,9 +238,9 @@ class RunEvent(Frozen):
     `assign` the data say who works next, on whose words, in which shape, and why if it changed),
     `agent_finished` (state, error), `question_asked` (id, text, options, default, until_s),
     `message_received` (key, sender; name: its topic, `answer:ID` for an answer), `run_given_up` (taken over
-    too often), `run_cancelled` (and resumed later), `run_finished` (state, error), which is the last.
-    `ingest_progress` (done, total files) is live only: it is not stored, and bears the number of the event
-    before it.
+    too often), `run_cancelled` (and resumed later), `run_paused` and `run_unpaused` (by), `run_finished`
+    (state, error), which is the last. `ingest_progress` (done, total files) is live only: it is not stored,
+    and bears the number of the event before it.
     """
 
     sequence: int
@@ -324,7 +326,11 @@ class RunService(Protocol):
         ...
 
     async def resume(self, principal: Principal, run_id: str) -> bool:
-        """Continue an interrupted or cancelled run. False when it has ended or is alive."""
+        """Continue a paused, interrupted or cancelled run. False when it has ended or is at work."""
+        ...
+
+    async def pause(self, principal: Principal, run_id: str) -> bool:
+        """Hold a run before its next steps until it is resumed. False when it has ended or is paused."""
         ...
 
     async def cancel(self, principal: Principal, run_id: str) -> bool:

@@ -88,12 +88,17 @@ def claim_verdict(status: str, *, owner_lives: bool, takeovers: int, asked: bool
     return "claim" if asked and status in ("cancelled", "given_up") else "leave"
 
 
-def state_of(status: str, root_status: str, *, owner_lives: bool) -> RunState:
-    """What to say of a workflow, from what is stored and whether the owner of its tree lives."""
+def state_of(status: str, root_status: str, *, owner_lives: bool, paused: bool = False) -> RunState:
+    """What to say of a workflow, from what is stored and whether the owner of its tree lives.
+
+    A paused one whose owner is dead is interrupted: to lift the pause would not be enough to continue it.
+    """
     if status in ("completed", "failed", "cancelled"):
         return status
     if status == "given_up" or not owner_lives:
         return "interrupted"
+    if paused and root_status in UNFINISHED:
+        return "paused"
     if root_status == "queued":
         return "queued"
     return "running" if root_status == "running" else "interrupted"

@@ -259,7 +259,14 @@ class Swarm:
     async def resume(self, principal: Principal, run_id: str) -> bool:
         principal.demand("runs:write")
         await self._record(principal, run_id)
-        return await self._engine.resume(run_id)
+        was_paused = await self._engine.unpause(run_id, by=principal.subject)
+        return await self._engine.resume(run_id) or was_paused
+
+    async def pause(self, principal: Principal, run_id: str) -> bool:
+        """See RunService."""
+        principal.demand("runs:write")
+        await self._record(principal, run_id)
+        return await self._engine.pause(run_id, by=principal.subject)
 
     async def cancel(self, principal: Principal, run_id: str) -> bool:
         principal.demand("runs:write")
@@ -489,6 +496,8 @@ _KINDS: dict[str, RunEventKind] = {
     "given_up": "run_given_up",
     "cancelled": "run_cancelled",
     "step_finished": "step_finished",
+    "paused": "run_paused",
+    "unpaused": "run_unpaused",
     "message": "message_received",
     "question": "question_asked",
     "child_started": "agent_started",

@@ -246,6 +246,94 @@ async def asks_and_is_answered(case: RunEngineCase) -> None:
         assert asked[1]["until_s"] is not None
 
 
+async def pauses_before_the_next_step(case: RunEngineCase) -> None:
+    """A pause lets the steps under way end and begins no other, needs no place, and tells who did it."""
+    held, order = Journal(), Journal()
+
+    async def flow(context: WorkflowContext, payload: JsonObject) -> JsonObject:
+        await context.step("held", held.hold("held"))
+        await context.step("two", order.note("two"))
+        return await context.children(case.id("child"), {"c": {}})
+
+    async def child(context: WorkflowContext, payload: JsonObject) -> JsonObject:
+        return await context.step("three", order.note("three"))
+
+    async def plain(context: WorkflowContext, payload: JsonObject) -> JsonObject:
+        return await context.step("plain", order.note("plain"))
+
+    run = case.id("run")
+    async with case.engine(False, 1, flow=flow, child=child, plain=plain) as engine:
+        await refused(engine.pause(run), NotFound)
+        await engine.start(case.id("flow"), run, {}, tenant=TENANT)
+        await held.begun.wait()
+        assert await engine.pause(run, by="ann")
+        assert not await engine.pause(run)
+        assert await state_of(engine, run) == "paused"
+        held.gate.set()
+        # With one place, that this one ends says that the paused one has given its own back.
+        await engine.start(case.id("plain"), case.id("plain"), {}, tenant=TENANT)
+        await ended_as(engine, case.id("plain"))
+        assert [step.name for step in await engine.steps(run)] == ["held"]
+        listed = await engine.list_workflows(TENANT, name=case.id("flow"), states=["paused"])
+        assert [record.workflow_id for record in listed] == [run]
+        assert await engine.list_workflows(TENANT, name=case.id("flow"), states=["running"]) == []
+        assert await engine.unpause(run, by="bob")
+        assert not await engine.unpause(run)
+        await ended_as(engine, run)
+        assert order.calls == ["plain", "two", "three"]
+        assert not await engine.pause(run), "it has ended"
+        told = [(e.kind, e.data["by"]) for e in await engine.events(run) if e.kind in ("paused", "unpaused")]
+        assert told == [("paused", "ann"), ("unpaused", "bob")]
+
+
+async def stays_paused_in_other_hands(case: RunEngineCase) -> None:
+    """A pause from another process holds, and outlives the owner: who takes the workflow over holds it."""
+    order = Journal()
+
+    async def flow(context: WorkflowContext, payload: JsonObject) -> JsonObject:
+        await context.receive("news")
+        return await context.step("after", order.note("after"))
+
+    async def plain(context: WorkflowContext, payload: JsonObject) -> JsonObject:
+        return {}
+
+    run, elsewhere = case.id("run"), case.make()
+    async with case.engine(flow=flow) as engine:
+        await engine.start(case.id("flow"), run, {}, tenant=TENANT)
+        await until(lambda: has_step(engine, run, "wait:news"))
+        assert await elsewhere.pause(run)
+        assert await state_of(engine, run) == "paused"
+    assert await state_of(elsewhere, run) == "interrupted"
+    await elsewhere.send(run, "news", {}, key="k")
+    async with case.engine(False, 1, flow=flow, plain=plain) as engine:
+        assert await engine.resume_interrupted() == [run]
+        await engine.start(case.id("plain"), case.id("plain"), {}, tenant=TENANT)
+        await ended_as(engine, case.id("plain"))
+        assert await state_of(engine, run) == "paused"
+        assert not await has_step(engine, run, "receive:news")
+        assert await elsewhere.unpause(run)
+        await ended_as(engine, run)
+    assert order.calls == ["after"]
+
+
+async def cancels_what_is_paused(case: RunEngineCase) -> None:
+    """A paused workflow can be cancelled, and does not keep others waiting."""
+
+    async def flow(context: WorkflowContext, payload: JsonObject) -> JsonObject:
+        await context.receive("news")
+        return {}
+
+    run = case.id("run")
+    async with case.engine(False, 1, flow=flow) as engine:
+        await engine.start(case.id("flow"), run, {}, tenant=TENANT)
+        assert await engine.pause(run)
+        assert await engine.cancel(run)
+        assert (await engine.wait(run)).state == "cancelled"
+        await engine.start(case.id("flow"), case.id("other"), {}, tenant=TENANT)
+        await engine.send(case.id("other"), "news", {}, key="k")
+        await ended_as(engine, case.id("other"))
+
+
 INBOX_CHECKS: tuple[Callable[[RunEngineCase], Awaitable[None]], ...] = (
     delivers_messages_in_order,
     takes_one_message_of_many_senders,
@@ -255,4 +343,7 @@ INBOX_CHECKS: tuple[Callable[[RunEngineCase], Awaitable[None]], ...] = (
     keeps_its_place_while_a_child_works,
     cancels_what_waits,
     asks_and_is_answered,
+    pauses_before_the_next_step,
+    stays_paused_in_other_hands,
+    cancels_what_is_paused,
 )
