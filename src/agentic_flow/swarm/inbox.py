@@ -185,10 +185,10 @@ class Inbox:
 
 def _checked(topic: str, payload: JsonObject, key: str) -> str:
     for what, value in (("topic", topic), ("key", key)):
-        if not 0 < len(value) <= NAME_CHARS_MAX:
+        if not 0 < len(value) <= NAME_CHARS_MAX or "\0" in value:
             raise InvalidInput(
                 f"the {what} of a message is {value[:40]!r}, with {len(value)} characters",
-                hint=f"give it 1 to {NAME_CHARS_MAX}",
+                hint=f"give it 1 to {NAME_CHARS_MAX}, and no NUL",
             )
     text = orjson.dumps(payload)
     if len(text) > PAYLOAD_BYTES_MAX:

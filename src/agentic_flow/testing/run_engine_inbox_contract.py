@@ -51,6 +51,7 @@ async def delivers_messages_in_order(case: RunEngineCase) -> None:
         await refused(engine.send(run, "news", {"n": 2}, key="b"), Conflict)
         await refused(engine.send(f"{run}.child", "news", {}, key="k"), NotFound)
         await refused(engine.send(run, "", {}, key="k"), InvalidInput)
+        await refused(engine.send(run, "news", {}, key="nul\0"), InvalidInput)
         await refused(engine.send(run, "late", {}, key="k", before_s=1.0), DeadlineExceeded)
         assert await state_of(engine, run) == "running"
         assert await reader.send(run, "news", {"n": 2}, key="a", sender="me")
