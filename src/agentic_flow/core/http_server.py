@@ -23,6 +23,9 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 EXTENSION = "agentic_flow.exchange"
 """Under this name the scope's `extensions` hold the `Exchange`."""
 
+HELD_S = 0.2
+"""A request that may be answered without a task waits so long for the rest of its body before it gets one."""
+
 RawHeaders = Iterable[tuple[bytes, bytes]]
 _PLAIN_PATH = frozenset(range(0x21, 0x7F)) - frozenset(b"%#")
 
@@ -50,6 +53,44 @@ class Exchange(Protocol):
 
     def on_gone(self, told: Callable[[], None] | None) -> None:
         """Call this once if the client leaves before its answer is complete; at once if it has left."""
+        ...
+
+
+class WholeExchange(Exchange, Protocol):
+    """An `Exchange` whose request is there to its end, and for which no task was made."""
+
+    @property
+    def scope(self) -> Any:
+        """As ASGI has it."""
+        ...
+
+    @property
+    def held_back(self) -> bool:
+        """Whether the client has not taken enough of earlier answers yet."""
+        ...
+
+    def peek(self) -> bytes:
+        """The request's body, which stays where it is."""
+        ...
+
+    def on_stopping(self, told: Callable[[], None] | None) -> None:
+        """Call this once if the server is told to stop before the answer is complete."""
+        ...
+
+    def run(self) -> None:
+        """Answer with the app after all, in a task."""
+        ...
+
+
+class AtOnce(Protocol):
+    """What an app offers that can answer without a task; the app has it as its attribute `at_once`."""
+
+    def wants(self, scope: Any) -> bool:
+        """Whether such a request may be answered so, by its method and path."""
+        ...
+
+    def take(self, exchange: WholeExchange) -> bool:
+        """Answer it, now or later. False: it needs a task, and nothing was done. Raises nothing."""
         ...
 
 
@@ -106,6 +147,36 @@ class _Cycle(RequestResponseCycle):
         super().__init__(**about)
         self._head: list[bytes] = []
         self._told: Callable[[], None] | None = None
+        self._stopping: Callable[[], None] | None = None
+        self.start: Callable[[_Cycle], None] | None = None
+        """Makes the task; None once it was made."""
+
+    # WholeExchange
+
+    @property
+    def held_back(self) -> bool:
+        """See `WholeExchange`."""
+        return self.flow.write_paused
+
+    def peek(self) -> bytes:
+        """See `WholeExchange`."""
+        return bytes(self.body)
+
+    def on_stopping(self, told: Callable[[], None] | None) -> None:
+        """See `WholeExchange`."""
+        self._stopping = told
+
+    def stop(self) -> None:
+        """The server is told to stop."""
+        told, self._stopping = self._stopping, None
+        if told is not None:
+            told()
+
+    def run(self) -> None:
+        """See `WholeExchange`."""
+        start, self.start, self._stopping = self.start, None, None
+        assert start is not None, "a request gets one task"
+        start(self)
 
     # Exchange
 
@@ -215,7 +286,7 @@ class _Cycle(RequestResponseCycle):
         if self.expected_content_length != 0:
             raise RuntimeError("the body is shorter than its content-length")
         self.response_complete = True
-        self._told = None
+        self._told = self._stopping = self.start = None
         self.message_event.set()
         if not self.keep_alive:
             self.transport.close()
@@ -229,6 +300,50 @@ class ServerProtocol(HttpToolsProtocol):
         super().__init__(*given, **about)
         self._idle_since_s: float | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
+        self._held: _Cycle | None = None
+        self._held_timer: asyncio.TimerHandle | None = None
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`."""
+        super().data_received(data)
+        held = self._held
+        if held is not None:
+            self._begin(held)
+
+    def _begin(self, held: _Cycle) -> None:
+        """Answer a request that was held until it is whole, or go on waiting for the rest of it."""
+        if not held.more_body:
+            at_once: AtOnce | None = cast(Any, self.app).at_once
+            self._release()
+            if at_once is None or not at_once.take(held):
+                held.run()
+        elif self.flow.read_paused or self.transport.is_closing():
+            self._run_held()
+        elif self._held_timer is None:
+            self._held_timer = self.loop.call_later(HELD_S, self._run_held)
+
+    def _release(self) -> None:
+        self._held = None
+        if self._held_timer is not None:
+            self._held_timer.cancel()
+            self._held_timer = None
+
+    def _run_held(self) -> None:
+        held = self._held
+        self._release()
+        if held is not None:
+            held.run()
+
+    def shutdown(self) -> None:
+        """What goes on without a task gets one, which the server waits for and can cancel."""
+        super().shutdown()
+        self._run_held()
+        cycle = cast(_Cycle | None, self.cycle)
+        if cycle is not None:
+            cycle.stop()
+
+    def _run(self, cycle: _Cycle) -> None:
+        self._start_asgi_task(cycle, cast(Any, self).app)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See `asyncio.Protocol`."""
@@ -236,6 +351,7 @@ class ServerProtocol(HttpToolsProtocol):
         if self._idle_timer is not None:
             self._idle_timer.cancel()
             self._idle_timer = None
+        self._run_held()  # it finds that the client has left
         cycle = cast(_Cycle | None, self.cycle)
         if cycle is not None and not cycle.response_complete:
             cycle.gone()
@@ -276,7 +392,12 @@ class ServerProtocol(HttpToolsProtocol):
         scope["extensions"] = cast(Any, {EXTENSION: cycle})
         self.cycle = cycle
         if before is None or before.response_complete:
-            self._start_asgi_task(cycle, app)
+            at_once: AtOnce | None = getattr(app, "at_once", None)
+            if at_once is not None and not self.expect_100_continue and at_once.wants(scope):
+                cycle.start = self._run
+                self._held = cycle
+            else:
+                self._start_asgi_task(cycle, app)
         else:
             self.flow.pause_reading()
             self.pipeline.appendleft((cycle, app))

@@ -165,9 +165,14 @@ def create_app(
 class _App(Starlette):
     """Starlette with the floor outermost, which answers for every error, so that a layer for that is none."""
 
+    at_once: Floor | None = None
+    """See `core.http_server.AtOnce`; there once the first request was answered."""
+
     def build_middleware_stack(self) -> ASGIApp:
         stack = super().build_middleware_stack()
         assert isinstance(stack, ServerErrorMiddleware)
+        if isinstance(stack.app, Floor):
+            self.at_once = stack.app
         return stack.app
 
 

@@ -11,7 +11,7 @@ import re
 import reprlib
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -40,7 +40,7 @@ from agentic_flow.core.errors import (
     Unavailable,
     as_problem,
 )
-from agentic_flow.core.http_server import EXTENSION, AsgiExchange, Exchange
+from agentic_flow.core.http_server import EXTENSION, AsgiExchange, Exchange, WholeExchange
 from agentic_flow.core.request_rate import RequestRate
 from agentic_flow.core.settings import Settings
 from agentic_flow.core.telemetry import is_secret_name, traces, writes_info
@@ -53,6 +53,9 @@ RawHeaderMap = Mapping[bytes, bytes]
 Endpoint = Callable[[Request], Awaitable[Response]]
 ExactRoutes = Mapping[tuple[str, str], tuple[Route, Endpoint | None]]
 """Path and method → the route that answers there, and what it calls; None: the route's own ASGI app."""
+
+AHEAD = "ahead"
+"""Under this name a scope's state holds the `Ahead` of a request that was begun without a task."""
 
 REQUEST_ID_HEADER = "x-request-id"
 _REQUEST_ID_NAME = REQUEST_ID_HEADER.encode()
@@ -115,6 +118,13 @@ class Floor:
         self._public_paths = public_paths | ALWAYS_OPEN
         self._error_shapes = error_shapes
         self._exact = exact
+        self._ahead = {
+            place: route.ahead
+            for place, (route, _) in exact.items()
+            if isinstance(route, DirectRoute) and route.ahead is not None
+        }
+        # Who it is, where that can be told without waiting; only some authenticators can.
+        self._known: Callable[[str], Principal | None] | None = getattr(authenticator, "known", None)
         self._http_error = http_error
         self._requests_per_minute = settings.serve.requests_per_minute
         self._rate = RequestRate(self._requests_per_minute, names_max=_TENANTS_MAX)
@@ -127,7 +137,7 @@ class Floor:
         )
         # What `bind_contextvars(request_id=…)` binds for log lines, without its bookkeeping.
         first = bind_contextvars(request_id="")
-        self._log_context: ContextVar[Any] = first["request_id"].var
+        self.log_context: ContextVar[Any] = first["request_id"].var
         reset_contextvars(**first)
         # By method, route and status: looking a series up costs three times what counting in it does.
         self._observe: dict[tuple[str, str, int], Callable[[float], None]] = {}
@@ -143,12 +153,13 @@ class Floor:
         headers: RawHeaderMap = dict(reversed(scope["headers"]))  # the first of each
         method = scope["method"] if scope["method"] in _METHODS else "OTHER"
         exchange = scope.get("extensions", _NOTHING).get(EXTENSION) or AsgiExchange(receive, send)
-        answer = OutgoingAnswer(exchange, send, _request_id(headers))
         state = scope.setdefault("state", {})
+        ahead: Ahead | None = state.get(AHEAD)
+        answer = OutgoingAnswer(exchange, send, _request_id(headers) if ahead is None else ahead.request_id)
         state["request_id"], state["principal"] = answer.request_id, None
         state["headers"], state["answer"] = headers, answer
-        started_s = time.perf_counter()
-        bound = self._log_context.set(answer.request_id)
+        started_s = time.perf_counter() if ahead is None else ahead.started_s
+        bound = self.log_context.set(answer.request_id)
         traced = not self._trace_headers.isdisjoint(headers)
         span = (
             _tracer.start_span(
@@ -164,11 +175,15 @@ class Floor:
             await self._answer(scope, headers, receive, answer)
         finally:
             # Also when the work was cancelled: the line is written, the cancellation goes on.
-            self._record(scope, method, answer, time.perf_counter() - started_s, span)
+            route = str(getattr(scope.get("route"), "path", "unmatched"))
+            self._record(
+                method, route, answer.status, time.perf_counter() - started_s, answer.request_id,
+                state["principal"], span, answer.error_code,
+            )  # fmt: skip
             span.end()
             if token is not None:
                 otel.detach(token)
-            self._log_context.reset(bound)
+            self.log_context.reset(bound)
 
     async def _answer(
         self, scope: Scope, headers: RawHeaderMap, receive: Receive, answer: OutgoingAnswer
@@ -213,18 +228,75 @@ class Floor:
             response = self._http_error(request, error)
         await response(scope, receive, send)
 
+    # Without a task
+
+    def wants(self, scope: Scope) -> bool:
+        """See `core.http_server.AtOnce`."""
+        return (scope["path"], scope["method"]) in self._ahead
+
+    def take(self, exchange: WholeExchange) -> bool:
+        """See `core.http_server.AtOnce`."""
+        scope = exchange.scope
+        headers: RawHeaderMap = dict(reversed(scope["headers"]))
+        if exchange.held_back or not self._trace_headers.isdisjoint(headers) or traces():
+            return False
+        try:
+            principal = self._principal_at_once(scope, headers)
+            if principal is None:
+                return False
+            begin = self._ahead[scope["path"], scope["method"]]
+            ahead = Ahead(self, exchange, headers, principal)
+            return begin(ahead)
+        except AgenticFlowError:
+            return False  # whatever it is, the way with a task says it again
+        except Exception:  # noqa: BLE001 - a bug of ours: logged, and the other way is still open
+            _log.exception("request_not_begun", service=self._service, path=scope["path"])
+            return False
+
+    def _principal_at_once(self, scope: Scope, headers: RawHeaderMap) -> Principal | None:
+        """Who asks, if that is known without waiting."""
+        if not self._auth_required:
+            _check_origin_of(headers, scope["scheme"])
+        credential = _credential_in(headers)
+        if credential is None:
+            return None if self._auth_required else LOCAL_OWNER
+        return None if self._known is None else self._known(credential)
+
+    def count(self, principal: Principal) -> None:
+        """Count a request of a caller.
+
+        Raises:
+            RateLimited: it was one too many, and is not counted.
+        """
+        self._count(f"tenant {principal.tenant}")
+
+    @property
+    def body_max_bytes(self) -> int:
+        return self._body_max_bytes
+
+    def finish(self, ahead: Ahead, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+        """Answer a request with status 200, and record it."""
+        exchange, scope = ahead.exchange, ahead.exchange.scope
+        headers.append((b"content-length", b"%d" % len(body)))
+        headers.append((_REQUEST_ID_NAME, ahead.request_id.encode()))
+        exchange.begin(200, headers)
+        exchange.put(body, more=False)
+        self._record(
+            scope["method"], scope["path"], 200, time.perf_counter() - ahead.started_s, ahead.request_id,
+            ahead.principal, trace.INVALID_SPAN, None,
+        )  # fmt: skip
+
     async def _admit(self, scope: Scope, headers: RawHeaderMap) -> None:
         if not self._auth_required:
-            host, origin = headers.get(b"host"), headers.get(b"origin")
-            check_origin(
-                None if host is None else host.decode("latin-1"),
-                None if origin is None else origin.decode("latin-1"),
-                scope["scheme"],
-            )
+            _check_origin_of(headers, scope["scheme"])
+        ahead: Ahead | None = scope["state"].get(AHEAD)
+        if ahead is not None:
+            scope["state"]["principal"] = ahead.principal  # admitted and counted before
+            return
         path: str = scope["path"]
         if path in ALWAYS_OPEN:
             return
-        credential = credential_of(_texts(headers, _CREDENTIAL_NAMES))
+        credential = _credential_in(headers)
         principal: Principal | None = None
         if credential is not None:
             principal = await self._authenticator.authenticate(credential)
@@ -281,10 +353,17 @@ class Floor:
         )
 
     def _record(
-        self, scope: Scope, method: str, answer: OutgoingAnswer, duration_s: float, span: trace.Span
+        self,
+        method: str,
+        route: str,
+        answered: int | None,
+        duration_s: float,
+        request_id: str,
+        principal: Principal | None,
+        span: trace.Span,
+        error_code: str | None,
     ) -> None:
-        route = str(getattr(scope.get("route"), "path", "unmatched"))
-        status = answer.status or _CLIENT_CLOSED_REQUEST
+        status = answered or _CLIENT_CLOSED_REQUEST
         observe = self._observe.get((method, route, status))
         if observe is None:
             observe = self._duration.labels(self._service, method, route, str(status)).observe
@@ -304,7 +383,6 @@ class Floor:
                 span.set_status(trace.StatusCode.ERROR)
         if not writes_info():
             return
-        principal: Principal | None = scope["state"]["principal"]
         context = span.get_span_context()
         line = _log.debug if route in ALWAYS_OPEN else _log.info
         line(
@@ -313,10 +391,10 @@ class Floor:
             method=method,
             route=route,
             status=status,
-            code=answer.error_code,
+            code=error_code,
             duration_ms=round(duration_s * 1000, 3),
             tenant=principal.tenant if principal else None,
-            request_id=answer.request_id,
+            request_id=request_id,
             trace_id=format(context.trace_id, "032x") if context.is_valid else None,
         )
 
@@ -332,10 +410,74 @@ class DirectRoute(Route):
         path: Exact.
         app: An object that is called as ASGI has it (a bare function would be taken for an endpoint).
         methods: That it answers to.
+        ahead: Begins to answer a whole request without a task, where it can; see `Ahead`.
     """
 
-    def __init__(self, path: str, app: ASGIApp, *, methods: Sequence[str]) -> None:
+    def __init__(
+        self,
+        path: str,
+        app: ASGIApp,
+        *,
+        methods: Sequence[str],
+        ahead: Callable[[Ahead], bool] | None = None,
+    ) -> None:
         super().__init__(path, cast(Any, app), methods=list(methods))
+        self.ahead = ahead
+
+
+class Ahead:
+    """A whole request that is answered in the event loop's callbacks, as far as that goes.
+
+    A route's `ahead` says False, or raises, as long as it has done nothing; the request then gets a task as
+    any other. From `count` on it must see to the answer itself: by `finish`, or by `hand_over`, after which
+    the route's app finds this object in the state of the scope.
+    """
+
+    __slots__ = ("_floor", "exchange", "headers", "principal", "request_id", "route_state", "started_s")
+
+    def __init__(
+        self, floor: Floor, exchange: WholeExchange, headers: RawHeaderMap, principal: Principal
+    ) -> None:
+        self._floor = floor
+        self.exchange = exchange
+        self.headers = headers
+        self.principal = principal
+        self.request_id = _request_id(headers)
+        self.started_s = time.perf_counter()
+        self.route_state: Any = None
+        """What the route keeps."""
+
+    def body(self) -> bytes | None:
+        """The request's body, which stays where it is; None: it is too large, or the client has left."""
+        body: bytes = self.exchange.peek()
+        return body if len(body) <= self._floor.body_max_bytes else None
+
+    def count(self) -> None:
+        """Count the request: it will be answered.
+
+        Raises:
+            RateLimited: it was one too many, and nothing was done.
+        """
+        self._floor.count(self.principal)
+        self.exchange.whole_body()
+
+    def bound(self) -> Token[Any]:
+        """Have log lines name this request, until `reset` of `log_context`."""
+        return self._floor.log_context.set(self.request_id)
+
+    def unbind(self, token: Token[Any]) -> None:
+        """End what `bound` began."""
+        self._floor.log_context.reset(token)
+
+    def finish(self, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+        """Answer with status 200, and record it."""
+        self._floor.finish(self, headers, body)
+
+    def hand_over(self) -> None:
+        """Go on in a task, through the app of the route."""
+        self.exchange.on_gone(None)
+        self.exchange.scope["state"][AHEAD] = self
+        self.exchange.run()
 
 
 class IncomingBody:
@@ -503,6 +645,25 @@ def credential_of(headers: Mapping[str, str]) -> str | None:
     if kind.lower() != "bearer" or not value.strip():
         raise Unauthenticated("the Authorization header is not of the kind Bearer", hint=CREDENTIAL_HINT)
     return value.strip()
+
+
+def _credential_in(headers: RawHeaderMap) -> str | None:
+    """The same, of raw headers."""
+    authorization = headers.get(b"authorization")
+    if authorization is not None and authorization.startswith(b"Bearer ") and len(authorization) < 4096:
+        value = authorization[7:].strip()
+        if value:
+            return value.decode("latin-1").strip()  # as nearly always
+    return credential_of(_texts(headers, _CREDENTIAL_NAMES))
+
+
+def _check_origin_of(headers: RawHeaderMap, scheme: str) -> None:
+    host, origin = headers.get(b"host"), headers.get(b"origin")
+    check_origin(
+        None if host is None else host.decode("latin-1"),
+        None if origin is None else origin.decode("latin-1"),
+        scheme,
+    )
 
 
 def check_origin(host: str | None, origin: str | None, scheme: str) -> None:

@@ -24,8 +24,9 @@ from agentic_flow.core.errors import (
     ProviderRejected,
 )
 from agentic_flow.gateway.health import Health
+from agentic_flow.gateway.http1 import Origin, request_head, target_of
 from agentic_flow.gateway.keyring import KeyRing, Lease
-from agentic_flow.gateway.transport import HttpAnswer, HttpTransport
+from agentic_flow.gateway.transport import HttpAnswer, HttpTransport, Pending
 
 _log = structlog.get_logger(__name__)
 
@@ -34,6 +35,7 @@ Headers = Callable[[str | None], Mapping[str, str]]
 Refusal = Callable[[HttpAnswer, str | None], Awaitable[AgenticFlowError]]
 """The error that an answer other than 200 stands for, by the key that it was had with."""
 
+_HEADS_MAX = 256
 # The provider does not take the key, its account or its rate: another key may do better.
 _ABOUT_THE_KEY = frozenset({401, 402, 403, 429})
 
@@ -99,6 +101,27 @@ class Exchange:
         return self._health.clock.monotonic_s() - self._started_s >= self._health.slow_call_s
 
 
+class Begun:
+    """An exchange under way whose answer nobody waits for yet: what `open` goes on with."""
+
+    __slots__ = ("exchange", "lease", "pending")
+
+    def __init__(self, exchange: Exchange, lease: Lease, pending: Pending) -> None:
+        self.exchange = exchange
+        self.lease = lease
+        self.pending = pending
+
+    def finish(self) -> None:
+        """The answer is whole, and was used."""
+        self.exchange.finished()
+        self.pending.taken()
+
+    def drop(self, error: BaseException) -> None:
+        """Nobody will wait for it."""
+        self.exchange.broke(error)
+        self.pending.release()
+
+
 class Exchanges:
     """How one provider is asked.
 
@@ -118,6 +141,8 @@ class Exchanges:
         self._keys = keys
         self._health = health
         self._transport = transport
+        # By path, key and what else decides: where a request goes, and its head but for the length.
+        self._heads: dict[tuple[str | None, ...], tuple[Origin, bytes]] = {}
 
     def open(
         self,
@@ -131,6 +156,7 @@ class Exchanges:
         deadline: Deadline,
         streamed: bool,
         aside: bool = False,
+        begun: Begun | None = None,
     ) -> AbstractAsyncContextManager[Exchange]:
         """Ask, and give the answer when its status is 200. What happens to it in the block counts.
 
@@ -143,14 +169,70 @@ class Exchanges:
             deadline: Of the whole exchange.
             streamed: Whether the answer is a stream, which must begin soon.
             aside: Whether it is a question beside the model's answers; see `Health.aside`.
+            begun: The same, asked already: its answer is waited for, and explained as any.
 
         Raises:
             ProviderError, UnknownModel, DeadlineExceeded: as `Provider.complete`.
             CircuitOpen: no key may be used now.
         """
         return _Opened(
-            self._asked(method, path, model, headers, refusal, body, deadline, streamed=streamed, aside=aside)
+            self._asked(
+                method,
+                path,
+                model,
+                headers,
+                refusal,
+                body,
+                deadline,
+                streamed=streamed,
+                aside=aside,
+                begun=begun,
+            )
         )
+
+    def begin(
+        self,
+        path: str,
+        *,
+        model: str,
+        headers: Headers,
+        named: tuple[str, ...],
+        body: bytes,
+        deadline: Deadline,
+    ) -> Begun | None:
+        """Ask for a whole answer at once, without waiting; None: no connection is there that could be used.
+
+        Args:
+            path, model, headers, body, deadline: As for `open`.
+            named: What `headers` depends on beside the key: the head of a request is remembered by it.
+
+        Raises:
+            ProviderOverloaded, CircuitOpen, InvalidSettings: as `KeyRing.pick`.
+            DeadlineExceeded: no time is left.
+            ValueError: the URL or a header is wrong.
+        """
+        lease = self._keys.pick(model, lambda key_id: self._health.permit(self._provider, key_id, model))
+        exchange = Exchange(lease, self._health, False)
+        try:
+            place = (path, lease.value, *named)
+            known = self._heads.get(place)
+            if known is None:
+                if len(self._heads) >= _HEADS_MAX:
+                    self._heads.clear()
+                target = target_of(self._base_url + path)
+                head = request_head("POST", target, headers(lease.value), None)
+                known = self._heads[place] = target.origin, head[:-2] + b"content-length: %d\r\n\r\n"
+            origin, head = known
+            pending = self._transport.send_at_once(
+                origin, head % len(body), body, provider=self._provider, deadline=deadline
+            )
+        except BaseException as error:
+            exchange.broke(error)
+            raise
+        if pending is None:
+            lease.abandoned()
+            return None
+        return Begun(exchange, lease, pending)
 
     async def _asked(
         self,
@@ -164,6 +246,7 @@ class Exchanges:
         *,
         streamed: bool,
         aside: bool,
+        begun: Begun | None,
     ) -> Exchange:
         """The exchange whose answer's status is 200, still to be finished and closed."""
         passing: list[str] = []
@@ -175,19 +258,23 @@ class Exchanges:
         def leave(key_id: str) -> Permit:
             return permit(self._provider, key_id, model)
 
-        lease = self._keys.pick(model, leave)
+        lease = self._keys.pick(model, leave) if begun is None else begun.lease
         while True:
-            exchange = Exchange(lease, self._health, streamed)
+            exchange = Exchange(lease, self._health, streamed) if begun is None else begun.exchange
             try:
-                answer = await self._transport.send(
-                    method,
-                    self._base_url + path,
-                    provider=self._provider,
-                    headers=headers(lease.value),
-                    body=body,
-                    deadline=deadline,
-                    patience_s=patience_s,
-                )
+                if begun is None:
+                    answer = await self._transport.send(
+                        method,
+                        self._base_url + path,
+                        provider=self._provider,
+                        headers=headers(lease.value),
+                        body=body,
+                        deadline=deadline,
+                        patience_s=patience_s,
+                    )
+                else:
+                    pending, begun = begun.pending, None
+                    answer = await self._transport.received(pending)
                 if answer.status == 200:
                     exchange.answered(answer)
                     for earlier in forbidden:

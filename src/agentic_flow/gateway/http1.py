@@ -131,6 +131,7 @@ class Connection(asyncio.Protocol):
         self._keep = False
         self._sink: Callable[[bytes], bool] | None = None
         self._refused: Exception | None = None  # what the sink said of a piece
+        self._told: Callable[[], None] | None = None
 
     # For who asks
 
@@ -157,6 +158,22 @@ class Connection(asyncio.Protocol):
             if self._error is not None:
                 raise self._error
             await self._something()
+
+    def on_news(self, told: Callable[[], None] | None) -> None:
+        """Call this whenever something of the answer came, or none will any more, instead of waking who
+        waits. Those who wait afterwards must have set it to None."""
+        self._told = told
+
+    @property
+    def flows(self) -> bool:
+        """Whether the answer goes on: neither complete nor broken, and nothing of it is held back."""
+        return not self.complete and self._error is None and not self._lost and not self._paused
+
+    def peek(self) -> bytes:
+        """What has come of the body and was not taken; it stays."""
+        if len(self._chunks) != 1:
+            self._chunks = [b"".join(self._chunks)]
+        return self._chunks[0]
 
     def buffered(self) -> bytes:
         """What has come of the body since the last time, all at once."""
@@ -245,6 +262,9 @@ class Connection(asyncio.Protocol):
             self._waiter = None
 
     def _wake(self) -> None:
+        if self._told is not None:
+            self._told()
+            return
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)

@@ -17,6 +17,7 @@ import asyncio
 import math
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 from functools import lru_cache
 from types import TracebackType
@@ -419,6 +420,10 @@ class Door:
         """
         return _Entry(self, deadline, tenant)
 
+    def entered(self) -> AbstractAsyncContextManager[None]:
+        """`async with door.entered():` around the work of one who has taken a place by `open_to`."""
+        return _Entered(self)
+
     def open_to(self) -> bool:
         """Take a place if there is one; for `enter`."""
         # A place that gets free goes to who waits, so with anybody waiting there is none.
@@ -546,6 +551,23 @@ class _Entry:
     async def __aenter__(self) -> None:
         if not self._door.open_to():
             await self._door.wait(self._deadline, self._tenant)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._door.leave()
+
+
+class _Entered:
+    """The same for a place that is taken already."""
+
+    __slots__ = ("_door",)
+
+    def __init__(self, door: Door) -> None:
+        self._door = door
+
+    async def __aenter__(self) -> None:
+        pass
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -25,7 +25,7 @@ from agentic_flow.core.errors import (
 from agentic_flow.core.messages import Completion, CompletionRequest, ModelInfo, StreamEvent
 from agentic_flow.core.secrets import SecretSource, resolve
 from agentic_flow.core.settings import GatewaySettings, ProviderSettings
-from agentic_flow.gateway.exchange import Exchange, Exchanges
+from agentic_flow.gateway.exchange import Begun, Exchange, Exchanges
 from agentic_flow.gateway.extractive import ExtractiveProvider
 from agentic_flow.gateway.faults import error_from_answer
 from agentic_flow.gateway.health import Health
@@ -49,6 +49,8 @@ MODEL_LIST = "(list)"
 _ERROR_BODY_MAX_BYTES = 64 * 1024
 _EVENT_STREAM = "text/event-stream"
 _JSON = "application/json"
+_PASSING_WHOLE = {"content-type": _JSON, "accept": _JSON}
+_ENCODED = "encoded"
 _OPENAI_NAMES = re.compile(r"(gpt-|chatgpt-|o\d|text-embedding-)")
 
 
@@ -249,10 +251,18 @@ class HttpProvider:
         return found
 
     async def complete(
-        self, request: CompletionRequest, *, deadline: Deadline, idempotency_key: str | None = None
+        self,
+        request: CompletionRequest,
+        *,
+        deadline: Deadline,
+        idempotency_key: str | None = None,
+        begun: Begun | None = None,
     ) -> Completion:
+        """See `Provider`. `begun`: what `begin` began for this very request."""
         sent = self._wire.encode(request, stream=False)
-        async with self._asked(request, sent, deadline, idempotency_key, streamed=False) as exchange:
+        async with self._asked(
+            request, sent, deadline, idempotency_key, streamed=False, begun=begun
+        ) as exchange:
             body = await exchange.answer.read()
             self._check_body(exchange.answer, body)
             decoded = self._wire.decode(request, body)
@@ -307,6 +317,7 @@ class HttpProvider:
         idempotency_key: str | None,
         *,
         streamed: bool,
+        begun: Begun | None = None,
     ) -> AbstractAsyncContextManager[Exchange]:
         headers = {**sent.headers, "accept": _EVENT_STREAM} if streamed else sent.headers
         return self._exchanges.open(
@@ -318,7 +329,55 @@ class HttpProvider:
             body=sent.body,
             deadline=deadline,
             streamed=streamed,
+            begun=begun,
         )
+
+    # At once: without waiting for anything
+
+    def begin(self, sent: WireRequest, model: str, deadline: Deadline) -> Begun | None:
+        """Ask what `encode` wrote; None: no connection is there. Raises as `Exchanges.begin`."""
+        headers = sent.headers
+        return self._exchanges.begin(
+            sent.path,
+            model=model,
+            headers=lambda key: self._headers(key, None, headers),
+            named=(_ENCODED, *headers, *headers.values()),
+            body=sent.body,
+            deadline=deadline,
+        )
+
+    def begin_passing(self, sent: PassingRequest, model: str, deadline: Deadline) -> Begun | None:
+        """The same of a request that passes through."""
+        headers = sent.headers
+        return self._exchanges.begin(
+            sent.path,
+            model=model,
+            headers=lambda key: self._headers(key, None, _PASSING_WHOLE, headers),
+            named=(*headers, *headers.values()),
+            body=sent.body,
+            deadline=deadline,
+        )
+
+    def encode(self, request: CompletionRequest) -> WireRequest:
+        """A request for a whole answer as this provider reads it.
+
+        Raises:
+            InvalidInput: its format cannot say this.
+        """
+        return self._wire.encode(request, stream=False)
+
+    def decode(self, request: CompletionRequest, body: bytes) -> Completion:
+        """The whole answer in a body. Raises as `complete`."""
+        decoded = self._wire.decode(request, body)
+        return self._settled(decoded.completion, decoded.usage_estimated)
+
+    def read_answer(self, reader: PassingReader, body: bytes) -> None:
+        """Have a reader read a whole answer.
+
+        Raises:
+            ProviderError: it is none.
+        """
+        reader.take_answer(load_object(body, f"the answer of {self.name}"))
 
     # Passing through: the caller speaks this provider's own format
 
@@ -351,6 +410,7 @@ class HttpProvider:
         idempotency_key: str | None = None,
         reader: PassingReader | None = None,
         model: str | None = None,
+        begun: Begun | None = None,
     ) -> bytes:
         """One try, as the caller wrote it: the body of the answer, untouched.
 
@@ -360,16 +420,19 @@ class HttpProvider:
             idempotency_key: Passed on.
             reader: Reads the answer as well, so that one which is none counts as the provider's failure.
             model: The provider's own id of the model, by which health is kept. None: what `sent` names.
+            begun: What `begin_passing` began for this very request.
 
         Raises:
             ProviderError: as `complete`; what the provider says of a request that it refuses is in
                 `details["answer_body"]`.
         """
-        async with self._passing(sent, model, deadline, idempotency_key, streamed=False) as exchange:
+        async with self._passing(
+            sent, model, deadline, idempotency_key, streamed=False, begun=begun
+        ) as exchange:
             body = await exchange.answer.read()
             self._check_body(exchange.answer, body)
             if reader is not None:
-                reader.take_answer(load_object(body, f"the answer of {self.name}"))
+                self.read_answer(reader, body)
         return body
 
     async def pass_stream(
@@ -443,6 +506,7 @@ class HttpProvider:
         idempotency_key: str | None,
         *,
         streamed: bool,
+        begun: Begun | None = None,
     ) -> AbstractAsyncContextManager[Exchange]:
         asked = model or text_of(sent.sent.get("model"))
         first = {"content-type": _JSON, "accept": _EVENT_STREAM if sent.stream else _JSON}
@@ -457,6 +521,7 @@ class HttpProvider:
             streamed=streamed,
             # Counting tokens is another service of the provider's: that it works says nothing of the model.
             aside=sent.path.partition("?")[0].endswith("/count_tokens"),
+            begun=begun,
         )
 
     def _settled(self, completion: Completion, usage_estimated: bool) -> Completion:

@@ -48,6 +48,7 @@ class RetryPolicy:
         provider: str,
         deadline: Deadline,
         attempts: int | None = None,
+        begun: bool = False,
     ) -> Result:
         """Call until it succeeds.
 
@@ -56,6 +57,7 @@ class RetryPolicy:
             provider: Named in errors and logs.
             deadline: Of all tries together.
             attempts: Tries, instead of the policy's own number: 1 where another provider can take over.
+            begun: The first try is under way; `call` only has to hear how it ends.
 
         Raises:
             ProviderError: the last one, which says how many tries were made.
@@ -65,7 +67,7 @@ class RetryPolicy:
         attempts = self.attempts if attempts is None else attempts
         last: ProviderError | None = None
         for attempt in range(1, attempts + 1):
-            if deadline.remaining_s <= 0:
+            if deadline.remaining_s <= 0 and not (begun and attempt == 1):
                 raise out_of_time(provider, attempt - 1, last)
             pause_s: float | None = None
             try:

@@ -38,6 +38,7 @@ from agentic_flow.gateway.retries import RetryPolicy
 from agentic_flow.gateway.routing.choice import ChoiceRequest, ExplainedChoice, explained
 from agentic_flow.gateway.routing.plan import Candidate, Plan, Router
 from agentic_flow.gateway.stores import GatewayStores
+from agentic_flow.gateway.straight import Straight
 from agentic_flow.gateway.transport import HttpTransport
 from agentic_flow.gateway.usage import UsageRecord
 from agentic_flow.gateway.walk import House, Walk
@@ -174,6 +175,7 @@ class Gateway:
             # A little more than what the breaker calls slow, so that it learns of whom we did not wait for.
             patience_s=1.02 * self._health.slow_call_s + 0.1,
         )
+        self._straight = Straight(self._house, self._placed)
         if metrics is not None:
             metrics.set_breakers(self._health.states)
             metrics.set_calls(lambda: (self._door.inside, self._door.waiting))
@@ -256,6 +258,11 @@ class Gateway:
 
     def _rates(self, provider: str, model: str) -> ModelRates | None:
         return self._prices.rates(provider, model, base_url=self._price_url(provider))
+
+    @property
+    def straight(self) -> Straight:
+        """The straight path of ordinary whole requests, with its counts."""
+        return self._straight
 
     # What can be asked
 
@@ -476,16 +483,20 @@ class Gateway:
         """Where a candidate is asked, under the provider's own id of the model."""
         provider = self._providers[candidate.provider]
         model = candidate.model or provider.default_model or await self._first_listed(provider, deadline)
-        known = self._places.get((candidate.provider, model))
+        return self._placed(candidate.provider, model)
+
+    def _placed(self, name: str, model: str) -> Destination:
+        known = self._places.get((name, model))
         if known is None:
             if len(self._places) >= PLACES_MAX:
                 self._places.clear()
+            provider = self._providers[name]
             known = (
-                Destination(candidate.provider, model, provider.wire_name, provider.passes)
+                Destination(name, model, provider.wire_name, provider.passes)
                 if isinstance(provider, HttpProvider)
-                else Destination(candidate.provider, model, None)
+                else Destination(name, model, None)
             )
-            self._places[candidate.provider, model] = known
+            self._places[name, model] = known
         return known
 
     async def _first_listed(self, provider: Provider, deadline: Deadline) -> str:

@@ -22,6 +22,7 @@ from agentic_flow.gateway.http1 import (
     Connection,
     ConnectionPool,
     Malformed,
+    Origin,
     Target,
     Truncated,
     request_head,
@@ -33,6 +34,7 @@ CONNECT_TIMEOUT_S = 3.0
 _GRACE_AFTER_END_S = 0.05
 _IDENTITY = frozenset({"", "identity"})
 _CLOCK_RESOLUTION_S = 0.002
+_JSON = "application/json"
 
 
 class HttpAnswer:
@@ -146,6 +148,58 @@ class HttpAnswer:
             connection.abort()
 
 
+class Pending:
+    """A request that was sent, and the answer as far as it has come."""
+
+    __slots__ = ("_transport", "connection", "provider", "watch")
+
+    def __init__(
+        self, connection: Connection, watch: _Watch, provider: str, transport: HttpTransport
+    ) -> None:
+        self.connection = connection
+        self.watch = watch
+        self.provider = provider
+        self._transport = transport
+
+    def whole(self) -> bytes | None:
+        """The body of a good answer (JSON with status 200) that is there to its end, which stays where it
+        is; None: it is not there, or is another one, which `HttpTransport.received` tells of."""
+        connection = self.connection
+        if not connection.complete or connection.status != 200:
+            return None
+        headers = connection.headers
+        coding = headers.get("content-encoding")
+        if coding and coding.strip().lower() not in _IDENTITY:
+            return None
+        if headers.get("content-type") != _JSON and not _is_json(headers):
+            return None
+        body = connection.peek()
+        return body if 0 < len(body) <= self._transport.response_max_bytes else None
+
+    def waits(self) -> bool:
+        """Whether more of a good answer is to come; if so, as much patience begins anew.
+
+        Raises:
+            DeadlineExceeded: no time is left for it.
+        """
+        connection = self.connection
+        if not connection.flows:
+            return False
+        if connection.status:
+            self.watch.begin(self._transport.idle_timeout_s)
+        return True
+
+    def taken(self) -> None:
+        """The body was used: the connection goes back."""
+        self.connection.buffered()
+        self.release()
+
+    def release(self) -> None:
+        """Give the connection back, or close it when the answer did not come to its end."""
+        self.watch.close()
+        self._transport.pool.give(self.connection)
+
+
 class HttpTransport:
     """The connections behind all providers of a gateway. They belong to the loop that first uses them."""
 
@@ -230,10 +284,47 @@ class HttpTransport:
         connection = self.pool.take(target.origin)
         if connection is None:
             connection = await self._connected(target, provider, deadline, patience_s)
+        return await self.received(self._asked(connection, head, body, provider, deadline, patience_s))
+
+    def send_at_once(
+        self, origin: Origin, head: bytes, body: bytes, *, provider: str, deadline: Deadline
+    ) -> Pending | None:
+        """Send a request over a connection that is there already; None: there is none.
+
+        Args:
+            origin: Where it goes.
+            head, body: The request, as `request_head` writes it.
+            provider, deadline: As for `send`; headers are waited for until the deadline.
+
+        Raises:
+            DeadlineExceeded: no time is left.
+        """
+        connection = self.pool.take(origin)
+        return None if connection is None else self._asked(connection, head, body, provider, deadline, None)
+
+    def _asked(
+        self,
+        connection: Connection,
+        head: bytes,
+        body: bytes | None,
+        provider: str,
+        deadline: Deadline,
+        patience_s: float | None,
+    ) -> Pending:
         watch = _Watch(self._alarm_here(), connection, provider, deadline)
         try:
             watch.begin(patience_s)
             connection.ask(head, body)
+        except BaseException:
+            watch.close()
+            connection.abort()
+            raise
+        return Pending(connection, watch, provider, self)
+
+    async def received(self, pending: Pending) -> HttpAnswer:
+        """The answer to what was sent, once its headers are there; raises as `send`."""
+        connection, watch, provider = pending.connection, pending.watch, pending.provider
+        try:
             await connection.begun()
             watch.end()
             coding = connection.headers.get("content-encoding")
@@ -404,6 +495,11 @@ class _Alarm:
         next_s = min((watch.due_s for watch in self.watches), default=float("inf"))
         if next_s != float("inf"):
             self.arm(next_s)
+
+
+def _is_json(headers: Mapping[str, str]) -> bool:
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    return kind == _JSON or kind.endswith("+json")
 
 
 def _silent(provider: str, waited_s: float) -> ProviderFailed:

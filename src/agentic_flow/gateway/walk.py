@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
@@ -49,6 +49,7 @@ from agentic_flow.gateway.cache import Question as Meaning
 from agentic_flow.gateway.calls import NOTHING, Books, CallRecord, changed, nano_usd
 from agentic_flow.gateway.checkers import Checker
 from agentic_flow.gateway.escalation import Escalated, escalate
+from agentic_flow.gateway.exchange import Begun
 from agentic_flow.gateway.guardrails import CompiledGuardrails, GuardedAnswer, GuardedRequest, Guardrails
 from agentic_flow.gateway.limits import Admission, Door, RateLimits
 from agentic_flow.gateway.onward import Onward
@@ -214,7 +215,7 @@ class Walk:
                 plan = await self._admitted()
                 answer = await self._remembered(plan)
                 if answer is None:
-                    async with self._house.door.enter(self._deadline, tenant=self._caller.tenant):
+                    async with self._at_the_door():
                         answer = await self._answered(plan)
                     self._remember(answer)
                 await self._look_at(answer)
@@ -269,6 +270,9 @@ class Walk:
             raise
         finally:
             span.end()
+
+    def _at_the_door(self) -> AbstractAsyncContextManager[None]:
+        return self._house.door.enter(self._deadline, tenant=self._caller.tenant)
 
     async def _admitted(self) -> Plan:
         question, house = self._question, self._house
@@ -396,6 +400,7 @@ class Walk:
                         idempotency_key=self._idempotency_key,
                         reader=reader,
                         model=at.model,
+                        begun=self._begun_exchange(),
                     )
                     return body, self._read(at, reader)
 
@@ -409,6 +414,11 @@ class Walk:
                     if asked.stream:
                         events = provider.stream(asked, deadline=self._until, idempotency_key=key)
                         return await _last(at.provider, events)
+                    begun = self._begun_exchange()
+                    if begun is not None:
+                        return await cast(HttpProvider, provider).complete(
+                            asked, deadline=self._until, idempotency_key=key, begun=begun
+                        )
                     return await provider.complete(asked, deadline=self._until, idempotency_key=key)
 
                 completion = await self._tried(at, once, attempts)
@@ -545,8 +555,17 @@ class Walk:
 
     async def _tried(self, at: Destination, once: Callable[[], Awaitable[T]], attempts: int | None) -> T:
         return await self._house.retries.run(
-            once, provider=at.provider, deadline=self._until, attempts=attempts
+            once, provider=at.provider, deadline=self._until, attempts=attempts, begun=self._is_begun
         )
+
+    @property
+    def _is_begun(self) -> bool:
+        """Whether the provider was asked before the walk began to wait; see `straight`."""
+        return False
+
+    def _begun_exchange(self) -> Begun | None:
+        """What was asked already, once."""
+        return None
 
     def _translated(self, at: Destination) -> CompletionRequest:
         return changed(self._question.request(), model=at.model)
@@ -557,19 +576,25 @@ class Walk:
         rules, budgets = self._policies.budgets, self._house.budgets
         if not rules or budgets is None:
             return None
-        rates = self._house.rates(at.provider, at.model)
-        if rates is None:
+        most = self._cost_max(at)
+        if most is None:
             if not budgets.left(self._caller, rules):
                 return None
             raise PolicyDenied(
                 f"no price is known for {at.provider}:{at.model}, and a budget is in force",
                 hint="give its price in gateway.prices_usd_per_mtok, or ask for another model",
             )
+        return await budgets.reserve(self._caller, rules, most)
+
+    def _cost_max(self, at: Destination) -> int | None:
+        """The most that it can cost in nano-USD; None when no price is known."""
+        rates = self._house.rates(at.provider, at.model)
+        if rates is None:
+            return None
         output_max = self._question.output_tokens_max()
         if output_max is None:
             output_max = rates.context_tokens or OUTPUT_TOKENS_UNLIMITED
-        most = rates.cost_max_usd(self._question.input_tokens_max(), output_max)
-        return await budgets.reserve(self._caller, rules, nano_usd(most))
+        return nano_usd(rates.cost_max_usd(self._question.input_tokens_max(), output_max))
 
     def _priced(self, completion: Completion, at: Destination) -> Completion:
         """With its price, by the model that served, or by the one that was asked where that has none."""

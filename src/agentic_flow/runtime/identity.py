@@ -345,6 +345,10 @@ class Identity:
     def forget(self, principal: Principal) -> None:
         """TokenSource: nothing is kept, so there is nothing to forget."""
 
+    def known(self, credential: str) -> Principal | None:
+        """Whose a credential is, if it was checked within the last second."""
+        return self._recent.get(credential)
+
     async def authenticate(self, credential: str) -> Principal:
         """Authenticator: keys and tokens, checked against the database itself within the last second."""
         known = self._recent.get(credential)

@@ -158,22 +158,34 @@ class Budgets:
             Unavailable: the slices here do not suffice and the ledger cannot be asked.
             InvalidInput: the amount is negative or absurd.
         """
-        time_s = self._clock.time_s()
-        now_s = self._clock.monotonic_s()
-        plan = self._plans.get(caller)
-        if plan is None or plan.rules is not rules or not plan.from_s <= time_s < plan.until_s:
-            plan = self._plan(caller, rules, time_s, now_s)
+        reservation = self.at_once(caller, rules, nano_usd)
+        if reservation is not None:
+            return reservation
         if 0 <= nano_usd <= NANO_USD_MAX:
-            if now_s < self._lease_until_s or not plan.entries:
-                reservation = plan.take(nano_usd, now_s)
-                if reservation is not None:
-                    return reservation
-            if plan.gone:
+            time_s, now_s = self._clock.time_s(), self._clock.monotonic_s()
+            plan = self._plans.get(caller)
+            if (
+                plan is None
+                or plan.gone
+                or plan.rules is not rules
+                or not plan.until_s > time_s >= plan.from_s
+            ):
                 plan = self._plan(caller, rules, time_s, now_s)
             return await self._wait(plan, nano_usd, time_s, now_s)
         raise InvalidInput(
             f"a call cannot cost {nano_usd!r} nano-USD", hint=f"give 0 to {NANO_USD_MAX}, in whole nano-USD"
         )
+
+    def at_once(self, caller: Caller, rules: Sequence[BudgetRule], nano_usd: int) -> Reservation | None:
+        """What `reserve` does, where the slices here suffice; None: `reserve` must wait, or refuse."""
+        time_s = self._clock.time_s()
+        now_s = self._clock.monotonic_s()
+        plan = self._plans.get(caller)
+        if plan is None or plan.rules is not rules or not plan.from_s <= time_s < plan.until_s:
+            plan = self._plan(caller, rules, time_s, now_s)
+        if 0 <= nano_usd <= NANO_USD_MAX and (now_s < self._lease_until_s or not plan.entries):
+            return plan.take(nano_usd, now_s)
+        return None
 
     def left(self, caller: Caller, rules: Sequence[BudgetRule]) -> list[BudgetState]:
         """What this worker knows of the caller's accounts now, without asking the ledger."""

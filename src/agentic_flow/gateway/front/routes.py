@@ -27,7 +27,7 @@ from starlette.types import Receive, Scope, Send
 from agentic_flow.core.errors import AgenticFlowError, InvalidInput, ProviderProtocol
 from agentic_flow.core.messages import Completion, CompletionRequest, JsonObject, StreamEvent
 from agentic_flow.core.web import deadline_in, known_principal, to_json
-from agentic_flow.core.web_floor import DirectRoute, IncomingBody, OutgoingAnswer, RawHeaderMap
+from agentic_flow.core.web_floor import AHEAD, Ahead, DirectRoute, IncomingBody, OutgoingAnswer, RawHeaderMap
 from agentic_flow.gateway.calls import changed
 from agentic_flow.gateway.front import (
     anthropic_messages,
@@ -41,6 +41,7 @@ from agentic_flow.gateway.front.format import Call
 from agentic_flow.gateway.front.streaming import send_stream, unless_left
 from agentic_flow.gateway.questions import BodyQuestion, Destination, tokens_of
 from agentic_flow.gateway.service import Gateway
+from agentic_flow.gateway.straight import StraightWalk
 from agentic_flow.gateway.walk import Walk
 from agentic_flow.gateway.wire.openai import ask_usage, wants_usage
 from agentic_flow.gateway.wire.passing import PassingRequest, rename_model
@@ -146,15 +147,94 @@ def build_front_routes(gateway: Gateway) -> list[Route]:
     async def count(exchange: _Exchange) -> None:
         await exchange.count()
 
-    return [
-        DirectRoute(path, _FrontApp(gateway, front, work), methods=["POST"])
-        for path, front, work in (
-            ("/v1/chat/completions", CHAT, chat),
-            ("/v1/responses", RESPONSES, chat),
-            ("/v1/messages", MESSAGES, chat),
-            ("/v1/messages/count_tokens", MESSAGES, count),
+    def answering(path: str, front: Front) -> Route:
+        return DirectRoute(
+            path,
+            _FrontApp(gateway, front, chat),
+            methods=["POST"],
+            ahead=lambda ahead: _begin(gateway, front, ahead),
         )
+
+    return [
+        answering("/v1/chat/completions", CHAT),
+        answering("/v1/responses", RESPONSES),
+        answering("/v1/messages", MESSAGES),
+        DirectRoute("/v1/messages/count_tokens", _FrontApp(gateway, MESSAGES, count), methods=["POST"]),
     ]
+
+
+def _begin(gateway: Gateway, front: Front, ahead: Ahead) -> bool:
+    """Begin to answer a request on the straight path, if it is ordinary."""
+    given = ahead.headers
+    body = ahead.body()
+    if body is None or ahead.exchange.scope["query_string"] or _IDEMPOTENCY_NAME in given:
+        return False
+    ahead.principal.demand(SCOPE)
+    question = _VendorQuestion(front, given, b"", body, read_body(body))
+    if question.stream:
+        return False
+    walk = gateway.straight.walk(
+        question,
+        principal=ahead.principal,
+        deadline=deadline_in(given, TIMEOUT_MAX_S),
+        request_id=ahead.request_id,
+    )
+    if walk is None:
+        return False
+    ahead.count()
+    ahead.route_state = straight = _StraightAnswer(front, question, walk, ahead)
+    straight.begin()
+    return True
+
+
+class _StraightAnswer:
+    """One request on the straight path, and its answer.
+
+    Whatever happens, it ends in one of two ways: answered, or handed over.
+    """
+
+    __slots__ = ("_ahead", "_done", "_front", "question", "walk")
+
+    def __init__(self, front: Front, question: _VendorQuestion, walk: StraightWalk, ahead: Ahead) -> None:
+        self._front = front
+        self._ahead = ahead
+        self._done = False
+        self.question = question
+        self.walk = walk
+
+    def begin(self) -> None:
+        """Ask the provider, or hand it over."""
+        if self.walk.begin(self._news):
+            self._ahead.exchange.on_gone(self._leave)
+            self._ahead.exchange.on_stopping(self._leave)
+        else:
+            self._leave()
+
+    def _news(self) -> None:
+        """Something came of the answer, or nothing will."""
+        ahead, walk = self._ahead, self.walk
+        bound = ahead.bound()
+        try:
+            whole = walk.look()
+            if whole is None:
+                return
+            body = whole.body
+            if body is None:
+                body = self._front.encode(whole.completion, ahead.request_id, self.question.call())
+            walk.commit(whole)
+        except Exception:  # noqa: BLE001 - the general walk meets it too, and explains it
+            self._leave()
+            return
+        finally:
+            ahead.unbind(bound)
+        self._done = True
+        ahead.finish([_JSON_TYPE, *_headers_of(self._front, walk.headers, ahead.request_id)], body)
+
+    def _leave(self) -> None:
+        if not self._done:
+            self._done = True
+            self.walk.leave()
+            self._ahead.hand_over()
 
 
 class _FrontApp:
@@ -257,11 +337,16 @@ class _Exchange:
         self._body: IncomingBody = state["body"]
         self._answer: OutgoingAnswer = state["answer"]
         self._id: str = state["request_id"]
+        self._begun: Ahead | None = state.get(AHEAD)
         self._principal = known_principal(state["principal"])
         self._principal.demand(SCOPE)
         self._deadline = deadline_in(self._given, TIMEOUT_MAX_S)
 
     async def answer(self) -> None:
+        if self._begun is not None:
+            straight: _StraightAnswer = self._begun.route_state
+            await self._give(straight.question, straight.walk)
+            return
         question = await self._question()
         key = self._given.get(_IDEMPOTENCY_NAME)
         walk = self._gateway.walk(
@@ -274,6 +359,9 @@ class _Exchange:
         if question.stream:
             await self._stream(question, walk)
             return
+        await self._give(question, walk)
+
+    async def _give(self, question: _VendorQuestion, walk: Walk) -> None:
         whole = await unless_left(self._answer, walk.whole())
         body = whole.body
         if body is None:
@@ -300,13 +388,7 @@ class _Exchange:
         return _VendorQuestion(self._front, self._given, self._query, body, read_body(body))
 
     def _headers(self, more: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
-        """Headers of the answer."""
-        # Header lines are latin-1; a model may have any name.
-        found = [(name.encode(), value.encode("latin-1", "replace")) for name, value in more.items()]
-        if self._front.wire == "anthropic":
-            # Anthropic's clients look for the request's id under this name; the floor adds the other one.
-            found.append((b"request-id", self._id.encode()))
-        return found
+        return _headers_of(self._front, more, self._id)
 
     async def _stream(self, question: _VendorQuestion, walk: Walk) -> None:
         """The answer, once its first event is there: until then a failure has a status of its own."""
@@ -326,6 +408,16 @@ class _Exchange:
             headers=self._headers(walk.headers),
             onward=walk.onward,
         )
+
+
+def _headers_of(front: Front, more: Mapping[str, str], request_id: str) -> list[tuple[bytes, bytes]]:
+    """Headers of an answer."""
+    # Header lines are latin-1; a model may have any name.
+    found = [(name.encode(), value.encode("latin-1", "replace")) for name, value in more.items()]
+    if front.wire == "anthropic":
+        # Anthropic's clients look for the request's id under this name; the floor adds the other one.
+        found.append((b"request-id", request_id.encode()))
+    return found
 
 
 class _Encoding:

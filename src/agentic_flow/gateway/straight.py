@@ -1,0 +1,332 @@
+"""The straight path of an ordinary whole request: in the event loop's callbacks, without a task.
+
+What is ordinary, and why, is told by docs/decisions/0019. A `StraightWalk` takes the same things in the same
+order as the walk that it is, without waiting for any: a place among the limits, a place at the door, the
+budget's money, a key of the provider, a connection. If one cannot be had at once, or the answer is not a good
+one, it is handed over: its `whole` goes on from there as a walk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any, NamedTuple
+
+import structlog
+from opentelemetry import trace
+
+from agentic_flow.core.auth import Principal
+from agentic_flow.core.clock import Deadline
+from agentic_flow.core.errors import AgenticFlowError, RateLimited
+from agentic_flow.gateway.budgets.service import Reservation
+from agentic_flow.gateway.exchange import Begun
+from agentic_flow.gateway.policies import GatewayPolicies
+from agentic_flow.gateway.providers import HttpProvider
+from agentic_flow.gateway.questions import Destination, Question
+from agentic_flow.gateway.routing.plan import Plan
+from agentic_flow.gateway.walk import House, Walk, Whole
+from agentic_flow.gateway.wire.passing import PassingRequest
+
+COURSE_AGE_MAX_S = 0.25
+"""How long it is believed what a name means; as long as a key's file is."""
+COURSES_MAX = 1024
+
+_log = structlog.get_logger(__name__)
+
+
+class Course(NamedTuple):
+    """Where requests for a model go, while everything is as it was.
+
+    Args:
+        policies: Those that were in force.
+        plan: The one candidate.
+        at: Where it is asked.
+        provider: Who is.
+        until_s: When it is to be looked at again, by the monotonic clock.
+    """
+
+    policies: GatewayPolicies
+    plan: Plan
+    at: Destination
+    provider: HttpProvider
+    until_s: float
+
+
+class StraightCounts:
+    """How many requests went which way since the start."""
+
+    __slots__ = ("begun", "finished", "handed_over")
+
+    def __init__(self) -> None:
+        self.begun = 0
+        """Begun without a task."""
+        self.finished = 0
+        """Answered without one."""
+        self.handed_over = 0
+        """Handed to the general walk on the way."""
+
+
+class Straight:
+    """Knows which requests are ordinary.
+
+    Args:
+        house: What walks use.
+        placed: Provider, model → where it is asked.
+    """
+
+    def __init__(self, house: House, placed: Callable[[str, str], Destination]) -> None:
+        self.counts = StraightCounts()
+        self._house = house
+        self._placed = placed
+        self._courses: dict[str, Course | None] = {}
+        self._until_s = 0.0
+
+    def walk(
+        self, question: Question, *, principal: Principal, deadline: Deadline, request_id: str
+    ) -> StraightWalk | None:
+        """A walk for a request that is ordinary as far as can be seen now; None: it is not."""
+        course = self._course(question.asked)
+        if course is None:
+            return None
+        return StraightWalk(
+            self._house,
+            question,
+            course,
+            self.counts,
+            principal=principal,
+            deadline=deadline,
+            request_id=request_id,
+        )
+
+    def _course(self, asked: str) -> Course | None:
+        now_s = self._house.clock.monotonic_s()
+        course = self._courses.get(asked)
+        if course is None:
+            if now_s < self._until_s and asked in self._courses:
+                return None
+        elif now_s < course.until_s and course.policies is self._house.policies():
+            return course
+        if now_s >= self._until_s or len(self._courses) >= COURSES_MAX:
+            # What is not ordinary is looked at again as well.
+            self._courses = {}
+            self._until_s = now_s + COURSE_AGE_MAX_S
+        course = self._courses[asked] = self._look(asked, now_s)
+        return course
+
+    def _look(self, asked: str, now_s: float) -> Course | None:
+        house = self._house
+        if house.open is not None:
+            return None
+        policies = house.policies()
+        if policies.cache.mode != "off" or not house.guardrails(policies).empty:
+            return None
+        try:
+            plan = house.router.plan(asked, policies, explore=False)
+        except AgenticFlowError:
+            return None  # the walk says why
+        if plan.route is not None or plan.escalation is not None or len(plan.candidates) != 1:
+            return None
+        candidate = plan.candidates[0]
+        provider = house.providers[candidate.provider]
+        model = candidate.model or provider.default_model
+        if type(provider) is not HttpProvider or not model:
+            return None
+        return Course(
+            policies, plan, self._placed(candidate.provider, model), provider, now_s + COURSE_AGE_MAX_S
+        )
+
+
+class StraightWalk(Walk):
+    """An ordinary whole request. `begin` it; `look` at each news; `commit` its answer, or `leave` the path.
+
+    Args:
+        house, question, principal, deadline, request_id: As for `Walk`.
+        course: Where it goes.
+        counts: Count what becomes of it.
+    """
+
+    def __init__(
+        self,
+        house: House,
+        question: Question,
+        course: Course,
+        counts: StraightCounts,
+        *,
+        principal: Principal,
+        deadline: Deadline,
+        request_id: str,
+    ) -> None:
+        super().__init__(
+            house,
+            question,
+            principal=principal,
+            deadline=deadline,
+            idempotency_key=None,
+            request_id=request_id,
+        )
+        self._course = course
+        self._counts = counts
+        self._policies = course.policies
+        self._sent: PassingRequest | None = None
+        self._planned = False
+        """Whether the limits have admitted it."""
+        self._inside = False
+        """Whether it holds a place at the door."""
+        self._held: Reservation | None = None
+        self._is_reserved = False
+        self._under_way: Begun | None = None
+
+    # Straight on
+
+    def begin(self, told: Callable[[], None]) -> bool:
+        """Take what is needed, and ask the provider. False: hand it over.
+
+        Args:
+            told: Called whenever there is something to `look` at.
+        """
+        self._counts.begun += 1
+        try:
+            begun = self._take()
+        except (AgenticFlowError, ValueError):
+            return False  # the general walk comes to the same, and says it
+        except Exception:  # noqa: BLE001 - a bug of ours: logged, and the general walk goes on
+            _log.exception("straight_path_failed")
+            return False
+        if begun is None:
+            return False
+        self._under_way = begun
+        begun.pending.connection.on_news(told)
+        return True
+
+    def _take(self) -> Begun | None:
+        house, course, question, caller = self._house, self._course, self._question, self._caller
+        at, policies = course.at, course.policies
+        self._call.destination = at
+        if question.wire in at.passes:
+            self._sent, encoded = question.passing(at), None
+        else:
+            encoded = course.provider.encode(self._translated(at))
+        if policies.limits:
+            try:
+                self._admission = house.limits.admit(
+                    caller, question.asked, question.input_tokens(), policies.limits
+                )
+            except RateLimited:
+                return None
+            if question.wire is not None:
+                self.headers |= self._admission.headers(question.wire)
+        self._planned = True
+        if not house.door.open_to():
+            return None
+        self._inside = True
+        rules, budgets = policies.budgets, house.budgets
+        if rules and budgets is not None:
+            most = self._cost_max(at)
+            if most is None:
+                return None
+            self._held = budgets.at_once(caller, rules, most)
+            if self._held is None:
+                return None
+        self._is_reserved = True
+        if encoded is not None:
+            return course.provider.begin(encoded, at.model, self._deadline)
+        assert self._sent is not None
+        return course.provider.begin_passing(self._sent, at.model, self._deadline)
+
+    def look(self) -> Whole | None:
+        """The answer, if it is there; None: more is to come.
+
+        Raises:
+            Exception: it must be handed over; nothing was settled.
+        """
+        begun = self._under_way
+        assert begun is not None, "look at what was begun"
+        pending = begun.pending
+        body = pending.whole()
+        if body is None:
+            if pending.waits():
+                return None
+            raise _NotOrdinary
+        at, provider = self._course.at, self._course.provider
+        sent = self._sent
+        if sent is None:
+            completion, passed = provider.decode(self._translated(at), body), None
+        else:
+            reader = provider.reader(sent)
+            provider.read_answer(reader, body)
+            completion, passed = self._read(at, reader), body
+        return Whole(passed, self._priced(completion, at))
+
+    def commit(self, answer: Whole) -> None:
+        """Settle everything for an answer that will be given now.
+
+        Raises:
+            InvalidInput: its cost is absurd; it must be handed over.
+        """
+        begun, at, house = self._under_way, self._course.at, self._house
+        assert begun is not None, "commit what was begun"
+        self._call.tries = 1
+        self._pay(self._held, answer.completion.usage)
+        begun.pending.connection.on_news(None)
+        begun.finish()
+        self._under_way = None
+        house.router.observe(self._course.plan.candidates[0], None, ok=True)
+        self.headers["x-agentic-flow-model"] = f"{at.provider}:{at.model}"
+        house.door.leave()
+        self._call.finished(trace.INVALID_SPAN, answer.completion)
+        self._counts.finished += 1
+
+    def leave(self) -> None:
+        """Leave the path: `whole` goes on with what there is."""
+        self._counts.handed_over += 1
+        self._call.tries = 0
+        if self._under_way is not None:
+            self._under_way.pending.connection.on_news(None)
+
+    # As a walk, with what was taken already
+
+    async def whole(self) -> Whole:
+        """See `Walk`."""
+        try:
+            return await super().whole()
+        except BaseException as error:
+            # Cancelled or out of time before the walk came to it.
+            begun, self._under_way = self._under_way, None
+            if begun is not None:
+                begun.drop(error)
+            if self._inside:
+                self._inside = False
+                self._house.door.leave()
+            if self._is_reserved and self._held is not None:
+                self._held.release()
+            raise
+
+    async def _admitted(self) -> Plan:
+        return self._course.plan if self._planned else await super()._admitted()
+
+    def _at_the_door(self) -> AbstractAsyncContextManager[None]:
+        if not self._inside:
+            return super()._at_the_door()
+        self._inside = False
+        return self._house.door.entered()
+
+    async def _reserved(self, at: Destination) -> Reservation | None:
+        if not self._is_reserved:
+            return await super()._reserved(at)
+        self._is_reserved = False
+        return self._held
+
+    @property
+    def _is_begun(self) -> bool:
+        return self._under_way is not None
+
+    def _begun_exchange(self) -> Begun | None:
+        begun, self._under_way = self._under_way, None
+        return begun
+
+
+class _NotOrdinary(Exception):
+    """The answer is another one than the straight path knows."""
+
+
+__all__: list[Any] = ["COURSE_AGE_MAX_S", "Course", "Straight", "StraightCounts", "StraightWalk"]
