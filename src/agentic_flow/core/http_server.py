@@ -18,6 +18,7 @@ from typing import Any, Protocol, cast
 
 import httptools
 from starlette.types import Message, Receive, Send
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 EXTENSION = "agentic_flow.exchange"
@@ -27,6 +28,9 @@ HELD_S = 0.2
 """A request that may be answered without a task waits so long for the rest of its body before it gets one."""
 
 RawHeaders = Iterable[tuple[bytes, bytes]]
+# Paths that came before, as texts: the same few come all the time.
+_PATHS: dict[bytes, str] = {}
+_PATHS_MAX, _PATH_KEPT_MAX_BYTES = 256, 128
 _PLAIN_PATH = frozenset(range(0x21, 0x7F)) - frozenset(b"%#")
 
 
@@ -65,12 +69,13 @@ class WholeExchange(Exchange, Protocol):
         ...
 
     @property
-    def held_back(self) -> bool:
-        """Whether the client has not taken enough of earlier answers yet."""
+    def body(self) -> bytes | bytearray:
+        """The request's body, until `whole_body` took it."""
         ...
 
-    def peek(self) -> bytes:
-        """The request's body, which stays where it is."""
+    @property
+    def flow(self) -> FlowControl:
+        """Tells by `write_paused` whether the client has not taken enough of earlier answers yet."""
         ...
 
     def on_stopping(self, told: Callable[[], None] | None) -> None:
@@ -143,24 +148,45 @@ class AsgiExchange:
 class _Cycle(RequestResponseCycle):
     """uvicorn's request and answer, as an `Exchange` too."""
 
-    def __init__(self, **about: Any) -> None:
-        super().__init__(**about)
+    def __init__(self, protocol: ServerProtocol, scope: Any, keep_alive: bool) -> None:
+        # What uvicorn's own sets, without its many arguments and the event that most requests never need.
+        self.scope = scope
+        self.transport = protocol.transport
+        self.flow = protocol.flow
+        self.logger = protocol.logger
+        self.access_logger = protocol.access_logger
+        self.access_log = protocol.access_log
+        self.default_headers = protocol.server_state.default_headers
+        self.on_response = protocol.on_response_complete
+        self.disconnected = False
+        self.keep_alive = keep_alive
+        self.waiting_for_100_continue = protocol.expect_100_continue
+        self.body = bytearray()
+        self.more_body = True
+        self.response_started = False
+        self.response_complete = False
+        self.chunked_encoding: bool | None = None
+        self.expected_content_length = 0
+        self._event: asyncio.Event | None = None
+        self._taken = False
         self._head: list[bytes] = []
         self._told: Callable[[], None] | None = None
         self._stopping: Callable[[], None] | None = None
         self.start: Callable[[_Cycle], None] | None = None
         """Makes the task; None once it was made."""
 
-    # WholeExchange
-
     @property
-    def held_back(self) -> bool:
-        """See `WholeExchange`."""
-        return self.flow.write_paused
+    def message_event(self) -> asyncio.Event:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Wakes `receive`; made when somebody waits, or has something to wake for."""
+        event = self._event
+        if event is None:
+            event = self._event = asyncio.Event()
+            told = not self._taken and (not self.more_body or bool(self.body))
+            if told or self.disconnected or self.response_complete:
+                event.set()
+        return event
 
-    def peek(self) -> bytes:
-        """See `WholeExchange`."""
-        return bytes(self.body)
+    # WholeExchange
 
     def on_stopping(self, told: Callable[[], None] | None) -> None:
         """See `WholeExchange`."""
@@ -186,8 +212,11 @@ class _Cycle(RequestResponseCycle):
             return None
         body = bytes(self.body)
         self.body = bytearray()
-        self.message_event.clear()  # what `receive` waits for now is the end of the connection
-        self.flow.resume_reading()
+        self._taken = True
+        if self._event is not None:
+            self._event.clear()  # what `receive` waits for now is the end of the connection
+        if self.flow.read_paused:
+            self.flow.resume_reading()
         return body
 
     def begin(self, status: int, headers: RawHeaders) -> None:
@@ -287,7 +316,8 @@ class _Cycle(RequestResponseCycle):
             raise RuntimeError("the body is shorter than its content-length")
         self.response_complete = True
         self._told = self._stopping = self.start = None
-        self.message_event.set()
+        if self._event is not None:
+            self._event.set()
         if not self.keep_alive:
             self.transport.close()
         self.on_response()
@@ -302,6 +332,7 @@ class ServerProtocol(HttpToolsProtocol):
         self._idle_timer: asyncio.TimerHandle | None = None
         self._held: _Cycle | None = None
         self._held_timer: asyncio.TimerHandle | None = None
+        self._at_once: AtOnce | None = None
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
@@ -313,9 +344,12 @@ class ServerProtocol(HttpToolsProtocol):
     def _begin(self, held: _Cycle) -> None:
         """Answer a request that was held until it is whole, or go on waiting for the rest of it."""
         if not held.more_body:
-            at_once: AtOnce | None = cast(Any, self.app).at_once
-            self._release()
-            if at_once is None or not at_once.take(held):
+            at_once = self._at_once
+            self._held = None
+            if self._held_timer is not None:
+                self._release()
+            # One that others wait behind gets a task: the protocol looks after the last one only.
+            if at_once is None or held is not self.cycle or not at_once.take(held):
                 held.run()
         elif self.flow.read_paused or self.transport.is_closing():
             self._run_held()
@@ -359,15 +393,21 @@ class ServerProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """See `httptools.HttpRequestParser`."""
         parser: Any = self.parser
-        app: Any = cast(Any, self).app
-        scope, url = self.scope, self.url
+        app: Any = self.app
+        scope: Any = self.scope
+        url = self.url
         version = parser.get_http_version()
         scope["method"] = parser.get_method().decode("ascii")
         if version != "1.1":
             scope["http_version"] = version
-        if url.startswith(b"/") and _PLAIN_PATH.issuperset(url):
+        known = _PATHS.get(url)
+        if known is not None:
+            path, raw_path, query = known, url, b""
+        elif url.startswith(b"/") and _PLAIN_PATH.issuperset(url):
             raw_path, _, query = url.partition(b"?")
             path = raw_path.decode("ascii")
+            if not query and len(_PATHS) < _PATHS_MAX and len(url) < _PATH_KEPT_MAX_BYTES:
+                _PATHS[url] = path
         else:
             parsed = httptools.parse_url(url)
             raw_path, query = parsed.path, parsed.query or b""
@@ -375,30 +415,20 @@ class ServerProtocol(HttpToolsProtocol):
         scope["path"] = path
         scope["raw_path"] = raw_path
         scope["query_string"] = query
-        before = cast(_Cycle | None, self.cycle)
-        cycle = _Cycle(
-            scope=scope,
-            transport=self.transport,
-            flow=self.flow,
-            logger=self.logger,
-            access_logger=self.access_logger,
-            access_log=self.access_log,
-            default_headers=self.server_state.default_headers,
-            message_event=asyncio.Event(),
-            expect_100_continue=self.expect_100_continue,
-            keep_alive=version != "1.0" and parser.should_keep_alive(),
-            on_response=self.on_response_complete,
-        )
-        scope["extensions"] = cast(Any, {EXTENSION: cycle})
+        before: Any = self.cycle
+        cycle = _Cycle(self, scope, version != "1.0" and parser.should_keep_alive())
+        extensions: Any = {EXTENSION: cycle}
+        scope["extensions"] = extensions
         self.cycle = cycle
         if before is None or before.response_complete:
-            at_once: AtOnce | None = getattr(app, "at_once", None)
+            at_once = self._at_once = self._at_once or getattr(app, "at_once", None)
             if at_once is not None and not self.expect_100_continue and at_once.wants(scope):
                 cycle.start = self._run
                 self._held = cycle
             else:
                 self._start_asgi_task(cycle, app)
         else:
+            before.stop()
             self.flow.pause_reading()
             self.pipeline.appendleft((cycle, app))
 
@@ -407,12 +437,31 @@ class ServerProtocol(HttpToolsProtocol):
     def _unset_keepalive_if_required(self) -> None:
         self._idle_since_s = None
 
+    def on_body(self, body: bytes) -> None:
+        """See `httptools.HttpRequestParser`."""
+        held = self._held
+        if held is None or held is not self.cycle:
+            super().on_body(body)
+            return
+        held.body += body
+        if len(held.body) > HIGH_WATER_LIMIT:
+            self.flow.pause_reading()
+
+    def on_message_complete(self) -> None:
+        """See `httptools.HttpRequestParser`."""
+        held = self._held
+        if held is None or held is not self.cycle:
+            super().on_message_complete()
+        else:
+            held.more_body = False
+
     def on_response_complete(self) -> None:
         """Go on with what waits, or wait for the next request."""
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
-        self.flow.resume_reading()
+        if self.flow.read_paused:
+            self.flow.resume_reading()
         if self.pipeline:
             cycle, app = self.pipeline.pop()
             self._start_asgi_task(cycle, app)

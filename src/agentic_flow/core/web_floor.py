@@ -11,7 +11,7 @@ import re
 import reprlib
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -19,7 +19,7 @@ import orjson
 import structlog
 from opentelemetry import context as otel
 from opentelemetry import propagate, trace
-from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -40,6 +40,7 @@ from agentic_flow.core.errors import (
     Unavailable,
     as_problem,
 )
+from agentic_flow.core.histogram import BatchHistogram
 from agentic_flow.core.http_server import EXTENSION, AsgiExchange, Exchange, WholeExchange
 from agentic_flow.core.request_rate import RequestRate
 from agentic_flow.core.settings import Settings
@@ -113,7 +114,7 @@ class Floor:
         self._service = service
         self._authenticator = authenticator
         self._auth_required = settings.auth.required
-        self._body_max_bytes = settings.serve.body_max_bytes
+        self.body_max_bytes = settings.serve.body_max_bytes
         self._stall_timeout_s = stall_timeout_s
         self._public_paths = public_paths | ALWAYS_OPEN
         self._error_shapes = error_shapes
@@ -129,7 +130,7 @@ class Floor:
         self._requests_per_minute = settings.serve.requests_per_minute
         self._rate = RequestRate(self._requests_per_minute, names_max=_TENANTS_MAX)
         self._trace_headers = frozenset(name.encode() for name in propagate.get_global_textmap().fields)
-        self._duration = Histogram(
+        self._duration = BatchHistogram(
             "agentic_flow_http_request_duration_seconds",
             "Time from the first byte of a request to the last of its answer.",
             ("service", "method", "route", "status"),
@@ -191,7 +192,7 @@ class Floor:
         try:
             await self._admit(scope, headers)
             body = scope["state"]["body"] = IncomingBody(
-                receive, answer, headers.get(b"content-length"), self._body_max_bytes, self._stall_timeout_s
+                receive, answer, headers.get(b"content-length"), self.body_max_bytes, self._stall_timeout_s
             )
             found = self._exact.get((scope["path"], scope["method"]))
             if found is None:
@@ -238,53 +239,55 @@ class Floor:
         """See `core.http_server.AtOnce`."""
         scope = exchange.scope
         headers: RawHeaderMap = dict(reversed(scope["headers"]))
-        if exchange.held_back or not self._trace_headers.isdisjoint(headers) or traces():
+        if exchange.flow.write_paused or not self._trace_headers.isdisjoint(headers) or traces():
             return False
         try:
-            principal = self._principal_at_once(scope, headers)
+            if not self._auth_required:
+                _check_origin_of(headers, scope["scheme"])
+            credential = _credential_in(headers)
+            principal = None
+            if credential is None:
+                if not self._auth_required:
+                    principal = LOCAL_OWNER
+            elif self._known is not None:
+                principal = self._known(credential)
             if principal is None:
                 return False
             begin = self._ahead[scope["path"], scope["method"]]
-            ahead = Ahead(self, exchange, headers, principal)
-            return begin(ahead)
+            return begin(Ahead(self, exchange, headers, principal))
         except AgenticFlowError:
             return False  # whatever it is, the way with a task says it again
         except Exception:  # noqa: BLE001 - a bug of ours: logged, and the other way is still open
             _log.exception("request_not_begun", service=self._service, path=scope["path"])
             return False
 
-    def _principal_at_once(self, scope: Scope, headers: RawHeaderMap) -> Principal | None:
-        """Who asks, if that is known without waiting."""
-        if not self._auth_required:
-            _check_origin_of(headers, scope["scheme"])
-        credential = _credential_in(headers)
-        if credential is None:
-            return None if self._auth_required else LOCAL_OWNER
-        return None if self._known is None else self._known(credential)
-
-    def count(self, principal: Principal) -> None:
+    def count(self, key: str) -> None:
         """Count a request of a caller.
 
         Raises:
             RateLimited: it was one too many, and is not counted.
         """
-        self._count(f"tenant {principal.tenant}")
+        wait_s = self._rate.take(key)
+        if wait_s is not None:
+            raise RateLimited(
+                f"more than {self._requests_per_minute!r} requests per minute from {key}",
+                hint="slow down, or raise serve.requests_per_minute",
+                retry_after_s=round(wait_s, 3),
+            )
 
-    @property
-    def body_max_bytes(self) -> int:
-        return self._body_max_bytes
-
-    def finish(self, ahead: Ahead, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
-        """Answer a request with status 200, and record it."""
-        exchange, scope = ahead.exchange, ahead.exchange.scope
-        headers.append((b"content-length", b"%d" % len(body)))
-        headers.append((_REQUEST_ID_NAME, ahead.request_id.encode()))
-        exchange.begin(200, headers)
-        exchange.put(body, more=False)
+    def finished(self, ahead: Ahead) -> None:
+        """Record a request that was answered with status 200."""
+        scope = ahead.exchange.scope
         self._record(
-            scope["method"], scope["path"], 200, time.perf_counter() - ahead.started_s, ahead.request_id,
-            ahead.principal, trace.INVALID_SPAN, None,
-        )  # fmt: skip
+            scope["method"],
+            scope["path"],
+            200,
+            time.perf_counter() - ahead.started_s,
+            ahead.request_id,
+            ahead.principal,
+            trace.INVALID_SPAN,
+            None,
+        )
 
     async def _admit(self, scope: Scope, headers: RawHeaderMap) -> None:
         if not self._auth_required:
@@ -306,16 +309,7 @@ class Floor:
             raise Unauthenticated("this needs a credential and none was sent", hint=CREDENTIAL_HINT)
         scope["state"]["principal"] = principal
         client = scope.get("client")
-        self._count(f"tenant {principal.tenant}" if principal else f"address {client and client[0]}")
-
-    def _count(self, key: str) -> None:
-        wait_s = self._rate.take(key)
-        if wait_s is not None:
-            raise RateLimited(
-                f"more than {self._requests_per_minute!r} requests per minute from {key}",
-                hint="slow down, or raise serve.requests_per_minute",
-                retry_after_s=round(wait_s, 3),
-            )
+        self.count(f"tenant {principal.tenant}" if principal else f"address {client and client[0]}")
 
     async def _refuse(self, scope: Scope, answer: OutgoingAnswer, error: AgenticFlowError) -> None:
         answer.error_code = error.code
@@ -369,7 +363,7 @@ class Floor:
             observe = self._duration.labels(self._service, method, route, str(status)).observe
             self._observe[method, route, status] = observe
         observe(duration_s)
-        if span.is_recording():
+        if span is not trace.INVALID_SPAN and span.is_recording():
             span.update_name(f"{method} {route}")
             span.set_attributes(
                 {
@@ -433,12 +427,23 @@ class Ahead:
     the route's app finds this object in the state of the scope.
     """
 
-    __slots__ = ("_floor", "exchange", "headers", "principal", "request_id", "route_state", "started_s")
+    __slots__ = (
+        "_floor",
+        "exchange",
+        "headers",
+        "log_context",
+        "principal",
+        "request_id",
+        "route_state",
+        "started_s",
+    )
 
     def __init__(
         self, floor: Floor, exchange: WholeExchange, headers: RawHeaderMap, principal: Principal
     ) -> None:
         self._floor = floor
+        self.log_context = floor.log_context
+        """Have log lines name a request by setting its id; `reset` it afterwards."""
         self.exchange = exchange
         self.headers = headers
         self.principal = principal
@@ -449,7 +454,7 @@ class Ahead:
 
     def body(self) -> bytes | None:
         """The request's body, which stays where it is; None: it is too large, or the client has left."""
-        body: bytes = self.exchange.peek()
+        body = bytes(self.exchange.body)
         return body if len(body) <= self._floor.body_max_bytes else None
 
     def count(self) -> None:
@@ -458,20 +463,17 @@ class Ahead:
         Raises:
             RateLimited: it was one too many, and nothing was done.
         """
-        self._floor.count(self.principal)
+        self._floor.count(f"tenant {self.principal.tenant}")
         self.exchange.whole_body()
-
-    def bound(self) -> Token[Any]:
-        """Have log lines name this request, until `reset` of `log_context`."""
-        return self._floor.log_context.set(self.request_id)
-
-    def unbind(self, token: Token[Any]) -> None:
-        """End what `bound` began."""
-        self._floor.log_context.reset(token)
 
     def finish(self, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
         """Answer with status 200, and record it."""
-        self._floor.finish(self, headers, body)
+        headers.append((b"content-length", b"%d" % len(body)))
+        headers.append((_REQUEST_ID_NAME, self.request_id.encode()))
+        exchange = self.exchange
+        exchange.begin(200, headers)
+        exchange.put(body, more=False)
+        self._floor.finished(self)
 
     def hand_over(self) -> None:
         """Go on in a task, through the app of the route."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import structlog
 from opentelemetry import trace
@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from agentic_flow.core.clock import Clock
 from agentic_flow.core.errors import AgenticFlowError
-from agentic_flow.core.messages import Completion, Usage
+from agentic_flow.core.messages import Completion, StopReason, Usage
 from agentic_flow.core.telemetry import traces, writes_info
 from agentic_flow.gateway.policies import Caller
 from agentic_flow.gateway.questions import Destination, Question
@@ -30,6 +30,15 @@ NOTHING = Usage()
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
 _set = object.__setattr__
+
+
+class Ended(NamedTuple):
+    """What the books need of a whole answer; a `Completion` has it too."""
+
+    provider: str
+    model: str
+    stop_reason: StopReason
+    usage: Usage
 
 
 class CallRecord:
@@ -101,10 +110,10 @@ class CallRecord:
             self.start_span(), end_on_exit=True, record_exception=False, set_status_on_exception=False
         )
 
-    def finished(self, span: Span, completion: Completion) -> None:
+    def finished(self, span: Span, completion: Completion | Ended) -> None:
         """The answer is whole."""
         usage = completion.usage
-        if span.is_recording():
+        if span is not trace.INVALID_SPAN and span.is_recording():
             span.set_attributes(
                 {
                     "gen_ai.provider.name": completion.provider,
@@ -120,7 +129,7 @@ class CallRecord:
             self._tell(completion)
         self._enter("ok", completion.provider, completion.model, usage)
 
-    def _tell(self, completion: Completion) -> None:
+    def _tell(self, completion: Completion | Ended) -> None:
         usage = completion.usage
         _log.info(
             "completion_finished",

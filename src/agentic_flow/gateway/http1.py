@@ -31,6 +31,13 @@ _JOINED_MAX_BYTES = 64 * 1024
 _PATH_SAFE = "%/:=&?~+!$,;'@()*[]"
 
 
+_HEADER_NAMES = {
+    name: name.decode().lower()
+    for lower in (b"content-type", b"content-length", b"date", b"server", b"connection", b"transfer-encoding")
+    for name in (lower, lower.title())
+}
+
+
 class Malformed(Exception):
     """What came is no HTTP/1.1 answer."""
 
@@ -291,7 +298,9 @@ class Connection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             self.fail(Malformed(str(error)))
         else:
-            if self._sink is None:
+            if self._told is not None:
+                self._told()
+            elif self._sink is None:
                 self._wake()
             else:
                 self._pour(self._sink)
@@ -337,7 +346,11 @@ class Connection(asyncio.Protocol):
         """A header of the answer."""
         if self.complete:
             return
-        self.headers.setdefault(name.decode("latin-1").lower(), value.decode("latin-1"))
+        known = _HEADER_NAMES.get(name)
+        if known is None:
+            known = name.decode("latin-1").lower()
+        if known not in self.headers:
+            self.headers[known] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
         """The head of the answer, or of an interim one, is there."""

@@ -123,7 +123,8 @@ class _Key:
     def welcome(self, model: str) -> None:
         """The provider has taken it."""
         self.refusals = 0
-        self.rests.pop(model, None)
+        if self.rests:
+            self.rests.pop(model, None)
         if self.refused_until_s:
             self.refused_until_s.pop("", None)
             self.refused_until_s.pop(model, None)
@@ -265,8 +266,9 @@ class KeyRing:
             CircuitOpen: the same, where circuits are open or keys refused.
             InvalidSettings: the keys' file cannot be read and never could.
         """
-        self.refresh()
         now_s = self._clock.monotonic_s()
+        if now_s >= self._check_at_s:
+            self.refresh()
         keys = self._keys
         if len(keys) > 1:
             keys = sorted(
@@ -279,12 +281,12 @@ class KeyRing:
         for key in keys:
             if key.key_id in passing:
                 continue
-            wait_s = key.refused_for_s(model, now_s)
+            wait_s = key.refused_for_s(model, now_s) if key.refused_until_s else None
             probe = wait_s is not None
             if wait_s:
                 refused.append(wait_s)
                 continue
-            rest_s = key.rests_for_s(model, now_s)
+            rest_s = key.rests_for_s(model, now_s) if key.rests else 0.0
             if rest_s:
                 resting.append(rest_s)
                 continue

@@ -103,11 +103,9 @@ class Admission:
         if not self._open:
             return
         self._open = False
-        now_us = _now_us(self._clock)
         for charge in self._charges:
-            bucket, amount, _, _ = charge
-            if bucket.counted == "tokens" and tokens != amount:
-                _correct(charge, tokens - amount, now_us)
+            if charge[0].counted == "tokens" and tokens != charge[1]:
+                _correct(charge, tokens - charge[1], _now_us(self._clock))
 
     def release(self) -> None:
         """The call never ran: give back all that was charged."""
@@ -125,7 +123,7 @@ class Admission:
         """
         if not self._charges:
             return {}
-        return _headers((charge[0] for charge in self._charges), wire, self._clock)
+        return _headers([charge[0] for charge in self._charges], wire, self._clock)
 
 
 class RateLimits:
@@ -309,12 +307,14 @@ def _correct(charge: _Charge, more: int, now_us: int) -> None:
 
 def _headers(shares: Iterable[_Bucket], wire: str, clock: Clock) -> dict[str, str]:
     """Sources: platform.openai.com "Rate limits in headers"; docs.anthropic.com "Rate limits"."""
-    now_us = _now_us(clock)
+    now_us = int(clock.monotonic_s() * _US_PER_S)
     tightest: dict[Counted, tuple[int, int, float]] = {}
     for bucket in shares:
         limit = bucket.limit
-        used = max(0, bucket.full_at - now_us * limit)
-        left = max(0, (limit * _UNIT - used) // _UNIT)
+        used = bucket.full_at - now_us * limit
+        used = used if used > 0 else 0
+        left = (limit * _UNIT - used) // _UNIT
+        left = left if left > 0 else 0
         counted = bucket.counted
         known = tightest.get(counted)
         if known is None or left < known[0] or (left == known[0] and limit < known[1]):

@@ -18,11 +18,12 @@ from typing import NamedTuple, Protocol
 
 import structlog
 from opentelemetry import metrics as otel
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from agentic_flow.core.errors import ROWS
+from agentic_flow.core.histogram import BatchHistogram
 from agentic_flow.gateway.policies import BudgetRule
 from agentic_flow.gateway.usage import UsageRecord
 
@@ -180,14 +181,14 @@ class GatewayMetrics:
         self._unpriced = counter("unpriced_calls", "Calls whose cost is not known.")
         self._cache_hits = counter("cache_hits", "Calls that the response cache answered.")
         self._retries = counter("retries", "Calls to providers beyond the first of each request.")
-        self._duration = Histogram(
+        self._duration = BatchHistogram(
             "agentic_flow_gateway_call_duration_seconds",
             "Time from a request to the end of its answer.",
             (*model, "status"),
             registry=self.registry,
             buckets=_LATENCY_BUCKETS_S,
         )
-        self._first_token = Histogram(
+        self._first_token = BatchHistogram(
             "agentic_flow_gateway_first_token_seconds",
             "Time from a request to the first piece of its streamed answer.",
             model,

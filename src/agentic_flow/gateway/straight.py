@@ -12,15 +12,17 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, NamedTuple
 
-import structlog
 from opentelemetry import trace
 
 from agentic_flow.core.auth import Principal
 from agentic_flow.core.clock import Deadline
 from agentic_flow.core.errors import AgenticFlowError, RateLimited
+from agentic_flow.core.messages import Completion
 from agentic_flow.gateway.budgets.service import Reservation
+from agentic_flow.gateway.calls import Ended
 from agentic_flow.gateway.exchange import Begun
 from agentic_flow.gateway.policies import GatewayPolicies
+from agentic_flow.gateway.prices import ModelRates
 from agentic_flow.gateway.providers import HttpProvider
 from agentic_flow.gateway.questions import Destination, Question
 from agentic_flow.gateway.routing.plan import Plan
@@ -30,8 +32,7 @@ from agentic_flow.gateway.wire.passing import PassingRequest
 COURSE_AGE_MAX_S = 0.25
 """How long it is believed what a name means; as long as a key's file is."""
 COURSES_MAX = 1024
-
-_log = structlog.get_logger(__name__)
+_RATES_MAX = 16
 
 
 class Course(NamedTuple):
@@ -42,6 +43,8 @@ class Course(NamedTuple):
         plan: The one candidate.
         at: Where it is asked.
         provider: Who is.
+        served: How answers' headers name it.
+        rates: Prices by the model that answers name, as far as they were asked.
         until_s: When it is to be looked at again, by the monotonic clock.
     """
 
@@ -49,6 +52,8 @@ class Course(NamedTuple):
     plan: Plan
     at: Destination
     provider: HttpProvider
+    served: str
+    rates: dict[str, ModelRates | None]
     until_s: float
 
 
@@ -131,9 +136,8 @@ class Straight:
         model = candidate.model or provider.default_model
         if type(provider) is not HttpProvider or not model:
             return None
-        return Course(
-            policies, plan, self._placed(candidate.provider, model), provider, now_s + COURSE_AGE_MAX_S
-        )
+        at = self._placed(candidate.provider, model)
+        return Course(policies, plan, at, provider, f"{at.provider}:{at.model}", {}, now_s + COURSE_AGE_MAX_S)
 
 
 class StraightWalk(Walk):
@@ -189,9 +193,6 @@ class StraightWalk(Walk):
             begun = self._take()
         except (AgenticFlowError, ValueError):
             return False  # the general walk comes to the same, and says it
-        except Exception:  # noqa: BLE001 - a bug of ours: logged, and the general walk goes on
-            _log.exception("straight_path_failed")
-            return False
         if begun is None:
             return False
         self._under_way = begun
@@ -233,7 +234,7 @@ class StraightWalk(Walk):
         assert self._sent is not None
         return course.provider.begin_passing(self._sent, at.model, self._deadline)
 
-    def look(self) -> Whole | None:
+    def look(self) -> Straightened | None:
         """The answer, if it is there; None: more is to come.
 
         Raises:
@@ -250,30 +251,34 @@ class StraightWalk(Walk):
         at, provider = self._course.at, self._course.provider
         sent = self._sent
         if sent is None:
-            completion, passed = provider.decode(self._translated(at), body), None
-        else:
-            reader = provider.reader(sent)
-            provider.read_answer(reader, body)
-            completion, passed = self._read(at, reader), body
-        return Whole(passed, self._priced(completion, at))
+            completion = self._priced(provider.decode(self._translated(at), body), at)
+            return Straightened(None, completion, completion)
+        reader = provider.reader(sent)
+        provider.read_answer(reader, body)
+        usage = reader.usage
+        if usage is None:
+            return Straightened(body, self._priced(self._read(at, reader), at), None)
+        model = reader.model or at.model
+        usage = self._price(usage, model, at)
+        return Straightened(body, Ended(at.provider, model, reader.stop_reason, usage), None)
 
-    def commit(self, answer: Whole) -> None:
+    def commit(self, ended: Completion | Ended) -> None:
         """Settle everything for an answer that will be given now.
 
         Raises:
             InvalidInput: its cost is absurd; it must be handed over.
         """
-        begun, at, house = self._under_way, self._course.at, self._house
+        begun, house = self._under_way, self._house
         assert begun is not None, "commit what was begun"
         self._call.tries = 1
-        self._pay(self._held, answer.completion.usage)
+        self._pay(self._held, ended.usage)
         begun.pending.connection.on_news(None)
         begun.finish()
         self._under_way = None
         house.router.observe(self._course.plan.candidates[0], None, ok=True)
-        self.headers["x-agentic-flow-model"] = f"{at.provider}:{at.model}"
+        self.headers["x-agentic-flow-model"] = self._course.served
         house.door.leave()
-        self._call.finished(trace.INVALID_SPAN, answer.completion)
+        self._call.finished(trace.INVALID_SPAN, ended)
         self._counts.finished += 1
 
     def leave(self) -> None:
@@ -316,6 +321,15 @@ class StraightWalk(Walk):
         self._is_reserved = False
         return self._held
 
+    def _rates(self, at: Destination, model: str) -> ModelRates | None:
+        known = self._course.rates
+        if model in known:
+            return known[model]
+        if len(known) >= _RATES_MAX:
+            known.clear()
+        rates = known[model] = super()._rates(at, model)
+        return rates
+
     @property
     def _is_begun(self) -> bool:
         return self._under_way is not None
@@ -323,6 +337,20 @@ class StraightWalk(Walk):
     def _begun_exchange(self) -> Begun | None:
         begun, self._under_way = self._under_way, None
         return begun
+
+
+class Straightened(NamedTuple):
+    """An answer that can be given.
+
+    Args:
+        body: The provider's bytes, where they pass through.
+        ended: For the books.
+        completion: To be translated, where they do not.
+    """
+
+    body: bytes | None
+    ended: Completion | Ended
+    completion: Completion | None
 
 
 class _NotOrdinary(Exception):

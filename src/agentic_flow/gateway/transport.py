@@ -311,7 +311,10 @@ class HttpTransport:
         deadline: Deadline,
         patience_s: float | None,
     ) -> Pending:
-        watch = _Watch(self._alarm_here(), connection, provider, deadline)
+        alarm = self._alarm
+        if alarm is None or alarm.loop is not asyncio.get_running_loop():
+            alarm = self._alarm_here()
+        watch = _Watch(alarm, connection, provider, deadline)
         try:
             watch.begin(patience_s)
             connection.ask(head, body)
@@ -419,14 +422,15 @@ class _Watch:
         Raises:
             DeadlineExceeded: no time is left for it.
         """
-        left_s = self._deadline.remaining_s
+        deadline = self._deadline
+        left_s = deadline.at_s - deadline.clock.monotonic_s()
         if left_s <= 0:
             raise _too_late(self._provider)
-        self._idle_s = left_s if limit_s is None else limit_s
-        self._patient = left_s <= self._idle_s
+        idle_s = self._idle_s = left_s if limit_s is None else limit_s
+        self._patient = left_s <= idle_s
         now_s = self._alarm.loop.time()
         self._until_s = now_s + left_s
-        self.due_s = now_s + min(left_s, self._idle_s)
+        self.due_s = self._until_s if self._patient else now_s + idle_s
         if self.due_s < self._alarm.armed_s:
             self._alarm.arm(self.due_s)
 

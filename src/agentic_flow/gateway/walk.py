@@ -154,6 +154,8 @@ class _Begun(Generic[T]):
 class Walk:
     """One call. Use `whole` or `stream`, once.
 
+    `onward` is where a stream goes once its first event was given, if whoever reads it opens this.
+
     Args:
         house: What it uses.
         question: What is asked.
@@ -175,8 +177,6 @@ class Walk:
     ) -> None:
         self.headers: dict[str, str] = {}
         """What the answer's headers say of limits and route; there once the first event is."""
-        self.onward = Onward()
-        """Where a stream goes once its first event was given, if whoever reads it opens this."""
         self._house = house
         self._policies = NO_POLICIES
         """In force for this call, to its end."""
@@ -236,6 +236,7 @@ class Walk:
         """
         # The span is not made current: a generator's body runs in whatever context its consumer has.
         span = self._call.start_span()
+        self.onward = Onward()
         used = _Meter()
         try:
             plan = await self._admitted()
@@ -588,7 +589,7 @@ class Walk:
 
     def _cost_max(self, at: Destination) -> int | None:
         """The most that it can cost in nano-USD; None when no price is known."""
-        rates = self._house.rates(at.provider, at.model)
+        rates = self._rates(at, at.model)
         if rates is None:
             return None
         output_max = self._question.output_tokens_max()
@@ -598,14 +599,20 @@ class Walk:
 
     def _priced(self, completion: Completion, at: Destination) -> Completion:
         """With its price, by the model that served, or by the one that was asked where that has none."""
-        usage = completion.usage
-        if usage.cost_usd is None:
-            rates = self._house.rates(at.provider, completion.model)
-            if rates is None and completion.model != at.model:
-                rates = self._house.rates(at.provider, at.model)
-            if rates is not None:
-                usage = changed(usage, cost_usd=rates.cost_usd(usage))
+        usage = self._price(completion.usage, completion.model, at)
         return changed(completion, usage=usage, provider=at.provider, latency_s=self._call.elapsed_s())
+
+    def _price(self, usage: Usage, model: str, at: Destination) -> Usage:
+        if usage.cost_usd is None:
+            rates = self._rates(at, model)
+            if rates is None and model != at.model:
+                rates = self._rates(at, at.model)
+            if rates is not None:
+                return changed(usage, cost_usd=rates.cost_usd(usage))
+        return usage
+
+    def _rates(self, at: Destination, model: str) -> ModelRates | None:
+        return self._house.rates(at.provider, model)
 
     def _settled(
         self, completion: Completion, at: Destination, reservation: Reservation | None

@@ -55,10 +55,12 @@ COUNT_HEADER = "x-agentic-flow-token-count"
 TIMEOUT_MAX_S = 3600.0
 # What Anthropic's clients say about the API itself; everything else they send concerns this server.
 _PASSED_HEADERS = {name: name.encode() for name in ("anthropic-version", "anthropic-beta")}
+_PASSED_SET = frozenset(_PASSED_HEADERS.values())
 # Who asks within the caller's house, and what belongs together.
 _LABEL_NAMES = tuple(
     (f"x-agentic-flow-{label}".encode(), label) for label in ("agent", "run", "conversation")
 )
+_LABEL_SET = frozenset(name for name, _ in _LABEL_NAMES)
 _NAMED = re.compile(rb"\s*:\s*")
 _LABEL = re.compile(r"[A-Za-z0-9._:/@-]{1,128}")
 
@@ -93,7 +95,7 @@ class Front:
     encode: Callable[[Completion, str, Call], bytes]
     encoder: Callable[[str, str, Call], Encoder]
     last_words: Callable[[AgenticFlowError], bytes]
-    check: Callable[[JsonObject], None] = lambda sent: None
+    check: Callable[[JsonObject], None] | None = None
 
 
 CHAT = Front(
@@ -213,20 +215,21 @@ class _StraightAnswer:
     def _news(self) -> None:
         """Something came of the answer, or nothing will."""
         ahead, walk = self._ahead, self.walk
-        bound = ahead.bound()
+        bound = ahead.log_context.set(ahead.request_id)
         try:
             whole = walk.look()
             if whole is None:
                 return
             body = whole.body
-            if body is None:
+            if whole.completion is not None:
                 body = self._front.encode(whole.completion, ahead.request_id, self.question.call())
-            walk.commit(whole)
+            assert body is not None, "an answer passes through, or is translated"
+            walk.commit(whole.ended)
         except Exception:  # noqa: BLE001 - the general walk meets it too, and explains it
             self._leave()
             return
         finally:
-            ahead.unbind(bound)
+            ahead.log_context.reset(bound)
         self._done = True
         ahead.finish([_JSON_TYPE, *_headers_of(self._front, walk.headers, ahead.request_id)], body)
 
@@ -275,9 +278,11 @@ class _VendorQuestion(BodyQuestion):
             conversation=labels.get("conversation"),
         )
         self._front = front
-        self._headers = {
-            name: given[raw].decode("latin-1") for name, raw in _PASSED_HEADERS.items() if raw in given
-        }
+        self._headers: dict[str, str] = (
+            {}
+            if _PASSED_SET.isdisjoint(given)
+            else {name: given[raw].decode("latin-1") for name, raw in _PASSED_HEADERS.items() if raw in given}
+        )
         self._query = query.decode("latin-1")
         self._call: Call | None = None
 
@@ -303,9 +308,10 @@ class _VendorQuestion(BodyQuestion):
         return {**told, "usage": "hidden"} if self._hides_usage() else told
 
     def passing(self, destination: Destination) -> PassingRequest:
-        self._front.check(self._sent)
+        if self._front.check is not None:
+            self._front.check(self._sent)
         sent = self.to_path(destination, self._front.path)
-        if self._hides_usage():
+        if self.stream and self._hides_usage():
             return sent._replace(body=ask_usage(sent.body, self._sent), hides_usage=True)
         return sent
 
@@ -413,7 +419,9 @@ class _Exchange:
 def _headers_of(front: Front, more: Mapping[str, str], request_id: str) -> list[tuple[bytes, bytes]]:
     """Headers of an answer."""
     # Header lines are latin-1; a model may have any name.
-    found = [(name.encode(), value.encode("latin-1", "replace")) for name, value in more.items()]
+    found: list[tuple[bytes, bytes]] = []
+    for name, value in more.items():
+        found.append((name.encode(), value.encode("latin-1", "replace")))
     if front.wire == "anthropic":
         # Anthropic's clients look for the request's id under this name; the floor adds the other one.
         found.append((b"request-id", request_id.encode()))
@@ -469,6 +477,8 @@ def labels_in(headers: RawHeaderMap) -> dict[str, str]:
         InvalidInput: one is too long or has characters that no name has.
     """
     found: dict[str, str] = {}
+    if _LABEL_SET.isdisjoint(headers):
+        return found  # as nearly always
     for name, label in _LABEL_NAMES:
         raw = headers.get(name)
         if raw is None:

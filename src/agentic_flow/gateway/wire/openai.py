@@ -419,8 +419,17 @@ def _billed(usage: Mapping[str, Any] | None, dialect: Dialect) -> Usage | None:
     """The usage object of an answer, None when it says nothing."""
     if usage is None or "prompt_tokens" not in usage:
         return None
-    prompt = mapping(usage.get("prompt_tokens_details"))
-    completion = mapping(usage.get("completion_tokens_details"))
+    given_prompt, given_completion = (
+        usage.get("prompt_tokens_details"),
+        usage.get("completion_tokens_details"),
+    )
+    if given_prompt is None and given_completion is None and not dialect.reports_cost:
+        return Usage(
+            input_tokens=count(usage.get("prompt_tokens")),
+            output_tokens=count(usage.get("completion_tokens")),
+            cost_usd=None,
+        )
+    prompt, completion = mapping(given_prompt), mapping(given_completion)
     cost = usage.get("cost") if dialect.reports_cost else None
     return Usage(
         input_tokens=count(usage.get("prompt_tokens")),

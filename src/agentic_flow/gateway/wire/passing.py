@@ -76,8 +76,15 @@ class PassingReader(ABC):
         self.stop_reason: StopReason = "end"
         self._sent = sent
         self._written_chars = 0
-        self._sse = SseParser()
+        self._parser: SseParser | None = None
         self._held = b""
+
+    @property
+    def _sse(self) -> SseParser:
+        """Made for streams alone."""
+        if self._parser is None:
+            self._parser = SseParser()
+        return self._parser
 
     @abstractmethod
     def take_event(self, sent: SseEvent) -> None:
