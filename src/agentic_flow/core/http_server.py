@@ -393,7 +393,7 @@ class ServerProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """See `httptools.HttpRequestParser`."""
         parser: Any = self.parser
-        app: Any = self.app
+        app = cast(Any, self).app
         scope: Any = self.scope
         url = self.url
         version = parser.get_http_version()

@@ -156,6 +156,7 @@ def create_app(
         ],
         exception_handlers={HTTPException: _http_error},
     )
+    app.middleware_stack = app.build_middleware_stack()
     app.state.service = service
     app.state.auth_required = settings.auth.required
     app.state.draining = asyncio.Event()
@@ -166,7 +167,7 @@ class _App(Starlette):
     """Starlette with the floor outermost, which answers for every error, so that a layer for that is none."""
 
     at_once: Floor | None = None
-    """See `core.http_server.AtOnce`; there once the first request was answered."""
+    """See `core.http_server.AtOnce`."""
 
     def build_middleware_stack(self) -> ASGIApp:
         stack = super().build_middleware_stack()
