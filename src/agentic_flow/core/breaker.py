@@ -33,7 +33,9 @@ class Permit:
 
     def succeeded(self) -> None:
         """The peer answered (an error that is the caller's own fault counts as an answer)."""
-        self._report(True)
+        if not self._done:
+            self._done = True
+            self._breaker.settle(self, True)
 
     def failed(self) -> None:
         """The peer could not be reached, was too slow, or said that it cannot serve."""

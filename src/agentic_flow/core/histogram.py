@@ -36,6 +36,7 @@ class BatchHistogram(Histogram):
 
     def _count_waiting(self) -> None:
         waiting, total = self._waiting, 0.0
+        series: Any = self
         counts: dict[int, int] = {}
         while waiting:
             amount = waiting.pop()
@@ -43,10 +44,9 @@ class BatchHistogram(Histogram):
             bucket = bisect_left(self._upper_bounds, amount)
             counts[bucket] = counts.get(bucket, 0) + 1
         if counts:
-            self._sum.inc(total)
+            series._sum.inc(total)
             for bucket, count in counts.items():
-                buckets: Any = self._buckets
-                buckets[bucket].inc(count)
+                series._buckets[bucket].inc(count)
 
     def _child_samples(self) -> Iterable[Sample]:
         self._count_waiting()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import urllib.parse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any, Protocol, cast
 
 import httptools
@@ -90,8 +90,9 @@ class WholeExchange(Exchange, Protocol):
 class AtOnce(Protocol):
     """What an app offers that can answer without a task; the app has it as its attribute `at_once`."""
 
-    def wants(self, scope: Any) -> bool:
-        """Whether such a request may be answered so, by its method and path."""
+    @property
+    def places(self) -> Container[tuple[str, str]]:
+        """Path and method of the requests that may be answered so."""
         ...
 
     def take(self, exchange: WholeExchange) -> bool:
@@ -336,10 +337,23 @@ class ServerProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
-        super().data_received(data)
+        self._idle_since_s = None
+        try:
+            cast(Any, self.parser).feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._refuse(error)
         held = self._held
         if held is not None:
             self._begin(held)
+
+    def _refuse(self, error: Exception) -> None:
+        """What uvicorn does with what is no request, and with the wish for another protocol."""
+        if isinstance(error, httptools.HttpParserUpgrade):
+            self._unsupported_upgrade_warning()  # no other protocol is spoken here
+            return
+        said = "Invalid HTTP request received."
+        self.logger.warning(said)
+        self.send_400_response(said)
 
     def _begin(self, held: _Cycle) -> None:
         """Answer a request that was held until it is whole, or go on waiting for the rest of it."""
@@ -422,7 +436,11 @@ class ServerProtocol(HttpToolsProtocol):
         self.cycle = cycle
         if before is None or before.response_complete:
             at_once = self._at_once = self._at_once or getattr(app, "at_once", None)
-            if at_once is not None and not self.expect_100_continue and at_once.wants(scope):
+            if (
+                at_once is not None
+                and not self.expect_100_continue
+                and (path, scope["method"]) in at_once.places
+            ):
                 cycle.start = self._run
                 self._held = cycle
             else:

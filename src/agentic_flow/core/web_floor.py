@@ -10,7 +10,7 @@ import random
 import re
 import reprlib
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -231,9 +231,10 @@ class Floor:
 
     # Without a task
 
-    def wants(self, scope: Scope) -> bool:
+    @property
+    def places(self) -> Container[tuple[str, str]]:
         """See `core.http_server.AtOnce`."""
-        return (scope["path"], scope["method"]) in self._ahead
+        return self._ahead
 
     def take(self, exchange: WholeExchange) -> bool:
         """See `core.http_server.AtOnce`."""

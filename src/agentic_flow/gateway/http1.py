@@ -138,7 +138,9 @@ class Connection(asyncio.Protocol):
         self._keep = False
         self._sink: Callable[[bytes], bool] | None = None
         self._refused: Exception | None = None  # what the sink said of a piece
-        self._told: Callable[[], None] | None = None
+        self.told: Callable[[], None] | None = None
+        """Called whenever something of the answer came, or none will any more, instead of waking who waits.
+        Nobody waits until it is None again."""
 
     # For who asks
 
@@ -165,11 +167,6 @@ class Connection(asyncio.Protocol):
             if self._error is not None:
                 raise self._error
             await self._something()
-
-    def on_news(self, told: Callable[[], None] | None) -> None:
-        """Call this whenever something of the answer came, or none will any more, instead of waking who
-        waits. Those who wait afterwards must have set it to None."""
-        self._told = told
 
     @property
     def flows(self) -> bool:
@@ -269,8 +266,8 @@ class Connection(asyncio.Protocol):
             self._waiter = None
 
     def _wake(self) -> None:
-        if self._told is not None:
-            self._told()
+        if self.told is not None:
+            self.told()
             return
         waiter = self._waiter
         if waiter is not None and not waiter.done():
@@ -298,8 +295,8 @@ class Connection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             self.fail(Malformed(str(error)))
         else:
-            if self._told is not None:
-                self._told()
+            if self.told is not None:
+                self.told()
             elif self._sink is None:
                 self._wake()
             else:

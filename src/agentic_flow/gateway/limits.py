@@ -435,7 +435,7 @@ class Door:
     def leave(self) -> None:
         """Give a place back: to the next who waits, if anybody does; for `enter`."""
         self._left += 1
-        waiter = self._next()
+        waiter = self._next() if self._lines else None
         if waiter is None:
             self.inside -= 1
         else:

@@ -134,8 +134,25 @@ class BodyQuestion(Question):
         sent: The same, parsed.
     """
 
-    def __init__(self, body: bytes, sent: JsonObject, asked: str, **about: Any) -> None:
-        super().__init__(asked, **about)
+    def __init__(
+        self,
+        body: bytes,
+        sent: JsonObject,
+        asked: str,
+        *,
+        wire: str | None,
+        stream: bool,
+        agent: str | None = None,
+        run: str | None = None,
+        conversation: str | None = None,
+    ) -> None:
+        # What `Question` sets: every request through a front makes one.
+        self.asked = asked
+        self.wire = wire
+        self.stream = stream
+        self.agent = agent
+        self.run = run
+        self.conversation = conversation
         self._body = body
         self._sent = sent
         # Routes, limits, budgets and spans ask for these, each on its own.

@@ -90,9 +90,15 @@ class Straight:
         self, question: Question, *, principal: Principal, deadline: Deadline, request_id: str
     ) -> StraightWalk | None:
         """A walk for a request that is ordinary as far as can be seen now; None: it is not."""
-        course = self._course(question.asked)
-        if course is None:
-            return None
+        course = self._courses.get(question.asked)
+        if (
+            course is None
+            or self._house.clock.monotonic_s() >= course.until_s
+            or course.policies is not self._house.policies()
+        ):
+            course = self._course(question.asked)
+            if course is None:
+                return None
         return StraightWalk(
             self._house,
             question,
@@ -105,12 +111,8 @@ class Straight:
 
     def _course(self, asked: str) -> Course | None:
         now_s = self._house.clock.monotonic_s()
-        course = self._courses.get(asked)
-        if course is None:
-            if now_s < self._until_s and asked in self._courses:
-                return None
-        elif now_s < course.until_s and course.policies is self._house.policies():
-            return course
+        if now_s < self._until_s and asked in self._courses and self._courses[asked] is None:
+            return None
         if now_s >= self._until_s or len(self._courses) >= COURSES_MAX:
             # What is not ordinary is looked at again as well.
             self._courses = {}
@@ -196,7 +198,7 @@ class StraightWalk(Walk):
         if begun is None:
             return False
         self._under_way = begun
-        begun.pending.connection.on_news(told)
+        begun.pending.connection.told = told
         return True
 
     def _take(self) -> Begun | None:
@@ -272,7 +274,7 @@ class StraightWalk(Walk):
         assert begun is not None, "commit what was begun"
         self._call.tries = 1
         self._pay(self._held, ended.usage)
-        begun.pending.connection.on_news(None)
+        begun.pending.connection.told = None
         begun.finish()
         self._under_way = None
         house.router.observe(self._course.plan.candidates[0], None, ok=True)
@@ -286,7 +288,7 @@ class StraightWalk(Walk):
         self._counts.handed_over += 1
         self._call.tries = 0
         if self._under_way is not None:
-            self._under_way.pending.connection.on_news(None)
+            self._under_way.pending.connection.told = None
 
     # As a walk, with what was taken already
 

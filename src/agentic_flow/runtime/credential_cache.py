@@ -43,7 +43,7 @@ class CredentialCache:
 
     def get(self, credential: str) -> Principal | None:
         """Whose it is, if that was found out within the last second and it has not expired since."""
-        known = self._known.get(_digest(credential))
+        known = self._known.get(hashlib.sha256(credential.encode("utf-8", "surrogatepass")).digest())
         if known is None or self._clock.monotonic_s() >= known.until_s:
             return None
         if known.expires_at_s is not None and self._clock.time_s() >= known.expires_at_s:

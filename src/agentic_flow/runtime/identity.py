@@ -141,6 +141,8 @@ class Identity:
         # Parsed public keys by their ids, which name their content; what is trusted is read each time.
         self._key_set: tuple[tuple[str, ...], KeySet] | None = None
         self._recent = CredentialCache(clock)
+        self.known = self._recent.get
+        """Whose a credential is, if it was checked within the last second."""
         _make_private(path)
         self._db = Database(path, _MIGRATIONS, readers=2)
         self._db.write_sync(self._prepare)
@@ -344,10 +346,6 @@ class Identity:
 
     def forget(self, principal: Principal) -> None:
         """TokenSource: nothing is kept, so there is nothing to forget."""
-
-    def known(self, credential: str) -> Principal | None:
-        """Whose a credential is, if it was checked within the last second."""
-        return self._recent.get(credential)
 
     async def authenticate(self, credential: str) -> Principal:
         """Authenticator: keys and tokens, checked against the database itself within the last second."""

@@ -266,17 +266,10 @@ class _VendorQuestion(BodyQuestion):
             asked = Fields(sent).demand("model")  # says what is wrong with it
         if not (stream is None or isinstance(stream, bool)):
             stream = Fields(sent).flag("stream")
-        labels = labels_in(given)
-        super().__init__(
-            body,
-            sent,
-            asked,
-            wire=front.wire,
-            stream=stream or False,
-            agent=labels.get("agent"),
-            run=labels.get("run"),
-            conversation=labels.get("conversation"),
-        )
+        if _LABEL_SET.isdisjoint(given):
+            super().__init__(body, sent, asked, wire=front.wire, stream=stream or False)
+        else:
+            super().__init__(body, sent, asked, wire=front.wire, stream=stream or False, **labels_in(given))
         self._front = front
         self._headers: dict[str, str] = (
             {}
@@ -477,8 +470,6 @@ def labels_in(headers: RawHeaderMap) -> dict[str, str]:
         InvalidInput: one is too long or has characters that no name has.
     """
     found: dict[str, str] = {}
-    if _LABEL_SET.isdisjoint(headers):
-        return found  # as nearly always
     for name, label in _LABEL_NAMES:
         raw = headers.get(name)
         if raw is None:

@@ -159,12 +159,19 @@ def load_object(data: bytes, what: str) -> JsonObject:
 
 def mapping(value: object) -> Mapping[str, Any]:
     """`value` when it is an object, else an empty one: for optional parts of an answer."""
-    return cast(Mapping[str, Any], value) if isinstance(value, dict) else {}
+    if isinstance(value, dict):
+        # A `cast` would be a call, and this is asked for often.
+        return value  # pyright: ignore[reportUnknownVariableType]
+    return {}
 
 
 def items(value: object) -> list[Mapping[str, Any]]:
     """The objects of a list; an empty one for anything else."""
-    return [mapping(entry) for entry in cast(list[object], value)] if isinstance(value, list) else []
+    if not isinstance(value, list):
+        return []
+    if len(value) == 1 and isinstance(value[0], dict):  # pyright: ignore[reportUnknownArgumentType]
+        return value  # pyright: ignore[reportUnknownVariableType] - as nearly always
+    return [mapping(entry) for entry in cast(list[object], value)]
 
 
 def count(value: object) -> int:

@@ -540,7 +540,7 @@ class OpenAIPassing(PassingReader):
         self.model = self.model or text_of(answer.get("model"))
         usage = answer.get("usage")
         if isinstance(usage, dict):
-            self.usage = _billed(mapping(cast(object, usage)), self._dialect)
+            self.usage = _billed(mapping(usage), self._dialect)  # pyright: ignore[reportUnknownArgumentType]
         for choice in items(answer.get("choices")):
             self.count_written(choice.get(holder))
             reason = choice.get("finish_reason")
