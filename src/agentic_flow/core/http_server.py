@@ -316,6 +316,8 @@ class _Cycle(RequestResponseCycle):
         if self.expected_content_length != 0:
             raise RuntimeError("the body is shorter than its content-length")
         self.response_complete = True
+        # Or the scope and this would hold each other, and only the garbage collector could free them.
+        self.scope["extensions"] = {}
         self._told = self._stopping = self.start = None
         if self._event is not None:
             self._event.set()
@@ -393,6 +395,11 @@ class ServerProtocol(HttpToolsProtocol):
     def _run(self, cycle: _Cycle) -> None:
         self._start_asgi_task(cycle, cast(Any, self).app)
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        extensions: Any = {EXTENSION: cycle}
+        cycle.scope["extensions"] = extensions
+        super()._start_asgi_task(cycle, app)
+
     def connection_lost(self, exc: Exception | None) -> None:
         """See `asyncio.Protocol`."""
         super().connection_lost(exc)
@@ -431,8 +438,6 @@ class ServerProtocol(HttpToolsProtocol):
         scope["query_string"] = query
         before: Any = self.cycle
         cycle = _Cycle(self, scope, version != "1.0" and parser.should_keep_alive())
-        extensions: Any = {EXTENSION: cycle}
-        scope["extensions"] = extensions
         self.cycle = cycle
         if before is None or before.response_complete:
             at_once = self._at_once = self._at_once or getattr(app, "at_once", None)

@@ -474,6 +474,7 @@ class Ahead:
         exchange = self.exchange
         exchange.begin(200, headers)
         exchange.put(body, more=False)
+        self.route_state = None
         self._floor.finished(self)
 
     def hand_over(self) -> None:
