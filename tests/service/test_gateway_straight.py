@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 
@@ -306,6 +306,23 @@ async def _seen(folder: Path, calls: Sequence[Asked], policies: dict[str, Any], 
             }
 
 
+_ORDINARY = [Asked(path, asked(), {}, (Reply.text("well"),)) for path in (CHAT, MESSAGES, CHAT, CHAT)]
+
+
+@example(calls=_ORDINARY, policies={"limits": [{"scope": "key", "requests_per_minute": 3}]})
+@example(calls=_ORDINARY, policies={"limits": [{"scope": "key", "tokens_per_minute": 120}]})
+@example(calls=_ORDINARY, policies={"budgets": [{"scope": "key", "limit_usd": 0.0003, "period": "day"}]})
+@example(
+    calls=[_ORDINARY[0], Asked(CHAT, asked(), {}, (Reply.error(500), Reply.text("after all")))],
+    policies=POLICIES,
+)
+@example(
+    calls=[
+        _ORDINARY[0],
+        Asked(MESSAGES, asked(), {}, (Reply.error(429, retry_after="0"), Reply.text("yes"))),
+    ],
+    policies=POLICIES,
+)
 @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(calls=st.lists(_asked, min_size=1, max_size=4), policies=_policies)
 def test_both_ways_look_the_same(calls: list[Asked], policies: dict[str, Any]) -> None:
@@ -465,6 +482,17 @@ async def test_a_body_in_pieces_goes_straight_too(tmp_path: Path) -> None:
             assert b"200 OK" in await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), WAIT_S)
             writer.close()
             assert made.counts.finished == 1
+
+
+async def test_a_name_that_no_header_takes_ends_the_connection_alone(tmp_path: Path) -> None:
+    """Catches a failure within the loop's callbacks that leaves a caller waiting, or the gateway broken."""
+    with FakeProvider(lambda _: Reply.text("good day")) as fake:
+        async with house(tmp_path, fake, {}) as made:
+            await made.ask(CHAT, asked())
+            with pytest.raises(aiohttp.ServerDisconnectedError):
+                await made.ask(CHAT, asked("openai:a\nb"))
+            assert (await made.ask(CHAT, asked()))[0] == 200
+            assert [row[18] for row in await made.rows()] == ["ok", "ok", "ok"]
 
 
 async def test_changed_policies_hold_at_once(tmp_path: Path) -> None:

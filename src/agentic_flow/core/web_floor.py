@@ -474,7 +474,7 @@ class Ahead:
         exchange = self.exchange
         exchange.begin(200, headers)
         exchange.put(body, more=False)
-        self.route_state = None
+        self.route_state = None  # or the two would hold each other
         self._floor.finished(self)
 
     def hand_over(self) -> None:

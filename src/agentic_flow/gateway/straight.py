@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import structlog
 from opentelemetry import trace
 
 from agentic_flow.core.auth import Principal
@@ -33,6 +34,8 @@ COURSE_AGE_MAX_S = 0.25
 """How long it is believed what a name means; as long as a key's file is."""
 COURSES_MAX = 1024
 _RATES_MAX = 16
+
+_log = structlog.get_logger(__name__)
 
 
 class Course(NamedTuple):
@@ -195,6 +198,9 @@ class StraightWalk(Walk):
             begun = self._take()
         except (AgenticFlowError, ValueError):
             return False  # the general walk comes to the same, and says it
+        except Exception:  # noqa: BLE001 - a bug of ours: logged, and the general walk goes on
+            _log.exception("straight_path_failed")
+            return False
         if begun is None:
             return False
         self._under_way = begun
@@ -204,7 +210,6 @@ class StraightWalk(Walk):
     def _take(self) -> Begun | None:
         house, course, question, caller = self._house, self._course, self._question, self._caller
         at, policies = course.at, course.policies
-        self._call.destination = at
         if question.wire in at.passes:
             self._sent, encoded = question.passing(at), None
         else:
@@ -222,6 +227,7 @@ class StraightWalk(Walk):
         if not house.door.open_to():
             return None
         self._inside = True
+        self._call.destination = at
         rules, budgets = policies.budgets, house.budgets
         if rules and budgets is not None:
             most = self._cost_max(at)
@@ -240,7 +246,7 @@ class StraightWalk(Walk):
         """The answer, if it is there; None: more is to come.
 
         Raises:
-            Exception: it must be handed over; nothing was settled.
+            NotOrdinary, AgenticFlowError: it must be handed over; nothing was settled.
         """
         begun = self._under_way
         assert begun is not None, "look at what was begun"
@@ -249,7 +255,7 @@ class StraightWalk(Walk):
         if body is None:
             if pending.waits():
                 return None
-            raise _NotOrdinary
+            raise NotOrdinary
         at, provider = self._course.at, self._course.provider
         sent = self._sent
         if sent is None:
@@ -279,6 +285,7 @@ class StraightWalk(Walk):
         self._under_way = None
         house.router.observe(self._course.plan.candidates[0], None, ok=True)
         self.headers["x-agentic-flow-model"] = self._course.served
+        self._inside = False
         house.door.leave()
         self._call.finished(trace.INVALID_SPAN, ended)
         self._counts.finished += 1
@@ -355,8 +362,5 @@ class Straightened(NamedTuple):
     completion: Completion | None
 
 
-class _NotOrdinary(Exception):
+class NotOrdinary(Exception):
     """The answer is another one than the straight path knows."""
-
-
-__all__: list[Any] = ["COURSE_AGE_MAX_S", "Course", "Straight", "StraightCounts", "StraightWalk"]

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import orjson
+import structlog
 from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -41,10 +42,12 @@ from agentic_flow.gateway.front.format import Call
 from agentic_flow.gateway.front.streaming import send_stream, unless_left
 from agentic_flow.gateway.questions import BodyQuestion, Destination, tokens_of
 from agentic_flow.gateway.service import Gateway
-from agentic_flow.gateway.straight import StraightWalk
+from agentic_flow.gateway.straight import NotOrdinary, StraightWalk
 from agentic_flow.gateway.walk import Walk
 from agentic_flow.gateway.wire.openai import ask_usage, wants_usage
 from agentic_flow.gateway.wire.passing import PassingRequest, rename_model
+
+_log = structlog.get_logger(__name__)
 
 SCOPE = "models:use"
 IDEMPOTENCY_HEADER = "idempotency-key"
@@ -195,12 +198,14 @@ class _StraightAnswer:
     Whatever happens, it ends in one of two ways: answered, or handed over.
     """
 
-    __slots__ = ("_ahead", "_done", "_front", "question", "walk")
+    __slots__ = ("_ahead", "_done", "_front", "failure", "question", "walk")
 
     def __init__(self, front: Front, question: _VendorQuestion, walk: StraightWalk, ahead: Ahead) -> None:
         self._front = front
         self._ahead = ahead
         self._done = False
+        self.failure: Exception | None = None
+        """Why an answer that is paid for could not be given."""
         self.question = question
         self.walk = walk
 
@@ -225,13 +230,22 @@ class _StraightAnswer:
                 body = self._front.encode(whole.completion, ahead.request_id, self.question.call())
             assert body is not None, "an answer passes through, or is translated"
             walk.commit(whole.ended)
-        except Exception:  # noqa: BLE001 - the general walk meets it too, and explains it
+            headers = [_JSON_TYPE, *_headers_of(self._front, walk.headers, ahead.request_id)]
+        except (NotOrdinary, AgenticFlowError):
+            self._leave()  # the general walk meets it too, and explains it
+            return
+        except Exception:  # noqa: BLE001 - a bug of ours: logged, and the general walk is still there
+            _log.exception("straight_path_failed")
             self._leave()
             return
         finally:
             ahead.log_context.reset(bound)
         self._done = True
-        ahead.finish([_JSON_TYPE, *_headers_of(self._front, walk.headers, ahead.request_id)], body)
+        try:
+            ahead.finish(headers, body)
+        except Exception as error:  # noqa: BLE001 - raised again where a request's failures are recorded
+            self.failure = error
+            ahead.hand_over()
 
     def _leave(self) -> None:
         if not self._done:
@@ -344,6 +358,8 @@ class _Exchange:
     async def answer(self) -> None:
         if self._begun is not None:
             straight: _StraightAnswer = self._begun.route_state
+            if straight.failure is not None:
+                raise straight.failure
             await self._give(straight.question, straight.walk)
             return
         question = await self._question()
