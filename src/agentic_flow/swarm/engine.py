@@ -57,7 +57,7 @@ from agentic_flow.swarm.inbox import Inbox, Waiters
 from agentic_flow.swarm.leases import Leases, RunDatabase, root_of
 from agentic_flow.swarm.pauses import Pauses
 from agentic_flow.swarm.reader import RunReader, decoded_object, record_of
-from agentic_flow.swarm.scheduling import ENDED, Fence, Places
+from agentic_flow.swarm.scheduling import ENDED, Custody, Fence, Places
 
 T = TypeVar("T")
 log: structlog.stdlib.BoundLogger = structlog.get_logger("agentic_flow.engine")
@@ -115,8 +115,7 @@ class SqlRunEngine:
         self._executions: dict[str, set[Execution]] = {}
         self._keepers: list[asyncio.Task[None]] = []
         self._claiming: set[str] = set()
-        self._idle_before: set[str] = set()
-        self._has_let_go = False
+        self._custody = Custody()
         self._background: set[asyncio.Task[Any]] = set()
         self._writer: CheckpointWriter | None = None
         self._heartbeat: Heartbeat | None = None
@@ -149,7 +148,8 @@ class SqlRunEngine:
             self._keepers.append(self._keep(_WATCH_S, self._watch))
             self._keepers.append(self._keep(_LOOK_S, self._look))
             if takeover:
-                self._keepers.append(self._keep(self._lease_s / 2, self._take_orphans))
+                # The lease and this must be within 15 s, with the default lease of 10 s and some to spare.
+                self._keepers.append(self._keep(self._lease_s / 4, self._take_orphans))
             yield
         finally:
             try:
@@ -214,11 +214,12 @@ class SqlRunEngine:
     async def _watch(self) -> None:
         """Notice what others did to our workflows: cancelled them, or took them over while we were silent."""
         here = {run.workflow_id: run for run in self._runs.values() if run.is_accepted}
-        if not here and not self._has_let_go:
+        if not self._custody.must_compare(here):
             return
         children = [e.workflow_id for e in self._all_executions() if e.workflow_id != e.run.workflow_id]
+        held = {workflow_id: run.fence.epoch for workflow_id, run in here.items()}
         owned = await asyncio.to_thread(self._leases.owned, self._executor_id)
-        gone = [i for i, run in here.items() if owned.get(i) != run.fence.epoch]
+        gone = self._custody.lost(held, owned)
         statuses = await asyncio.to_thread(self._leases.statuses, [*gone, *children])
         for workflow_id in gone:
             run = self._runs.get(workflow_id)
@@ -253,13 +254,10 @@ class SqlRunEngine:
 
     async def _release_idle(self, owned: Mapping[str, int]) -> None:
         """Let go, again, of what is ours in the store and executed by nobody: its end was not written."""
-        busy = {*self._runs, *self._accepting, *self._claiming}
-        idle = {workflow_id: epoch for workflow_id, epoch in owned.items() if workflow_id not in busy}
-        for workflow_id in idle.keys() & self._idle_before:
-            fence = Fence(self._executor_id, idle[workflow_id])
-            await asyncio.to_thread(self._leases.release, workflow_id, fence)
-        self._idle_before = set(idle)
-        self._has_let_go = bool(idle)
+        executed = {workflow_id for workflow_id, run in self._runs.items() if run.is_accepted}
+        under_way = {*self._accepting, *self._claiming}
+        for workflow_id, epoch in self._custody.to_release(owned, executed, under_way).items():
+            await asyncio.to_thread(self._leases.release, workflow_id, Fence(self._executor_id, epoch))
 
     async def _take_orphans(self) -> None:
         for workflow_id in await self.resume_interrupted():
@@ -295,7 +293,11 @@ class SqlRunEngine:
         """Called when the store has the workflow, or another one under this id, or failed."""
         self._accepting.pop(run.workflow_id, None)
         # Looked at here as well: the caller may have gone.
-        if accepting.cancelled() or accepting.exception() is not None or not accepting.result():
+        if accepting.cancelled() or accepting.exception() is not None:
+            self._custody.doubt()  # perhaps only the answer was lost
+            self._leave(run, None)
+            return
+        if not accepting.result():
             self._leave(run, None)
             return
         run.is_accepted = True
@@ -436,7 +438,13 @@ class SqlRunEngine:
             return False
         self._claiming.add(workflow_id)
         try:
-            claim = await asyncio.to_thread(self._leases.claim, workflow_id, self._executor_id, asked=asked)
+            try:
+                claim = await asyncio.to_thread(
+                    self._leases.claim, workflow_id, self._executor_id, asked=asked
+                )
+            except Unavailable:
+                self._custody.doubt()  # perhaps only the answer was lost
+                raise
             if claim is None:
                 return False
             await self._left(workflow_id, "lost")  # what another process had taken over from us
@@ -525,10 +533,10 @@ class SqlRunEngine:
             execution.result.set_result({"error": as_problem(told)})
         if execution.task.cancelled() or (error := execution.task.exception()) is None:
             return
-        # Its outcome could not be written: let go, so that it is continued where the store can be reached.
+        # The store could not be used: let go, so that it is continued where it can.
         log.error("workflow_abandoned", workflow_id=execution.workflow_id, error=str(error))
         self._stop_run(run, "lost")
-        self._has_let_go = True
+        self._custody.doubt()
         releasing = asyncio.create_task(self._release(run))
         self._background.add(releasing)
         releasing.add_done_callback(self._background.discard)
@@ -594,7 +602,7 @@ class SqlRunEngine:
                 raise
             failure = internal(f"workflow {name!r}", error)
         except AgenticFlowError as error:
-            if error is execution.unwritten:
+            if error is execution.unusable:
                 raise
             failure = error
         except Exception as error:
@@ -615,7 +623,11 @@ class SqlRunEngine:
             )
         payload = decoded_object(execution.payload)
         if not execution.is_new:
-            execution.history = await asyncio.to_thread(recorded_history, self._database, execution)
+            try:
+                execution.history = await asyncio.to_thread(recorded_history, self._database, execution)
+            except Unavailable as error:
+                execution.unusable = error
+                raise
         return await workflow(Context(self, execution), payload)
 
     async def record(self, execution: Execution, checkpoint: Checkpoint) -> None:
@@ -623,7 +635,7 @@ class SqlRunEngine:
         try:
             answer = await self._write(checkpoint)
         except AgenticFlowError as error:
-            execution.unwritten = error
+            execution.unusable = error
             raise
         if answer != "granted":
             self._give_up(execution, "cancelled" if answer == "cancelled" else "lost")
@@ -657,7 +669,12 @@ class SqlRunEngine:
         while execution.abandoned and execution.stopped is None:
             child_id = execution.abandoned.pop()
             cancelling = asyncio.to_thread(self._leases.cancel, child_id, only_as=execution.run.fence)
-            if await _unbroken(cancelling):
+            try:
+                was_running = await _unbroken(cancelling)
+            except Unavailable as error:
+                execution.unusable = error
+                raise
+            if was_running:
                 self._stop_tree(child_id, "cancelled")
 
     async def message(

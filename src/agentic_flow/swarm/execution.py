@@ -92,7 +92,7 @@ class History:
 class Execution:
     """One execution of a workflow in this process.
 
-    `broken` is set when a replay took another path, `unwritten` when the store could not be written to,
+    `broken` is set when a replay took another path, `unusable` when the store could not be read or written,
     `abandoned` are children it no longer waits for, `below` results of children that it does wait for.
     """
 
@@ -104,7 +104,7 @@ class Execution:
     history: History = field(default_factory=History)
     stopped: StopReason | None = None
     broken: AgenticFlowError | None = None
-    unwritten: AgenticFlowError | None = None
+    unusable: AgenticFlowError | None = None
     abandoned: list[str] = field(default_factory=list[str])
     below: Sequence[asyncio.Future[JsonObject]] = ()
     is_waiting: bool = False

@@ -7,6 +7,7 @@ tested, and a simulation can drive them on a clock of its own.
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeVar
 
@@ -102,6 +103,48 @@ def state_of(status: str, root_status: str, *, owner_lives: bool, paused: bool =
     if root_status == "queued":
         return "queued"
     return "running" if root_status == "running" else "interrupted"
+
+
+class Custody:
+    """What a process holds, beside what the store says that it owns.
+
+    The two part when an answer of the store is lost, or when others took something over.
+    """
+
+    def __init__(self) -> None:
+        self._idle_before: frozenset[str] = frozenset()
+        self._rounds = 0
+
+    def doubt(self) -> None:
+        """Something may be ours in the store that nobody here executes: a write whose answer is not known."""
+        self._rounds = 2  # the comparison under way may have asked the store before that write
+
+    def must_compare(self, held: Collection[str]) -> bool:
+        """Whether to ask the store what this process owns. `held` are the workflows it executes."""
+        return bool(held) or self._rounds > 0
+
+    def lost(self, held: Mapping[str, int], owned: Mapping[str, int]) -> list[str]:
+        """What it executes and does not own any more; both with their epochs, `held` read before `owned`."""
+        return [workflow_id for workflow_id, epoch in held.items() if owned.get(workflow_id) != epoch]
+
+    def to_release(
+        self, owned: Mapping[str, int], executed: Collection[str], under_way: Collection[str]
+    ) -> dict[str, int]:
+        """What it owns and nobody executes, when that was so the last time as well, with the epochs.
+
+        Once is no proof: a workflow may have ended between the reading of `owned` and that of `executed`.
+
+        Args:
+            owned: What the store says, with epochs.
+            executed: What it executes, or has accepted.
+            under_way: What it asks the store for now. Whether that is its own, the next comparison tells.
+        """
+        unheld = {workflow_id: epoch for workflow_id, epoch in owned.items() if workflow_id not in executed}
+        idle = unheld.keys() - set(under_way)
+        released = {workflow_id: unheld[workflow_id] for workflow_id in idle & self._idle_before}
+        self._idle_before = frozenset(idle)
+        self._rounds = 2 if unheld else max(0, self._rounds - 1)
+        return released
 
 
 class Waiting(Protocol):
