@@ -91,9 +91,10 @@ class Cluster:
             output.seek(0)
             assert done.returncode == 0, (program, output.read().decode())
 
-    def start(self) -> None:
+    def start(self, *, addresses: str = "", port: int = 5432) -> None:
+        """`addresses` are those it listens to beside its socket, with commas between."""
         log = str(self._sockets / "log")
-        options = f'-h "" -k {self._sockets}'
+        options = f'-h "{addresses}" -p {port} -k {self._sockets}'
         self.run("pg_ctl", "-w", "-D", str(self.data), "-l", log, "-o", options, "start")
 
     def stop(self, mode: str = "fast") -> None:

@@ -174,8 +174,11 @@ async def process(store: Store, command: str, arguments: Sequence[str]) -> None:
 class Child:
     """One process of the engine, with its output read line by line."""
 
-    def __init__(self, store: Store, command: str, *arguments: str) -> None:
-        program = [sys.executable, "-W", "error", __file__, json.dumps(store.__dict__), command, *arguments]
+    def __init__(
+        self, store: Store, command: str, *arguments: str, file: str = __file__, within: Sequence[str] = ()
+    ) -> None:
+        python = [*within, sys.executable, "-W", "error"]
+        program = [*python, file, json.dumps(store.__dict__), command, *arguments]
         self.log = store.path(f"stderr-{time.monotonic_ns()}")
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -223,9 +226,19 @@ class Child:
 
 
 @contextlib.contextmanager
-def child(store: Store, command: str, *arguments: str) -> Generator[Child]:
-    """A process that is gone at the end, stopped or not."""
-    started = Child(store, command, *arguments)
+def child(
+    store: Store, command: str, *arguments: str, file: str = __file__, within: Sequence[str] = ()
+) -> Generator[Child]:
+    """A process that is gone at the end, stopped or not.
+
+    Args:
+        store: What it works on.
+        command: What it is to do.
+        arguments: Of the command.
+        file: The program, if not this one.
+        within: What comes before the program on the command line.
+    """
+    started = Child(store, command, *arguments, file=file, within=within)
     try:
         yield started
     finally:

@@ -141,7 +141,7 @@ class ModelStore:
                 ending[operation.workflow_id] = operation.ending
         for statement in sorted(rows):
             for row in rows[statement]:
-                self._apply(statement, row)
+                self._apply(row)
         for event in told:
             log = self.log.setdefault(event[0], [])
             if not (again and event in log):
@@ -165,19 +165,19 @@ class ModelStore:
             return None
         return StoredWorkflow(ending.get(workflow_id, row["status"]), row["executor_id"], row["epoch"])
 
-    def _apply(self, statement: str, row: Bindings) -> None:
-        if statement == checkpoints._INSERT_STEP:
+    def _apply(self, row: Bindings) -> None:
+        """What a statement of `checkpoints` does, told apart by what is bound to it."""
+        if "step_index" in row:
             step = (row["workflow_id"], row["step_index"])
             if step not in self.steps or not self.rules.keeps_first:
                 self.steps[step] = (row["name"], row["output"])
-        elif statement == checkpoints._INSERT_WORKFLOW:
+        elif "parent_step" in row:
             child = {**row, "takeovers": 0, "output": None, "cancelled_with": None}
             self.workflows.setdefault(row["workflow_id"], child)
-        elif statement == checkpoints._START:
-            self.workflows[row["workflow_id"]]["status"] = "running"
-        else:
-            assert statement == checkpoints._END, statement
+        elif "status" in row:
             self.workflows[row["workflow_id"]] |= {"status": row["status"], "output": row["output"]}
+        else:
+            self.workflows[row["workflow_id"]]["status"] = "running"
 
     def orphans(self, names: Collection[str], asker: str, now_s: float) -> list[str]:
         found = [

@@ -418,7 +418,7 @@ class Process:
                 return
             for run_id in self.custody.lost(held, owned):
                 run = self.runs.get(run_id)
-                if run is here[run_id] and not run.is_ending:
+                if run is not None and run is here[run_id] and not run.is_ending:
                     self.stop(run, "not its own any more")
             executed = {run_id for run_id, run in self.runs.items() if run.is_accepted}
             under_way = {*self.accepting, *self.claiming}
@@ -703,7 +703,7 @@ class Process:
                 return
             self.world.effects.setdefault(f"{workflow_id}:{index}", []).append(self.name)
             now_s = self.world.now_s
-            result = {
+            result: dict[str, Any] = {
                 "workflow_id": workflow_id,
                 "step_index": index,
                 "name": name,

@@ -28,7 +28,7 @@ REAL_SEEDS = 60
 SEEDS_TO_FIND = 400
 CHUNK = 250
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def play(first: int, count: int) -> dict[str, int]:

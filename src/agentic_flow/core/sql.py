@@ -28,6 +28,17 @@ if TYPE_CHECKING:
 _POOL_SIZE = 10
 _CONNECTIONS_MAX = 20
 _BUSY_TIMEOUT_S = 30.0
+_SILENT_TRANSACTION_MS = 5000
+"""PostgreSQL ends a transaction that is silent for so long: one whose process was cut off, or stands still,
+would keep its rows locked for as long as TCP takes to notice, which is hours."""
+_CONNECTION_OPTIONS = {
+    "connect_timeout": 5,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}
+"""Of libpq, in seconds, the last in milliseconds: a server out of reach is an error, not a silence."""
 _WAL_RETRY_S = 0.02
 _NAME = re.compile(r"(?<![:\w]):([a-z_][a-z0-9_]*)", re.IGNORECASE)
 _NO_VALUES = "(SELECT 1 WHERE 1 != 1)"
@@ -130,11 +141,15 @@ class SqlDatabase:
         with self._opening:
             if self._engine is None:
                 import sqlalchemy as sa
+                from sqlalchemy import event
 
                 pool: dict[str, Any] = (
                     {"pool_size": _POOL_SIZE} if self._pooled else {"poolclass": sa.NullPool}
                 )
-                self._engine = sa.create_engine(self.url, pool_pre_ping=True, **pool)
+                asked = sa.make_url(self.url).query  # what the URL says goes first
+                options = {key: value for key, value in _CONNECTION_OPTIONS.items() if key not in asked}
+                self._engine = sa.create_engine(self.url, pool_pre_ping=True, connect_args=options, **pool)
+                event.listen(self._engine, "connect", _end_silent_transactions)  # pyright: ignore[reportUnknownMemberType]
             return self._engine
 
     def _file_pool(self, file: Path) -> _FilePool:
@@ -231,6 +246,13 @@ def execute(connection: Connection, statement: str, **bindings: Any) -> Result:
             for key, value in bindings.items()
         },
     )
+
+
+def _end_silent_transactions(connection: Any, _: object) -> None:
+    """See `_SILENT_TRANSACTION_MS`. Called with each new connection of the driver."""
+    with connection.cursor() as cursor:
+        cursor.execute(f"SET idle_in_transaction_session_timeout = {_SILENT_TRANSACTION_MS}")
+    connection.commit()
 
 
 class _ServerConnection:
