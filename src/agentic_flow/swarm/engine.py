@@ -438,13 +438,7 @@ class SqlRunEngine:
             return False
         self._claiming.add(workflow_id)
         try:
-            try:
-                claim = await asyncio.to_thread(
-                    self._leases.claim, workflow_id, self._executor_id, asked=asked
-                )
-            except Unavailable:
-                self._custody.doubt()  # perhaps only the answer was lost
-                raise
+            claim = await asyncio.to_thread(self._leases.claim, workflow_id, self._executor_id, asked=asked)
             if claim is None:
                 return False
             await self._left(workflow_id, "lost")  # what another process had taken over from us
@@ -462,6 +456,9 @@ class SqlRunEngine:
             self._set_paused(run, bool(await asyncio.to_thread(self._pauses.among, [workflow_id])))
             self._enter(run)
             return True
+        except Unavailable:
+            self._custody.doubt()  # perhaps it is ours: only the answer was lost, or what comes after failed
+            raise
         finally:
             self._claiming.discard(workflow_id)
 
