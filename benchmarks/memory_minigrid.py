@@ -195,6 +195,8 @@ async def stream(
     append = PlainAppend()
     with Houses(seed, count, python) as houses, tempfile.TemporaryDirectory() as folder:
         own = (settings or Settings()).model_copy(update={"data_dir": Path(folder)})
+        # Skills are no notes: the random arm has nothing that would be as many.
+        own = own.model_copy(update={"memory": own.memory.model_copy(update={"skills_recalled": 0})})
         async with Runtime(own) as runtime:
             memory = await runtime.memory()
             bank: list[MemoryItem] = []

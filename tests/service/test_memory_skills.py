@@ -261,3 +261,4 @@ async def test_a_skill_can_go_into_the_bank(db: AgentDB) -> None:
     assert "1. find_place(q={q})" in item.content
     assert "from what step 1 returned" in item.content
     assert [one.trajectory_id for one in item.sources] == ["run-Paris", "run-Rome", "run-Oslo"]
+    assert (item.successes, item.failures) == (1.5, 0)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from cli_process import Place
-from scripted_team import GOAL, make_folder, team
+from scripted_team import ANSWER_LINE, GOAL, TRUE_CITATION, make_folder, team
 
 from agentic_flow.client import AsyncClient
 from agentic_flow.core.settings import Settings, load
@@ -118,6 +118,59 @@ async def test_notes_are_quoted_cited_and_credited(tmp_path: Path, folder: Path)
             assert [one.trajectory_id for one in after.evidence] == [result.run_id]
             checked = await client.memory.verify(memory.recall_id)
             assert checked.whole
+
+
+async def test_repeated_success_makes_a_skill_that_runs_are_told_of_and_rate(
+    tmp_path: Path, folder: Path
+) -> None:
+    """Catches skills that no agent hears of, that escape --no-memory or the certificates, or whose statistics
+    do not follow what the runs that used them came to."""
+    models = Models()
+
+    def script(request: SeenRequest) -> Reply:
+        text = request.last_text
+        if "Your question" not in text or "Judge it." in text:
+            return models(request)
+        if not any(message.get("role") == "assistant" for message in request.messages):
+            return Reply.tool_calls([{"name": "file_read", "arguments": {"path": "kettle.py"}}])
+        used = " ".join(f"[{one}]" for one in dict.fromkeys(re.findall(r"\[(skill-[0-9a-f]+)\]", text)))
+        return Reply.text(f"{ANSWER_LINE} in tick [{TRUE_CITATION}].\n\nNotes used: {used}")
+
+    with FakeProvider(script) as provider:
+        async with AsyncClient(settings=settings_for(provider, tmp_path)) as client:
+            for _ in range(3):
+                assert (await client.run(GOAL, input=str(folder), agents=2)).state == "completed"
+                await client.learn()
+            assert not any("[skill-" in one.text for one in provider.requests)
+            (skill,) = (await client.memory.list_skills()).skills
+            assert (skill.tools, skill.current.uses) == (("file_read", "file_read"), 0)
+
+            result = await client.run(GOAL, input=str(folder), agents=2)
+            for prompt in prompts(provider, "Your question")[-2:]:
+                block = prompt.split("<notes_from_earlier_runs>")[1]
+                assert f"[{skill.id}] (this worked before; believed" in block
+                assert "\n> 1. file_read(path=kettle.py" in block
+            assert result.memory is not None
+            assert skill.id in [note.id for note in result.memory.notes]
+            assert skill.id in result.memory.cited
+            assert skill.id not in result.answer
+            checked = await client.memory.verify(result.memory.recall_id)
+            assert checked.whole
+            assert checked.asked is not None
+            assert {one.item_id: one.status for one in checked.asked.items}[skill.id] == "same"
+
+            async def rated() -> tuple[int, int]:
+                await client.learn()
+                now = (await client.memory.show_skill(skill.id)).versions[0]
+                return now.successes, now.failures
+
+            assert await rated() == (1, 0)
+            told = len(prompts(provider, "[skill-"))
+            assert (await client.run(GOAL, input=str(folder), agents=2, memory=False)).state == "completed"
+            assert await rated() == (1, 0)
+            assert len(prompts(provider, "[skill-")) == told
+            await client.memory.add_verdict(result.run_id, Verdict(outcome="failure", source="person"))
+            assert await rated() == (0, 1)
 
 
 async def test_without_memory_nothing_is_told(tmp_path: Path, folder: Path) -> None:

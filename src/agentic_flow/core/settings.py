@@ -321,6 +321,9 @@ class MemorySettings(Section):
         default=3, description="Items that a task is given at most."
     )
     context_tokens_max: Count = Field(default=1500, description="Tokens of the block that carries them.")
+    skills_recalled: Annotated[int, Field(ge=0, le=3)] = Field(
+        default=1, description="Skills that a task is given beside them at most, in the same block."
+    )
     tries_recalled: Annotated[int, Field(ge=0, le=10)] = Field(
         default=2, description="Reflections on failed tries of like tasks that a task is given at most."
     )

@@ -188,10 +188,10 @@ class MemoryService(Protocol):
         explain: bool = False,
         preview: bool = False,
     ) -> Recall:
-        """Items that help with a task, certified; perhaps none.
+        """Items that help with a task, and the skill for it, if there is one; certified; perhaps none.
 
         Args:
-            k: Items at most; by default `memory.items_recalled`.
+            k: Items at most; by default `memory.items_recalled`. `memory.skills_recalled` come beside.
             tokens_max: Size of the context block; by default `memory.context_tokens_max`.
             tags: An item must have them all.
             recall_id: Of the certificate; made here by default.

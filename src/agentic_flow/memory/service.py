@@ -33,12 +33,12 @@ from agentic_flow.memory.answers import (
 from agentic_flow.memory.bank import Bank
 from agentic_flow.memory.beliefs import Explanation
 from agentic_flow.memory.certificates import Certificates, Verification
-from agentic_flow.memory.confidence import posterior
+from agentic_flow.memory.confidence import fading, posterior
 from agentic_flow.memory.consolidation import ConsolidationReport
 from agentic_flow.memory.importing import ImportReport, LeftOut, MemoryFile
 from agentic_flow.memory.know_how import READ, WRITE, KnowHow, check_task
 from agentic_flow.memory.ranking import Note as PackedNote
-from agentic_flow.memory.ranking import pack
+from agentic_flow.memory.ranking import pack, score
 from agentic_flow.memory.records import (
     CONTENT_CHARS_MAX,
     DESCRIPTION_CHARS_MAX,
@@ -48,11 +48,13 @@ from agentic_flow.memory.records import (
     TRAJECTORIES,
     MemoryItem,
     Recall,
+    RecalledItem,
     Trajectory,
     TrajectoryStep,
     Verdict,
 )
 from agentic_flow.memory.series import MemorySeries, memory_series
+from agentic_flow.memory.skills import SKILL_ID, FoundSkill, Skills, as_item
 from agentic_flow.memory.trajectories import Trajectories
 from agentic_flow.memory.uplift import Exposure, Uplift, UpliftReport, assign
 
@@ -101,6 +103,21 @@ class RecallRetention:
         return await self._certificates.prune(tenant, cut_s, keep=keep)
 
 
+class ShownItems:
+    """What certificates speak of, as it is now: items of the bank, and skills."""
+
+    def __init__(self, bank: Bank, skills: Skills) -> None:
+        self._bank = bank
+        self._skills = skills
+
+    async def get(self, tenant: str, ids: Sequence[str]) -> list[MemoryItem]:
+        """Those that exist."""
+        found = await self._bank.get(tenant, ids)
+        known = {one.id for one in found}
+        named = [one for one in ids if one.startswith(SKILL_ID) and one not in known]
+        return [*found, *map(as_item, await self._skills.get_many(tenant, named) if named else ())]
+
+
 class Memory(KnowHow):
     """What agents learn, by tenant. See MemoryService for each method.
 
@@ -123,7 +140,7 @@ class Memory(KnowHow):
         super().__init__(store, settings, Trajectories(store, settings, clock=clock), bank, clock=clock)
         self._store = store
         self._rng = rng or random.SystemRandom()
-        self.certificates = Certificates(store, self.bank, clock=clock)
+        self.certificates = Certificates(store, ShownItems(self.bank, self.skills), clock=clock)
         self.outcomes = Uplift(store, clock=clock)
         self.recalls = RecallRetention(store, self.certificates, self.records, settings, clock=clock)
 
@@ -140,6 +157,15 @@ class Memory(KnowHow):
         if certificate is not None:
             exposure = Exposure.of(certificate, cited=trajectory.cited, stratum=trajectory.agent)
             await self.outcomes.record(principal.tenant, exposure, verdict)
+
+    async def rate_skills(self, principal: Principal, trajectory: Trajectory, verdict: Verdict) -> None:
+        """Let a judged run count for or against the skills that its recall showed, if it used them."""
+        if trajectory.recall_id is None:
+            return
+        certificate = await self.certificates.get(principal.tenant, trajectory.recall_id)
+        for one in certificate.items if certificate is not None else ():
+            if one.id.startswith(SKILL_ID):
+                await self.skills.rate(principal.tenant, one.id, trajectory, verdict, version=one.revision)
 
     # ---- before a run ------------------------------------------------------------------------------------
 
@@ -160,12 +186,15 @@ class Memory(KnowHow):
         check_task(task)
         tenant = principal.tenant
         found = await self.bank.recall(tenant, task, k=k, tokens_max=tokens_max, tags=tags, explain=explain)
+        if self.settings.skills_recalled and not tags:
+            found = await self._with_skills(tenant, found, tokens_max)
         if preview:
             return found.model_copy(update={"id": "preview"})
         share = self.settings.withheld_share
         withheld = assign(self._rng, [one.item.id for one in found.items], share)
         if withheld:
-            found = self._without(found, withheld, tokens_max)
+            kept = [one for one in found.items if one.item.id not in withheld]
+            found = self._packed(found, kept, tokens_max).model_copy(update={"withheld": tuple(withheld)})
         recall = found.model_copy(update={"id": recall_id or f"recall-{secrets.token_hex(10)}"})
         if not recall.items and not recall.withheld:
             # Nothing was found, so there is nothing to attest; an empty bank writes nothing.
@@ -179,19 +208,38 @@ class Memory(KnowHow):
         await self.bank.note_shown(tenant, [one.item.id for one in recall.items])
         return recall
 
-    def _without(self, found: Recall, withheld: Sequence[str], tokens_max: int | None) -> Recall:
-        kept = tuple(one for one in found.items if one.item.id not in withheld)
+    async def _with_skills(self, tenant: str, found: Recall, tokens_max: int | None) -> Recall:
+        """The recall with the best skills: ahead of the items if the task has their form, else behind. The
+        block keeps its size, so that they may take the place of an item, or find none."""
+        skills = await self.skills.find(tenant, found.task, k=self.settings.skills_recalled)
+        if not skills:
+            return found
+        ahead = [self._recalled(one) for one in skills if one.parameters is not None]
+        behind = [self._recalled(one) for one in skills if one.parameters is None]
+        return self._packed(found, [*ahead, *found.items, *behind], tokens_max)
+
+    def _recalled(self, found: FoundSkill) -> RecalledItem:
+        item = as_item(found.skill)
         now_s, half_life_days = self._clock.time_s(), self.settings.recency_half_life_days
+        parts = {
+            "similarity": found.likeness,
+            "recency": fading(now_s - item.updated_at_s, half_life_days),
+            "confidence": posterior(item, now_s, half_life_days).mean,
+        }
+        return RecalledItem(item=item, score=score(**parts), score_parts=parts)
+
+    def _packed(self, found: Recall, items: Sequence[RecalledItem], tokens_max: int | None) -> Recall:
+        """The recall with these items, as far as they fit."""
         packed = pack(
-            [PackedNote(one.item, posterior(one.item, now_s, half_life_days).mean) for one in kept],
+            [PackedNote(one.item, one.score_parts["confidence"]) for one in items],
             self.settings.context_tokens_max if tokens_max is None else tokens_max,
         )
+        carried = set(packed.ids)
         return found.model_copy(
             update={
-                "items": kept,
+                "items": tuple(one for one in items if one.item.id in carried),
                 "context": packed.context,
                 "tokens": packed.tokens,
-                "withheld": tuple(withheld),
             }
         )
 

@@ -21,6 +21,7 @@ from agentic_flow.core.errors import Conflict, NotFound
 from agentic_flow.core.messages import Frozen
 from agentic_flow.core.ports import VectorStore
 from agentic_flow.core.vectors import Item, SearchQuery
+from agentic_flow.memory.confidence import TAUGHT_WEIGHT
 from agentic_flow.memory.intervals import wilson
 from agentic_flow.memory.procedures import (
     FilledStep,
@@ -48,6 +49,9 @@ from agentic_flow.memory.records import (
     VerdictSource,
 )
 from agentic_flow.memory.rows import Rows
+
+SKILL_ID = "skill-"
+"""What ids of skills begin with."""
 
 SUPPORT_MIN = 3
 """Successful runs that make a skill."""
@@ -188,7 +192,7 @@ class Skills:
             belongs = await self._skill_of(tenant, trace, alike)
             free = [trace, *(one for one, taken in alike if taken is None)]
             runs = sorted(free, key=lambda one: (one.at_s, one.trajectory_id))
-            skill_id = belongs or f"skill-{_digest([list(trace.tools), runs[0].trajectory_id])}"
+            skill_id = belongs or f"{SKILL_ID}{_digest([list(trace.tools), runs[0].trajectory_id])}"
             skill = await self._changed(tenant, skill_id, lambda old: self._supported(skill_id, old, runs))
             if skill is not None:
                 await self._rows.put(tenant, [self._trace_row(one, skill_id) for one in runs])
@@ -416,6 +420,39 @@ class Skills:
             raise NotFound(f"skill {skill_id!r} was removed", hint="list skills again")
         return skill
 
+    async def rate(
+        self, tenant: str, skill_id: str, trajectory: Trajectory, verdict: Verdict, *, version: int
+    ) -> bool:
+        """`record_use`, if a run that was shown the skill used it: said so, or called its tools in its order.
+
+        Args:
+            tenant: Whose.
+            skill_id: Of the skill.
+            trajectory: The run.
+            verdict: How it ended.
+            version: That it was shown.
+
+        Returns:
+            Whether it counted; not when the skill, or that version, is gone.
+
+        Raises:
+            Conflict: others kept changing it.
+        """
+        skill = await self._find(tenant, skill_id)
+        if skill is None or all(one.version != version for one in skill.versions):
+            return False
+        trace = trace_of(trajectory)
+        if skill_id not in trajectory.cited and (trace is None or trace.tools != skill.tools):
+            return False
+        await self.record_use(tenant, skill_id, trajectory.id, verdict, version=version)
+        return True
+
+    async def get_many(self, tenant: str, ids: Sequence[str]) -> list[Skill]:
+        """Those of the skills that exist."""
+        return [
+            _read_skill(row) for row in (await self._rows.get(tenant, [_SKILL + one for one in ids])).values()
+        ]
+
     async def remove(self, tenant: str, skill_id: str) -> bool:
         """Whether there was one. Its runs' traces stay until they are old and may make it again."""
         return await self._rows.delete(tenant, [_SKILL + skill_id]) > 0
@@ -460,14 +497,15 @@ class Skills:
 
 
 def as_item(skill: Skill) -> MemoryItem:
-    """The skill as an item for the bank, so that ordinary recalls show it."""
-    procedure = skill.current.procedure
+    """The skill as recalls show it. As with items, a run that taught it counts half of one that used it."""
+    current = skill.current
+    procedure = current.procedure
     holes = ", ".join(hole.name for hole in procedure.holes) or "none"
     return MemoryItem(
         id=skill.id,
         title=skill.title,
         description=_cut(
-            f"A procedure that worked {skill.supported} times. Values: {holes}.", DESCRIPTION_CHARS_MAX
+            f"A procedure that worked for tasks of this form. Values: {holes}.", DESCRIPTION_CHARS_MAX
         ),
         content=_cut(written(procedure), CONTENT_CHARS_MAX),
         origin="mechanical",
@@ -477,7 +515,10 @@ def as_item(skill: Skill) -> MemoryItem:
             for one in skill.examples
         ),
         sources_total=skill.supported,
-        revision=skill.current.version,
+        successes=TAUGHT_WEIGHT * skill.supported + current.successes,
+        failures=float(current.failures),
+        uses=current.uses,
+        revision=current.version,
         created_at_s=skill.created_at_s,
         updated_at_s=skill.updated_at_s,
     )

@@ -18,6 +18,7 @@ from agentic_flow.memory.records import (
     TITLE_CHARS_MAX,
     MemoryItem,
 )
+from agentic_flow.memory.skills import SKILL_ID, as_item
 
 _TASK = StringConstraints(strip_whitespace=True, min_length=1, max_length=4_000)
 _ID = StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,199}$")
@@ -76,6 +77,17 @@ def reasoning_tools(memory: MemoryService) -> list[Tool[Any]]:
         }
 
     async def get(call: ToolCall[PatternId]) -> JsonObject:
+        if call.arguments.id.startswith(SKILL_ID):
+            skill = await memory.show_skill(call.principal, call.arguments.id)
+            return {
+                "note": _DATA,
+                **_shown(as_item(skill)),
+                "state": skill.state,
+                "version": skill.current.version,
+                "successes": skill.current.successes,
+                "failures": skill.current.failures,
+                "made_of_runs": skill.supported,
+            }
         found = await memory.explain(call.principal, call.arguments.id)
         return {
             "note": _DATA,
@@ -129,7 +141,7 @@ def reasoning_tools(memory: MemoryService) -> list[Tool[Any]]:
         ),
         Tool(
             "reasoning_pattern_get",
-            "One pattern by id, how far it is believed and why.",
+            "One pattern by id, how far it is believed and why; a skill by its id, and how its uses ended.",
             PatternId,
             get,
         ),

@@ -244,7 +244,7 @@ class Runtime:
             judge,
             Distiller(completer, model=own.judge_model),
             own,
-            after=(memory.note_outcome, learn_skill, episodes.reflect),
+            after=(memory.note_outcome, memory.rate_skills, learn_skill, episodes.reflect),
             expiring=(memory.recalls,),
             shown=memory.shown,
         )
