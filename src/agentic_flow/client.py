@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from agentic_flow.memory.bound import BoundMemory, WaitedMemory
     from agentic_flow.runtime.build import Runtime
     from agentic_flow.swarm.questions import Question
-    from agentic_flow.swarm.runs import RunEvent, RunResult, RunService, RunSpec, RunStep
+    from agentic_flow.swarm.runs import Purged, RunEvent, RunResult, RunService, RunSpec, RunStep
     from agentic_flow.swarm.tries import SeveralTries
     from agentic_flow.swarm.workflow_bound import BoundWorkflows, WaitedWorkflows
 
@@ -409,6 +409,39 @@ class AsyncRuns:
         runtime, swarm = await self._client._swarm()  # pyright: ignore[reportPrivateUsage]
         return await swarm.cancel(runtime.principal, run_id)
 
+    async def purge(
+        self,
+        *,
+        older_than_s: float | None = None,
+        keep_bytes: int | None = None,
+        tenant: str | None = None,
+        dry_run: bool = False,
+    ) -> Purged:
+        """Remove runs that have ended, with everything stored of them. There is no way back.
+
+        Args:
+            older_than_s: Those that ended so many seconds ago.
+            keep_bytes: The oldest, so that the rest of the tenant's takes no more. Without both: what
+                `swarm.keep_days` and `swarm.keep_bytes` say.
+            tenant: Whose; None: one's own.
+            dry_run: Only tell what would go.
+
+        Raises:
+            InvalidInput: nothing says which.
+            Forbidden: another tenant's are for administrators.
+        """
+        from agentic_flow.swarm.runs import PurgeRequest
+
+        asked = {
+            "older_than_s": older_than_s,
+            "keep_bytes": keep_bytes,
+            "tenant": tenant,
+            "dry_run": dry_run,
+        }
+        request = validated(PurgeRequest, asked)
+        runtime, runs = await self._client._records()  # pyright: ignore[reportPrivateUsage]
+        return await runs.purge(runtime.principal, request)
+
     async def events(self, run_id: str, *, after: int = 0) -> AsyncIterator[RunEvent]:
         """What happened since event `after`, then what happens, until the run has ended. Starts nothing."""
         runtime, runs = await self._client._records()  # pyright: ignore[reportPrivateUsage]
@@ -600,6 +633,10 @@ class Runs:
     def cancel(self, run_id: str) -> bool:
         """See `AsyncRuns.cancel`."""
         return self._call(lambda: self._runs.cancel(run_id))
+
+    def purge(self, **options: Any) -> Purged:
+        """See `AsyncRuns.purge`."""
+        return self._call(lambda: self._runs.purge(**options))
 
 
 def _quiet_logs() -> None:

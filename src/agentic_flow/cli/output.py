@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from agentic_flow.core.errors import AgenticFlowError
 
 _RED, _DIM, _RESET = "\x1b[31m", "\x1b[2m", "\x1b[0m"
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 def print_json(data: Any) -> None:
@@ -96,6 +97,22 @@ def local_time(at_s: float | None) -> str:
     if not at_s:
         return "-"
     return datetime.fromtimestamp(at_s, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def duration_of(text: str) -> float:
+    """Seconds of an age like 30d, 12h, 90m or 10s.
+
+    Raises:
+        InvalidInput: it is none.
+    """
+    from agentic_flow.core.errors import InvalidInput
+
+    number, unit = text[:-1], text[-1:]
+    if not (number.isascii() and number.isdigit()) or unit not in _UNITS_S:
+        raise InvalidInput(
+            f"{text!r} is no length of time", hint="write a number and d, h, m or s, as in 30d"
+        )
+    return float(int(number) * _UNITS_S[unit])
 
 
 def money(cost_usd: float | None) -> str:

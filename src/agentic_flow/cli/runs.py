@@ -1,4 +1,4 @@
-"""`agentic-flow runs list|show|graph|picture|pause|resume|questions|answer|cancel`."""
+"""`agentic-flow runs list|show|graph|picture|pause|resume|questions|answer|cancel|purge`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from agentic_flow.cli.session import Session, command, new_app
 
-app = new_app("List, show, draw, pause, resume, answer and cancel runs.")
+app = new_app("List, show, draw, pause, resume, answer, cancel and purge runs.")
 
 RunId = Annotated[str, typer.Argument(help="Id of the run, as `runs list` prints it.", metavar="ID")]
 
@@ -209,6 +209,59 @@ def cancel(session: Session, run_id: RunId) -> None:
             state = client.runs.show(run_id).state
             raise Conflict(f"run {run_id!r} is {state} already", hint="there is nothing left to cancel")
     session.show({"run_id": run_id, "state": "cancelled"}, lambda: print(f"{run_id} cancelled"))
+
+
+@command(
+    app,
+    "purge",
+    examples=(
+        "agentic-flow runs purge --older-than 30d --dry-run",
+        "agentic-flow runs purge --older-than 30d --keep-bytes 1000000000 --json",
+    ),
+)
+def purge(
+    session: Session,
+    older_than: Annotated[
+        str | None,
+        typer.Option(
+            "--older-than", help="Those that ended so long ago: 30d, 12h, 90m or 10s.", metavar="AGE"
+        ),
+    ] = None,
+    keep_bytes: Annotated[
+        int | None,
+        typer.Option("--keep-bytes", min=0, help="The oldest, until the rest takes no more than this."),
+    ] = None,
+    tenant: Annotated[
+        str | None, typer.Option("--tenant", help="Whose. [default: your own]", metavar="NAME")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would go.")] = False,
+) -> None:
+    """Remove runs that have ended, with their agents, steps, events, messages and questions.
+
+    There is no way back. Runs that are alive stay, paused and interrupted ones too, and so do those that an
+    unfinished run names. What was learned from them stays in memory. Without an age and a number of bytes,
+    swarm.keep_days and swarm.keep_bytes say which go.
+    """
+    from agentic_flow.cli.memory_session import counted
+    from agentic_flow.cli.output import duration_of
+
+    older_than_s = None if older_than is None else duration_of(older_than)
+    with session.client() as client:
+        gone = client.runs.purge(
+            older_than_s=older_than_s, keep_bytes=keep_bytes, tenant=tenant, dry_run=dry_run
+        )
+
+    def human() -> None:
+        print(
+            f"{counted(gone.runs, 'run')} {'would be ' if dry_run else ''}removed, with "
+            f"{counted(gone.agents, 'agent')}, {counted(gone.steps, 'step')}, "
+            f"{counted(gone.events, 'event')} and {counted(gone.messages, 'message')}: "
+            f"{gone.size_bytes:,} bytes"
+        )
+        if gone.runs and not dry_run:
+            print("The database uses the space for new runs; VACUUM, while nothing runs, gives it to others.")
+
+    session.show(gone, human)
 
 
 def _head(goal: str) -> str:

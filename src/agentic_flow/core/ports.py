@@ -434,6 +434,22 @@ class WorkflowRecord:
     owner: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class PurgeReport:
+    """What was removed of ended workflows, or would be (`dry_run`).
+
+    `runs` are top-level workflows, `agents` those below them; `size_bytes` counts stored text.
+    """
+
+    runs: int = 0
+    agents: int = 0
+    steps: int = 0
+    events: int = 0
+    messages: int = 0
+    size_bytes: int = 0
+    dry_run: bool = False
+
+
 class RunEngine(Protocol):
     """Durable workflows: a recorded step never runs again, an accepted workflow is never lost."""
 
@@ -538,6 +554,21 @@ class RunEngine(Protocol):
 
     async def cancel(self, workflow_id: str) -> bool:
         """Cancel it and its children. False when it had already ended."""
+        ...
+
+    async def purge(
+        self, tenant: str, *, older_than_s: float | None, keep_bytes: int | None, dry_run: bool = False
+    ) -> PurgeReport:
+        """Remove top-level workflows of a tenant that have ended, with all that is stored of them.
+
+        One that is named in the payload of an unfinished workflow of the tenant stays.
+
+        Args:
+            tenant: Whose.
+            older_than_s: Those that ended so long ago.
+            keep_bytes: The oldest of those that ended, so that the rest takes no more.
+            dry_run: Only tell what would go.
+        """
         ...
 
 

@@ -294,6 +294,13 @@ class SwarmSettings(Section):
     citations_max: Count = Field(default=10, description="Citations in the merged answer.")
     runs_parallel_max: Count = Field(default=16, description="Runs of one process at a time; more wait.")
     lease_s: Positive = Field(default=10.0, description="A process silent for this long has lost its runs.")
+    keep_days: Positive | None = Field(
+        default=None, description="Age at which runs that have ended are removed. Unset: they stay."
+    )
+    keep_bytes: Count | None = Field(
+        default=None,
+        description="What the ended runs of one tenant may take; past it the oldest go. Unset: no limit.",
+    )
 
     @field_validator("topology")
     @classmethod

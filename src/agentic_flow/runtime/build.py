@@ -271,6 +271,7 @@ class Runtime:
 
     async def _make_watch(self) -> RunWatch:
         from agentic_flow.runtime.deferred import RunWatch
+        from agentic_flow.runtime.retention import RunRetention
 
         tools = self.settings.tools
         if tools.policy_file is not None:
@@ -287,7 +288,24 @@ class Runtime:
             begin=lambda: self.swarm(takeover=True),
         )
         await self._watch.start()
+        retention = RunRetention(self.settings.swarm, self.settings.data_dir, removed=self._clear_boards)
+        self.on_exit(retention.close)
+        retention.start()
         return self._watch
+
+    async def _clear_boards(self, tenant: str) -> None:
+        """Remove the blackboards of runs that are gone."""
+        from agentic_flow.swarm.blackboard import clear_boards
+        from agentic_flow.swarm.reader import RunReader
+
+        own = self.settings.swarm
+        url = own.database_url.get_secret_value() if own.database_url else None
+        reader = RunReader(url, self.settings.data_dir, lease_s=own.lease_s)
+
+        async def is_gone(run_id: str) -> bool:
+            return await asyncio.to_thread(reader.get, run_id) is None
+
+        await clear_boards(await self.store(), tenant, is_gone)
 
     async def _make_runs(self) -> RunService:
         url = self.peer_url("swarm")

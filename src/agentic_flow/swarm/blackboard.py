@@ -9,6 +9,7 @@ tools see it as `ToolScope.board`.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -141,6 +142,33 @@ def board_of(scope: ToolScope) -> str:
             "there is no blackboard here", hint="the topology of the run gives this agent none; go on without"
         )
     return scope.board
+
+
+async def clear_boards(store: VectorStore, tenant: str, is_gone: Callable[[str], Awaitable[bool]]) -> int:
+    """Remove the boards of runs that are no more; the number of entries that went.
+
+    Args:
+        store: Where they are.
+        tenant: Whose.
+        is_gone: Whether there is no run of this id.
+    """
+    if NAMESPACE not in {namespace.name for namespace in await store.namespaces(tenant)}:
+        return 0
+    boards: set[str] = set()
+    cursor: str | None = None
+    while True:
+        page = await store.list_items(tenant, NAMESPACE, limit=KEYS_MAX, cursor=cursor)
+        boards |= {str(item.metadata["board"]) for item in page.items}
+        if (cursor := page.cursor) is None:
+            break
+    gone = [run_id for run_id in {board.partition("/")[0] for board in boards} if await is_gone(run_id)]
+    return sum(
+        [
+            await store.delete_where(tenant, NAMESPACE, {"board": board})
+            for board in sorted(boards)
+            if board.partition("/")[0] in gone
+        ]
+    )
 
 
 async def _entries(store: VectorStore, tenant: str, board: str) -> list[Item]:

@@ -34,6 +34,7 @@ from agentic_flow.core.messages import JsonObject
 from agentic_flow.core.ports import (
     EventRecord,
     MessageRecord,
+    PurgeReport,
     RunState,
     StepRecord,
     Workflow,
@@ -57,6 +58,7 @@ from agentic_flow.swarm.inbox import Inbox, Waiters
 from agentic_flow.swarm.leases import Leases, RunDatabase, root_of
 from agentic_flow.swarm.pauses import Pauses
 from agentic_flow.swarm.reader import RunReader, decoded_object, record_of
+from agentic_flow.swarm.retention import Retention
 from agentic_flow.swarm.scheduling import ENDED, Custody, Fence, Places
 
 T = TypeVar("T")
@@ -95,6 +97,7 @@ class SqlRunEngine:
         self._open_pauses = Pauses(self._database, clock)
         unpooled = RunDatabase(database_url, data_dir, pooled=False)
         self._closed_inbox, self._closed_pauses = Inbox(unpooled, clock), Pauses(unpooled, clock)
+        self._retention = Retention(unpooled, clock)
         self._open_reader = RunReader.on(self._database, self._leases)
         self._closed_reader = RunReader(database_url, data_dir, lease_s=lease_s, clock=clock)
         self._lease_s = lease_s
@@ -429,6 +432,18 @@ class SqlRunEngine:
             else:
                 self._stop_tree(workflow_id, "cancelled")
         return cancelled
+
+    async def purge(
+        self, tenant: str, *, older_than_s: float | None, keep_bytes: int | None, dry_run: bool = False
+    ) -> PurgeReport:
+        """See RunEngine. Works without `open` as well."""
+        return await asyncio.to_thread(
+            self._retention.purge,
+            tenant,
+            older_than_s=older_than_s,
+            keep_bytes=keep_bytes,
+            dry_run=dry_run,
+        )
 
     # ---- top-level workflows -----------------------------------------------------------------------------
 

@@ -43,6 +43,8 @@ VERSION = "runs-1"
 every build: otherwise an upgrade would strand every run under way."""
 
 NOBODY = ""
+ENDED_AT = "COALESCE(ended_at_s, updated_at_s)"
+"""When a workflow that has ended did; an older build stored no such time."""
 _UNFINISHED = "status IN ('queued', 'running')"
 _CREATE = (
     """CREATE TABLE IF NOT EXISTS af_executors (
@@ -69,6 +71,8 @@ _CREATE = (
     f"WHERE parent_id IS NULL AND {_UNFINISHED}",
     "CREATE INDEX IF NOT EXISTS af_workflows_by_tenant ON af_workflows (tenant, name, accepted_at_s) "
     "WHERE parent_id IS NULL",
+    f"CREATE INDEX IF NOT EXISTS af_workflows_ended ON af_workflows (tenant, ({ENDED_AT})) "
+    "WHERE parent_id IS NULL AND status IN ('completed', 'failed', 'cancelled')",
     "CREATE INDEX IF NOT EXISTS af_workflows_below ON af_workflows (root_id) WHERE parent_id IS NOT NULL",
 )
 TREE = (

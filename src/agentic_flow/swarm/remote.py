@@ -13,7 +13,7 @@ from agentic_flow.core.errors import Unavailable
 from agentic_flow.core.http_twin import HttpTwin
 from agentic_flow.core.ports import RunState
 from agentic_flow.swarm.questions import Question
-from agentic_flow.swarm.runs import RunEvent, RunResult, RunSpec, RunStep
+from agentic_flow.swarm.runs import Purged, PurgeRequest, RunEvent, RunResult, RunSpec, RunStep
 from agentic_flow.swarm.workflow_spec import Validation, WorkflowRequest, WorkflowSource
 
 _ENDED = frozenset({"completed", "failed", "cancelled"})
@@ -104,6 +104,11 @@ class RemoteSwarm(HttpTwin):
     async def cancel(self, principal: Principal, run_id: str) -> bool:
         answer = await self.call("POST", f"{_path(run_id)}/cancel", principal=principal, idempotent=True)
         return bool(answer["cancelled"])
+
+    async def purge(self, principal: Principal, request: PurgeRequest) -> Purged:
+        body = request.model_dump(mode="json")
+        answer = await self.call("POST", "/v1/runs/purge", body=body, principal=principal)
+        return Purged.model_validate(answer)
 
     async def events(self, principal: Principal, run_id: str, *, after: int = 0) -> AsyncIterator[RunEvent]:
         """See RunService. A stream that breaks is opened again after the last event seen."""

@@ -16,7 +16,7 @@ from agentic_flow.core.sse import ServerEvent
 from agentic_flow.core.web import event_stream, json_response, parse, require
 from agentic_flow.swarm.picture import picture
 from agentic_flow.swarm.questions import AnswerRequest
-from agentic_flow.swarm.runs import RunService, RunSpec
+from agentic_flow.swarm.runs import PurgeRequest, RunService, RunSpec
 from agentic_flow.swarm.workflow_spec import WorkflowRequest, WorkflowSource
 
 _LIST_MAX = 500
@@ -93,6 +93,10 @@ def build_routes(runs: RunService) -> list[Route]:
         is_new = await runs.answer(principal, _id(request), question_id, given.answer)
         return json_response({"question_id": question_id, "answer": given.answer, "is_new": is_new})
 
+    async def purge(request: Request) -> Response:
+        principal = require(request, "runs:write")
+        return json_response(await runs.purge(principal, await parse(request, PurgeRequest)))
+
     async def events(request: Request) -> Response:
         principal = require(request, "runs:read")
         last = request.headers.get("last-event-id")
@@ -103,6 +107,7 @@ def build_routes(runs: RunService) -> list[Route]:
     return [
         Route("/v1/runs", submit, methods=["POST"]),
         Route("/v1/runs", list_runs, methods=["GET"]),
+        Route("/v1/runs/purge", purge, methods=["POST"]),
         Route("/v1/workflows", submit_workflow, methods=["POST"]),
         Route("/v1/workflows/validate", validate_workflow, methods=["POST"]),
         Route("/v1/runs/{run_id}", show, methods=["GET"]),

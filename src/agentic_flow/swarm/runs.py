@@ -263,6 +263,37 @@ class RunStep(Frozen):
     completed_at_s: float | None = None
 
 
+class PurgeRequest(Frozen):
+    """Which runs are to go: those that ended `older_than_s` seconds ago, and the oldest past `keep_bytes`.
+
+    Without both the settings `swarm.keep_days` and `swarm.keep_bytes` say it. `tenant` None: the caller's.
+    `dry_run` only tells what would go.
+    """
+
+    older_than_s: Annotated[float, Field(ge=0)] | None = None
+    keep_bytes: Annotated[int, Field(ge=0)] | None = None
+    tenant: Annotated[str, StringConstraints(min_length=1, max_length=128)] | None = None
+    dry_run: bool = False
+
+
+class Purged(Frozen):
+    """What was removed, or would be (`dry_run`): runs with their agents, steps, events and messages.
+
+    `board_entries` are those of the blackboards of runs that are gone; a dry run does not count them.
+    `size_bytes` counts stored text, without them.
+    """
+
+    tenant: str
+    runs: int
+    agents: int
+    steps: int
+    events: int
+    messages: int
+    board_entries: int = 0
+    size_bytes: int
+    dry_run: bool = False
+
+
 class RunService(Protocol):
     """Runs as callers see them; the coordinator in this process or its HTTP twin.
 
@@ -335,6 +366,15 @@ class RunService(Protocol):
 
     async def cancel(self, principal: Principal, run_id: str) -> bool:
         """False when it had already ended."""
+        ...
+
+    async def purge(self, principal: Principal, request: PurgeRequest) -> Purged:
+        """Remove runs that have ended. Runs that are alive stay, and those that an unfinished run names.
+
+        Raises:
+            InvalidInput: neither the request nor the settings say which.
+            Forbidden: the runs are another tenant's, and the caller is no administrator.
+        """
         ...
 
     def events(self, principal: Principal, run_id: str, *, after: int = 0) -> AsyncIterator[RunEvent]:

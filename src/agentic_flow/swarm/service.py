@@ -8,10 +8,11 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from agentic_flow.core.auth import LOCAL_OWNER, Principal
-from agentic_flow.core.errors import Conflict, Forbidden, NotFound
+from agentic_flow.core.errors import Conflict, Forbidden, InvalidInput, NotFound
 from agentic_flow.core.messages import Completion, JsonObject, ModelInfo
 from agentic_flow.core.ports import (
     Completer,
@@ -29,14 +30,18 @@ from agentic_flow.memory.answers import MemoryService
 from agentic_flow.swarm.acceptance import Acceptance
 from agentic_flow.swarm.admission import check_criteria, check_spec, check_tools
 from agentic_flow.swarm.agent_loop import AgentLoop, PydanticAgentLoop
+from agentic_flow.swarm.blackboard import clear_boards
 from agentic_flow.swarm.definitions import AgentDefinition, DefinitionCatalog
 from agentic_flow.swarm.experience import RunExperience, Shown, memory_of
 from agentic_flow.swarm.inputs import Folder, Inputs
 from agentic_flow.swarm.member import Budgets, Members
 from agentic_flow.swarm.payloads import RUN, Brief, RunPayload, from_record
 from agentic_flow.swarm.questions import ANSWER, QUESTION, Question, check_answer, questions_of
+from agentic_flow.swarm.retention import kept_by
 from agentic_flow.swarm.runs import (
     AgentReport,
+    Purged,
+    PurgeRequest,
     RoleChoice,
     RunEvent,
     RunEventKind,
@@ -101,6 +106,7 @@ class Swarm:
         self._settings = settings
         self._completer = completer
         self._engine = engine
+        self._store = store
         self._catalog = catalog
         self._experience = RunExperience(memory, engine, enabled=memory_enabled)
         self._ingest_progress: dict[str, tuple[int, int]] = {}
@@ -275,6 +281,31 @@ class Swarm:
         if cancelled:
             await self._keep_cancelled(record)
         return cancelled
+
+    async def purge(self, principal: Principal, request: PurgeRequest) -> Purged:
+        """See RunService."""
+        principal.demand("runs:write")
+        tenant = request.tenant or principal.tenant
+        if tenant != principal.tenant and principal != LOCAL_OWNER:
+            principal.demand("platform:admin")
+        older_than_s, keep_bytes = request.older_than_s, request.keep_bytes
+        if older_than_s is None and keep_bytes is None:
+            older_than_s, keep_bytes = kept_by(self._settings)
+            if older_than_s is None and keep_bytes is None:
+                raise InvalidInput(
+                    "nothing says which runs are to go",
+                    hint="say how old they must be (--older-than 30d, older_than_s), or set swarm.keep_days",
+                )
+        found = await self._engine.purge(
+            tenant, older_than_s=older_than_s, keep_bytes=keep_bytes, dry_run=request.dry_run
+        )
+        cleared = 0
+        if found.runs and not request.dry_run:
+            cleared = await clear_boards(self._store, tenant, self._is_gone)
+        return Purged(tenant=tenant, board_entries=cleared, **asdict(found))
+
+    async def _is_gone(self, run_id: str) -> bool:
+        return await self._engine.get(run_id) is None
 
     async def events(self, principal: Principal, run_id: str, *, after: int = 0) -> AsyncIterator[RunEvent]:
         shown_ingest: tuple[int, int] | None = None

@@ -22,6 +22,7 @@ from agentic_flow.testing.run_engine_case import (
     until,
 )
 from agentic_flow.testing.run_engine_inbox_contract import INBOX_CHECKS
+from agentic_flow.testing.run_engine_retention_contract import RETENTION_CHECKS
 
 
 async def runs_and_records(case: RunEngineCase) -> None:
@@ -679,4 +680,5 @@ CHECKS: tuple[Callable[[RunEngineCase], Awaitable[None]], ...] = (
     tells_what_happened,
     tells_of_changes_of_hands,
     *INBOX_CHECKS,
+    *RETENTION_CHECKS,
 )
