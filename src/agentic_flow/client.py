@@ -409,6 +409,23 @@ class AsyncRuns:
         runtime, swarm = await self._client._swarm()  # pyright: ignore[reportPrivateUsage]
         return await swarm.cancel(runtime.principal, run_id)
 
+    async def retry(
+        self, run_id: str, *, from_step: str | None = None, idempotency_key: str | None = None
+    ) -> str:
+        """Start a new run that takes over an ended one's recorded steps before `from_step`; its id.
+
+        The rest is done again, from the first step that did not complete if none is named. Budget, tokens and
+        deadline count anew; `show(id).retry_of` names the old run.
+
+        Raises:
+            NotFound: no such run, or no such step in it; the hint names those there are.
+            Conflict: it has not ended, or none of its steps failed and none is named.
+        """
+        runtime, swarm = await self._client._swarm()  # pyright: ignore[reportPrivateUsage]
+        return await swarm.retry(
+            runtime.principal, run_id, from_step=from_step, idempotency_key=idempotency_key
+        )
+
     async def purge(
         self,
         *,
@@ -633,6 +650,10 @@ class Runs:
     def cancel(self, run_id: str) -> bool:
         """See `AsyncRuns.cancel`."""
         return self._call(lambda: self._runs.cancel(run_id))
+
+    def retry(self, run_id: str, **options: Any) -> str:
+        """See `AsyncRuns.retry`."""
+        return self._call(lambda: self._runs.retry(run_id, **options))
 
     def purge(self, **options: Any) -> Purged:
         """See `AsyncRuns.purge`."""

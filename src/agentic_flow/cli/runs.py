@@ -1,4 +1,4 @@
-"""`agentic-flow runs list|show|graph|picture|pause|resume|questions|answer|cancel|purge`."""
+"""`agentic-flow runs list|show|graph|picture|pause|resume|questions|answer|cancel|retry|purge`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from agentic_flow.cli.session import Session, command, new_app
 
-app = new_app("List, show, draw, pause, resume, answer, cancel and purge runs.")
+app = new_app("List, show, draw, pause, resume, answer, cancel, retry and purge runs.")
 
 RunId = Annotated[str, typer.Argument(help="Id of the run, as `runs list` prints it.", metavar="ID")]
 
@@ -209,6 +209,37 @@ def cancel(session: Session, run_id: RunId) -> None:
             state = client.runs.show(run_id).state
             raise Conflict(f"run {run_id!r} is {state} already", hint="there is nothing left to cancel")
     session.show({"run_id": run_id, "state": "cancelled"}, lambda: print(f"{run_id} cancelled"))
+
+
+@command(
+    app,
+    "retry",
+    examples=("agentic-flow runs retry ID", "agentic-flow runs retry ID --from synthesizer --json"),
+)
+def retry(
+    session: Session,
+    run_id: RunId,
+    from_step: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            help="Step or agent to begin with. [default: the first that did not complete]",
+            metavar="STEP",
+        ),
+    ] = None,
+) -> None:
+    """Start a new run with the recorded steps of an ended one, and print its answer.
+
+    Steps before STEP, and what was started together with it and has completed, are taken over: their model
+    calls are not repeated. The rest is done again. The new run has its own budget, tokens and deadline.
+    """
+    from agentic_flow.cli.follow import follow
+    from agentic_flow.client import AsyncClient
+
+    async def start(client: AsyncClient) -> str:
+        return await client.runs.retry(run_id, from_step=from_step)
+
+    follow(session, start)
 
 
 @command(

@@ -391,10 +391,11 @@ class EventRecord:
     """Something that happened in a workflow or below it. `sequence` counts from 1 without gaps.
 
     `agent` is the part of the workflow's id below the top-level one, "" for that itself; `name` is the step's
-    or the workflow's. `data`: `index` and perhaps `error` of a step; `state` (and a child's `error`) of an
-    end; `asked` (somebody resumed it) and `epoch` of `taken_over`; `by` of `paused` and `unpaused`; `key` and
-    `sender` of a `message`, whose name is its topic; `id`, `text`, `options`, `default` and `until_s` of a
-    `question`.
+    or the workflow's. `data`: `retry_of` and `from_step` of an `accepted` that is a retry (events of what it
+    keeps follow it, with their first times); `index` and perhaps `error` of a step; `state` (and a child's
+    `error`) of an end; `asked` (somebody resumed it) and `epoch` of `taken_over`; `by` of `paused` and
+    `unpaused`; `key` and `sender` of a `message`, whose name is its topic; `id`, `text`, `options`, `default`
+    and `until_s` of a `question`.
     """
 
     workflow_id: str
@@ -554,6 +555,27 @@ class RunEngine(Protocol):
 
     async def cancel(self, workflow_id: str) -> bool:
         """Cancel it and its children. False when it had already ended."""
+        ...
+
+    async def retry(
+        self, workflow_id: str, new_id: str, payload: JsonObject, *, from_step: str | None = None
+    ) -> bool:
+        """Accept a new workflow that has the records of an ended one before a step, and begin it here.
+
+        What is recorded of those steps and children is not done again. False when the new id is taken.
+
+        Args:
+            workflow_id: The one that has ended; top-level.
+            new_id: The new one's id.
+            payload: Its input; the kept records must fit it.
+            from_step: The step, or the key of the child, that is done again, and what came after it; `name`
+                stands for children `name-1`, `name-2`, … too. None: the first that did not complete; of a
+                cancelled workflow also what it had not recorded yet.
+
+        Raises:
+            NotFound: there is no such workflow, or no such step in it.
+            Conflict: it has not ended, or none of its steps failed and none is named.
+        """
         ...
 
     async def purge(

@@ -59,6 +59,7 @@ from agentic_flow.swarm.leases import Leases, RunDatabase, root_of
 from agentic_flow.swarm.pauses import Pauses
 from agentic_flow.swarm.reader import RunReader, decoded_object, record_of
 from agentic_flow.swarm.retention import Retention
+from agentic_flow.swarm.retries import Retries
 from agentic_flow.swarm.scheduling import ENDED, Custody, Fence, Places
 
 T = TypeVar("T")
@@ -432,6 +433,39 @@ class SqlRunEngine:
             else:
                 self._stop_tree(workflow_id, "cancelled")
         return cancelled
+
+    async def retry(
+        self, workflow_id: str, new_id: str, payload: JsonObject, *, from_step: str | None = None
+    ) -> bool:
+        """See RunEngine."""
+        self._check_open()
+        return await _unbroken(self._retry(workflow_id, new_id, encoded(payload), from_step))
+
+    async def _retry(self, workflow_id: str, new_id: str, payload: str, from_step: str | None) -> bool:
+        record = await self.get(workflow_id)
+        if record is not None and record.name not in self._workflows:
+            raise Conflict(
+                f"workflow {workflow_id!r} needs {record.name!r}, which this process does not have",
+                hint="retry it with the version that started it",
+            )
+        self._claiming.add(new_id)
+        try:
+            accept = Retries(self._database, self.clock).accept
+            me = self._executor_id
+            accepted_at_s = await asyncio.to_thread(
+                accept, workflow_id, new_id, payload, from_step=from_step, executor_id=me
+            )
+            if accepted_at_s is None or record is None:
+                return False
+            run = Run(
+                new_id, record.name, record.tenant, 0, payload, Fence(me, 1), accepted_at_s, is_new=False
+            )
+            run.is_accepted = True
+            if self._is_open:
+                self._enter(run)
+            return True
+        finally:
+            self._claiming.discard(new_id)
 
     async def purge(
         self, tenant: str, *, older_than_s: float | None, keep_bytes: int | None, dry_run: bool = False

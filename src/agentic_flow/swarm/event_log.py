@@ -150,6 +150,11 @@ def _record(
     return EventRecord(root_id, int(sequence), kind, float(at_s), str(agent), str(name), orjson.loads(data))
 
 
+def recorded_events(connection: Connection, root_id: str) -> list[EventRow]:
+    """What the stored steps and children of a new run tell of, apart from its acceptance."""
+    return [row for row in _made_up_rows(connection, root_id) if row[1] != "accepted"]
+
+
 def _made_up_rows(connection: Connection, root_id: str) -> list[EventRow]:
     workflows = execute(
         connection,

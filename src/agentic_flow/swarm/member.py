@@ -69,8 +69,10 @@ class Budgets:
 
     async def _open(self, run_id: str, payload: RunPayload) -> RunBudget:
         spent = Usage()
+        # What a retry has taken over was done, and paid, before it was accepted.
+        since_s = payload.started_at_s if payload.retry_of is not None else 0.0
         for step in await self._engine.steps(run_id):
-            if step.name == "model" and step.output:
+            if step.name == "model" and step.output and (step.completed_at_s or 0.0) >= since_s:
                 spent = spent + Completion.model_validate(step.output).usage
         prices: dict[str, ModelInfo] = {}
         if payload.spec.budget_usd is not None:

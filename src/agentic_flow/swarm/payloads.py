@@ -28,7 +28,7 @@ class RunPayload(Frozen):
     """All that a run needs to be done again elsewhere; what the engine stores as its input.
 
     `briefs` has one persona for each role, and one for each stage of a pipeline (`stage-1`). `account`: whose
-    budget it draws on; None: its own.
+    budget it draws on; None: its own. `retry_of`: the run whose steps before `retry_from` it has taken over.
     """
 
     spec: RunSpec
@@ -39,6 +39,8 @@ class RunPayload(Frozen):
     briefs: dict[str, Brief]
     started_at_s: float
     account: Account | None = None
+    retry_of: str | None = None
+    retry_from: str | None = None
 
     @property
     def principal(self) -> Principal:

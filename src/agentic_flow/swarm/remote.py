@@ -105,6 +105,24 @@ class RemoteSwarm(HttpTwin):
         answer = await self.call("POST", f"{_path(run_id)}/cancel", principal=principal, idempotent=True)
         return bool(answer["cancelled"])
 
+    async def retry(
+        self,
+        principal: Principal,
+        run_id: str,
+        *,
+        from_step: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> str:
+        """See RunService. Keys as in `submit`."""
+        answer = await self.call(
+            "POST",
+            f"{_path(run_id)}/retry",
+            body={"from_step": from_step},
+            principal=principal,
+            idempotency_key=idempotency_key or secrets.token_hex(16),
+        )
+        return str(answer["run_id"])
+
     async def purge(self, principal: Principal, request: PurgeRequest) -> Purged:
         body = request.model_dump(mode="json")
         answer = await self.call("POST", "/v1/runs/purge", body=body, principal=principal)

@@ -207,6 +207,7 @@ class RunResult(Frozen):
     memory: RunMemory | None = None
     acceptance: tuple[Checked, ...] = ()
     workflow: WorkflowReport | None = None
+    retry_of: str | None = None
     error: JsonObject | None = None
     created_at_s: float = 0.0
     updated_at_s: float = 0.0
@@ -261,6 +262,12 @@ class RunStep(Frozen):
     error: JsonObject | None = None
     started_at_s: float | None = None
     completed_at_s: float | None = None
+
+
+class RetryRequest(Frozen):
+    """Where a retry begins: a step's name, or an agent's; None: with the first that did not complete."""
+
+    from_step: Annotated[str, StringConstraints(min_length=1, max_length=200)] | None = None
 
 
 class PurgeRequest(Frozen):
@@ -366,6 +373,25 @@ class RunService(Protocol):
 
     async def cancel(self, principal: Principal, run_id: str) -> bool:
         """False when it had already ended."""
+        ...
+
+    async def retry(
+        self,
+        principal: Principal,
+        run_id: str,
+        *,
+        from_step: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> str:
+        """Accept a new run with the recorded results of an ended one's steps before `from_step`; its id.
+
+        The rest is executed, as the caller. Budget, tokens and deadline count anew.
+
+        Raises:
+            NotFound: no such run, or no such step in it.
+            Conflict: it has not ended; none of its steps failed and none is named; or the key was used for
+                another run.
+        """
         ...
 
     async def purge(self, principal: Principal, request: PurgeRequest) -> Purged:

@@ -282,6 +282,36 @@ class Swarm:
             await self._keep_cancelled(record)
         return cancelled
 
+    async def retry(
+        self,
+        principal: Principal,
+        run_id: str,
+        *,
+        from_step: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> str:
+        """See RunService."""
+        principal.demand("runs:write")
+        record = await self._record(principal, run_id)
+        old = _run_payload(record)
+        self._check_inputs(principal, old.spec)
+        new = old.model_copy(
+            update={
+                "subject": principal.subject,
+                "scopes": tuple(sorted(principal.scopes)),
+                "started_at_s": time.time(),
+                "retry_of": run_id,
+                "retry_from": from_step,
+            }
+        ).model_dump(mode="json")
+        payload = record.payload | {"run": new} if record.name == WORKFLOW else new
+        new_id = _run_id(principal.tenant, idempotency_key)
+        if not await self._engine.retry(run_id, new_id, payload, from_step=from_step):
+            known = _run_payload(await self._record(principal, new_id))
+            if (known.retry_of, known.retry_from) != (run_id, from_step):
+                raise _other_run(idempotency_key, new_id)
+        return new_id
+
     async def purge(self, principal: Principal, request: PurgeRequest) -> Purged:
         """See RunService."""
         principal.demand("runs:write")
@@ -435,7 +465,7 @@ def summary_of(record: WorkflowRecord) -> RunResult:
         result = RunResult.model_validate(record.output)
     else:
         is_workflow = record.name == WORKFLOW
-        payload = RunPayload.model_validate(record.payload["run"] if is_workflow else record.payload)
+        payload = _run_payload(record)
         result = RunResult(
             run_id=record.workflow_id,
             state=record.state,
@@ -450,8 +480,20 @@ def summary_of(record: WorkflowRecord) -> RunResult:
             details = {name: value for name, value in record.error["details"].items() if name != "result"}
             error = record.error | {"details": details}
             result = RunResult.model_validate(kept).model_copy(update={"error": error})
-    times = {"created_at_s": record.created_at_s, "updated_at_s": record.updated_at_s}
-    return result.model_copy(update=times)
+    # Read as it is: a list must not check every payload again.
+    run: JsonObject = record.payload.get("run", {}) if record.name == WORKFLOW else record.payload
+    return result.model_copy(
+        update={
+            "retry_of": run.get("retry_of"),
+            "created_at_s": record.created_at_s,
+            "updated_at_s": record.updated_at_s,
+        }
+    )
+
+
+def _run_payload(record: WorkflowRecord) -> RunPayload:
+    """What a run was accepted with; a workflow's as a whole."""
+    return RunPayload.model_validate(record.payload["run"] if record.name == WORKFLOW else record.payload)
 
 
 def partial_result(record: WorkflowRecord, steps: Sequence[StepRecord]) -> RunResult:

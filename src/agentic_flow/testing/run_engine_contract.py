@@ -23,6 +23,7 @@ from agentic_flow.testing.run_engine_case import (
 )
 from agentic_flow.testing.run_engine_inbox_contract import INBOX_CHECKS
 from agentic_flow.testing.run_engine_retention_contract import RETENTION_CHECKS
+from agentic_flow.testing.run_engine_retry_contract import RETRY_CHECKS
 
 
 async def runs_and_records(case: RunEngineCase) -> None:
@@ -681,4 +682,5 @@ CHECKS: tuple[Callable[[RunEngineCase], Awaitable[None]], ...] = (
     tells_of_changes_of_hands,
     *INBOX_CHECKS,
     *RETENTION_CHECKS,
+    *RETRY_CHECKS,
 )
