@@ -409,6 +409,22 @@ class AsyncRuns:
         runtime, swarm = await self._client._swarm()  # pyright: ignore[reportPrivateUsage]
         return await swarm.cancel(runtime.principal, run_id)
 
+    async def signal(self, run_id: str, name: str, value: Any = None, *, key: str | None = None) -> bool:
+        """Send a run a signal, wherever it waits for it; False when it has one with this key already.
+
+        Args:
+            run_id: The run.
+            name: What steps wait for: `wait_for: {signal: NAME}`.
+            value: Any JSON value.
+            key: Its own among the signals of the name; None: this call's.
+
+        Raises:
+            NotFound: there is no such run.
+            Conflict: it has ended, or has another signal with this key.
+        """
+        runtime, runs = await self._client._records()  # pyright: ignore[reportPrivateUsage]
+        return await runs.signal(runtime.principal, run_id, name, value, key=key)
+
     async def retry(
         self, run_id: str, *, from_step: str | None = None, idempotency_key: str | None = None
     ) -> str:
@@ -650,6 +666,10 @@ class Runs:
     def cancel(self, run_id: str) -> bool:
         """See `AsyncRuns.cancel`."""
         return self._call(lambda: self._runs.cancel(run_id))
+
+    def signal(self, run_id: str, name: str, value: Any = None, *, key: str | None = None) -> bool:
+        """See `AsyncRuns.signal`."""
+        return self._call(lambda: self._runs.signal(run_id, name, value, key=key))
 
     def retry(self, run_id: str, **options: Any) -> str:
         """See `AsyncRuns.retry`."""

@@ -1,4 +1,4 @@
-"""`agentic-flow runs list|show|graph|picture|pause|resume|questions|answer|cancel|retry|purge`."""
+"""`agentic-flow runs list|show|graph|picture|pause|resume|questions|answer|signal|cancel|retry|purge`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from agentic_flow.cli.session import Session, command, new_app
 
-app = new_app("List, show, draw, pause, resume, answer, cancel, retry and purge runs.")
+app = new_app("List, show, draw, pause, resume, answer, signal, cancel, retry and purge runs.")
 
 RunId = Annotated[str, typer.Argument(help="Id of the run, as `runs list` prints it.", metavar="ID")]
 
@@ -197,6 +197,43 @@ def answer(
         is_new = client.runs.answer(run_id, question, text)
     told = {"run_id": run_id, "question_id": question, "answer": text, "is_new": is_new}
     session.show(told, lambda: print(f"{question} answered {text!r}" + ("" if is_new else " already")))
+
+
+@command(
+    app,
+    "signal",
+    examples=(
+        "agentic-flow runs signal ID deployed",
+        "agentic-flow runs signal ID deployed --value '{\"version\": 3}' --key deploy-3",
+    ),
+)
+def signal(
+    session: Session,
+    run_id: RunId,
+    name: Annotated[str, typer.Argument(help="What the run waits for.", metavar="NAME")],
+    value: Annotated[
+        str, typer.Option("--value", help="What the signal says, as JSON.", metavar="JSON")
+    ] = "null",
+    key: Annotated[
+        str | None,
+        typer.Option("--key", help="To send it again with this key does nothing.", metavar="KEY"),
+    ] = None,
+) -> None:
+    """Send a run a signal, which it receives wherever it waits for it (`wait_for` in workflow files)."""
+    import json
+
+    from agentic_flow.core.errors import InvalidInput
+
+    try:
+        said = json.loads(value)
+    except ValueError as error:
+        raise InvalidInput(
+            f"--value {value!r} is no JSON: {error}", hint="put texts in double quotes: '\"text\"'"
+        ) from error
+    with session.client() as client:
+        is_new = client.runs.signal(run_id, name, said, key=key)
+    told = {"run_id": run_id, "signal": name, "value": said, "is_new": is_new}
+    session.show(told, lambda: print(f"{name} sent" + ("" if is_new else " already")))
 
 
 @command(app, "cancel", examples=("agentic-flow runs cancel ID",))

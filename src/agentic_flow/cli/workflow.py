@@ -150,6 +150,8 @@ def _line(step: Step) -> str:
         what = f"team {step.team.topology}"
     elif step.approval is not None:
         what = f"approval ({' | '.join(step.approval.options) or 'any text'})"
+    elif step.wait_for is not None:
+        what = f"waits for signal {step.wait_for.signal}"
     parts = [f"{step.id}: {what}"]
     if step.needs:
         parts.append(

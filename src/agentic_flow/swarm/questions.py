@@ -16,6 +16,8 @@ from agentic_flow.core.messages import Frozen, JsonObject
 from agentic_flow.core.ports import MessageRecord, StepRecord
 
 QUESTION, ANSWER, RECEIPT = "question:", "answer:", "receive:"
+SIGNAL = "signal:"
+"""Of the topic of a signal; its payload is `{"value": …, "by": sender}`."""
 QUESTION_CHARS_MAX = 10_000
 OPTIONS_MAX = 100
 

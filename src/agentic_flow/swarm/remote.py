@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
+from typing import Any
 from urllib.parse import quote
 
 from agentic_flow.core.auth import Principal
@@ -104,6 +105,19 @@ class RemoteSwarm(HttpTwin):
     async def cancel(self, principal: Principal, run_id: str) -> bool:
         answer = await self.call("POST", f"{_path(run_id)}/cancel", principal=principal, idempotent=True)
         return bool(answer["cancelled"])
+
+    async def signal(
+        self, principal: Principal, run_id: str, name: str, value: Any = None, *, key: str | None = None
+    ) -> bool:
+        """See RunService. Without a key of the caller's it makes one, so that a retry is no second signal."""
+        given = await self.call(
+            "POST",
+            f"{_path(run_id)}/signals/{quote(name, safe='')}",
+            body={"value": value},
+            principal=principal,
+            idempotency_key=key or secrets.token_hex(16),
+        )
+        return bool(given["is_new"])
 
     async def retry(
         self,

@@ -16,7 +16,7 @@ from agentic_flow.core.sse import ServerEvent
 from agentic_flow.core.web import event_stream, json_response, parse, require
 from agentic_flow.swarm.picture import picture
 from agentic_flow.swarm.questions import AnswerRequest
-from agentic_flow.swarm.runs import PurgeRequest, RetryRequest, RunService, RunSpec
+from agentic_flow.swarm.runs import PurgeRequest, RetryRequest, RunService, RunSpec, SignalRequest
 from agentic_flow.swarm.workflow_spec import WorkflowRequest, WorkflowSource
 
 _LIST_MAX = 500
@@ -93,6 +93,13 @@ def build_routes(runs: RunService) -> list[Route]:
         is_new = await runs.answer(principal, _id(request), question_id, given.answer)
         return json_response({"question_id": question_id, "answer": given.answer, "is_new": is_new})
 
+    async def signal(request: Request) -> Response:
+        principal = require(request, "runs:write")
+        given = await parse(request, SignalRequest)
+        name, key = str(request.path_params["name"]), request.headers.get("idempotency-key")
+        is_new = await runs.signal(principal, _id(request), name, given.value, key=key)
+        return json_response({"signal": name, "is_new": is_new})
+
     async def retry(request: Request) -> Response:
         principal = require(request, "runs:write")
         asked = await parse(request, RetryRequest)
@@ -126,6 +133,7 @@ def build_routes(runs: RunService) -> list[Route]:
         Route("/v1/runs/{run_id}/picture.svg", picture_svg, methods=["GET"]),
         Route("/v1/runs/{run_id}/cancel", cancel, methods=["POST"]),
         Route("/v1/runs/{run_id}/pause", pause, methods=["POST"]),
+        Route("/v1/runs/{run_id}/signals/{name}", signal, methods=["POST"]),
         Route("/v1/runs/{run_id}/retry", retry, methods=["POST"]),
         Route("/v1/runs/{run_id}/resume", resume, methods=["POST"]),
     ]

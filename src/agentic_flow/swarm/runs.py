@@ -168,7 +168,7 @@ class RunMemory(Frozen):
     tokens: int = 0
 
 
-StepKind = Literal["agent", "team", "tool", "approval"]
+StepKind = Literal["agent", "team", "tool", "approval", "wait_for"]
 
 
 class WorkflowStepReport(Frozen):
@@ -262,6 +262,12 @@ class RunStep(Frozen):
     error: JsonObject | None = None
     started_at_s: float | None = None
     completed_at_s: float | None = None
+
+
+class SignalRequest(Frozen):
+    """What a signal says: any JSON value."""
+
+    value: Any = None
 
 
 class RetryRequest(Frozen):
@@ -373,6 +379,20 @@ class RunService(Protocol):
 
     async def cancel(self, principal: Principal, run_id: str) -> bool:
         """False when it had already ended."""
+        ...
+
+    async def signal(
+        self, principal: Principal, run_id: str, name: str, value: Any = None, *, key: str | None = None
+    ) -> bool:
+        """Send a run a signal, which its steps that wait for it receive. False when it has one with this key.
+
+        Without a key each call is a signal of its own.
+
+        Raises:
+            NotFound: there is no such run.
+            Conflict: it has ended, or has another signal with this key.
+            InvalidInput: the name or the key is empty or too long.
+        """
         ...
 
     async def retry(

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from agentic_flow.core.auth import LOCAL_OWNER, Principal
 from agentic_flow.core.errors import Conflict, Forbidden, InvalidInput, NotFound
@@ -36,7 +37,7 @@ from agentic_flow.swarm.experience import RunExperience, Shown, memory_of
 from agentic_flow.swarm.inputs import Folder, Inputs
 from agentic_flow.swarm.member import Budgets, Members
 from agentic_flow.swarm.payloads import RUN, Brief, RunPayload, from_record
-from agentic_flow.swarm.questions import ANSWER, QUESTION, Question, check_answer, questions_of
+from agentic_flow.swarm.questions import ANSWER, QUESTION, SIGNAL, Question, check_answer, questions_of
 from agentic_flow.swarm.retention import kept_by
 from agentic_flow.swarm.runs import (
     AgentReport,
@@ -281,6 +282,22 @@ class Swarm:
         if cancelled:
             await self._keep_cancelled(record)
         return cancelled
+
+    async def signal(
+        self, principal: Principal, run_id: str, name: str, value: Any = None, *, key: str | None = None
+    ) -> bool:
+        """See RunService."""
+        principal.demand("runs:write")
+        await self._record(principal, run_id)
+        if not name or (key is not None and not key):
+            raise InvalidInput(f"the signal {name!r} with key {key!r}", hint="give both a name, or no key")
+        return await self._engine.send(
+            run_id,
+            f"{SIGNAL}{name}",
+            {"value": value, "by": principal.subject},
+            key=key or secrets.token_hex(16),
+            sender=principal.subject,
+        )
 
     async def retry(
         self,

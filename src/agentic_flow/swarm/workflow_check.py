@@ -30,11 +30,13 @@ from agentic_flow.swarm.workflow_text import Reference, Template, expression, is
 _OURS = ("inputs", "paths_allowed", "paths_forbidden", "budget_usd", "deadline_s", "tokens_max", "refines")
 """Fields of a run that, within a workflow, are the workflow's."""
 _LATER = ("approve", "ask", "schedule", "signal", "wait", "sleep", "cron", "question")
+_ONE = {"team": "a team", "wait_for": "a wait"}
 _PROBLEMS_MAX = 200
 _LIMITS = ("steps_max", "tool_calls_max", "output_tokens_max")
 _AGENT_FIELDS = ("text", "citations", "model", "truncated")
 _TEAM_FIELDS = ("answer", "citations", "run_id", "topology")
 _APPROVAL_FIELDS = ("answer", "by", "timed_out")
+_SIGNAL_FIELDS = ("value", "by", "timed_out")
 
 
 def check_text(
@@ -164,8 +166,8 @@ class _Check:
         if key in _LATER:
             self.say(
                 place,
-                f"{key!r} is not offered: workflows have approvals, but no schedules or signals",
-                "take it out; where somebody must decide, use `approval`",
+                f"{key!r} is not offered: workflows have approvals and wait_for, but no schedules",
+                "take it out; where somebody must decide, use `approval`, and for events `wait_for`",
             )
             return
         close = difflib.get_close_matches(key, _keys_at(place), n=1)
@@ -435,11 +437,14 @@ class _Check:
         other = graph.step(path[1])
         if other is None or other.fan_out is not None or other.fallback is not None:
             return
-        fields = {"agent": _AGENT_FIELDS, "team": _TEAM_FIELDS, "approval": _APPROVAL_FIELDS}.get(other.kind)
+        fields = {
+            "agent": _AGENT_FIELDS,
+            "team": _TEAM_FIELDS,
+            "approval": _APPROVAL_FIELDS,
+            "wait_for": _SIGNAL_FIELDS,
+        }.get(other.kind)
         if fields is not None and path[3] not in fields:
-            what = (
-                f"the output of {'a team' if other.kind == 'team' else f'an {other.kind}'} has no {path[3]!r}"
-            )
+            what = f"the output of {_ONE.get(other.kind, f'an {other.kind}')} has no {path[3]!r}"
             self.say(place, what, f"there are {', '.join(fields)}")
 
     def _over(self, place: Place, found: Template, graph: _Graph) -> None:
@@ -622,7 +627,7 @@ def _keys_at(place: Place) -> list[str]:
 
 def _models() -> dict[str, Any]:
     from agentic_flow.swarm.runs import RunSpec
-    from agentic_flow.swarm.workflow_spec import AgentWork, ApprovalWork, FanOut, Retry, ToolWork
+    from agentic_flow.swarm.workflow_spec import AgentWork, ApprovalWork, FanOut, Retry, SignalWork, ToolWork
 
     return {
         "steps": Step,
@@ -630,6 +635,7 @@ def _models() -> dict[str, Any]:
         "team": RunSpec,
         "tool": ToolWork,
         "approval": ApprovalWork,
+        "wait_for": SignalWork,
         "fan_out": FanOut,
         "retry": Retry,
         "inputs": InputSpec,

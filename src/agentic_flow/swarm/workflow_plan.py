@@ -273,6 +273,8 @@ def _work(step: Step, scope: Mapping[str, Any]) -> Any:
         return as_text(filled(step.team.goal, scope))
     if step.approval is not None:
         return as_text(filled(step.approval.question, scope))
+    if step.wait_for is not None:
+        return step.wait_for.signal
     assert step.tool is not None
     return filled(step.tool.arguments, scope)
 

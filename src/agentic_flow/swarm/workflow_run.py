@@ -38,6 +38,7 @@ from agentic_flow.swarm.citations import parse_claims, rank, verify
 from agentic_flow.swarm.inputs import Folder, Inputs
 from agentic_flow.swarm.member import Budgets, report_of
 from agentic_flow.swarm.payloads import AGENT, RUN, Account, AgentOutput, AgentPayload, Brief, RunPayload
+from agentic_flow.swarm.questions import SIGNAL
 from agentic_flow.swarm.runs import (
     AgentReport,
     RunResult,
@@ -238,6 +239,8 @@ class Workflows:
             return await self._tool(context, payload)
         if step.approval is not None:
             return await self._approval(context, payload)
+        if step.wait_for is not None:
+            return await self._wait_for(context, payload)
         try:
             async with asyncio.timeout(step.timeout_s):
                 if step.agent is not None:
@@ -294,6 +297,16 @@ class Workflows:
                 f"step {payload.step.id!r} {how}", hint="start the workflow again when it may go on"
             )
         return given
+
+    async def _wait_for(self, context: WorkflowContext, payload: StepPayload) -> JsonObject:
+        """As an approval waits. Every step that waits for a signal receives it, each for itself."""
+        awaited = payload.step.wait_for
+        assert awaited is not None
+        instead = {"value": awaited.default, "by": None} if awaited.default is not None else None
+        given = await context.receive(
+            f"{SIGNAL}{awaited.signal}", timeout_s=payload.step.timeout_s, default=instead
+        )
+        return {"value": given["value"], "by": given["by"], "timed_out": given["by"] is None}
 
     async def _agent(
         self, context: WorkflowContext, payload: StepPayload, attempt: int, reports: list[AgentReport]

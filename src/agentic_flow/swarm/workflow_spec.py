@@ -95,6 +95,17 @@ class ApprovalWork(Frozen):
         return self
 
 
+class SignalWork(Frozen):
+    """A wait for a signal to the run. Every step that waits for it receives it, also one that begins later.
+
+    When the `timeout_s` of the step is over it goes on with the `default` value, or fails without one (null
+    is none). The output of the step is {value, by, timed_out}.
+    """
+
+    signal: Id
+    default: Any = None
+
+
 class FanOut(Frozen):
     """The step once for each entry of a list, as `item` and `index` (from 0); it gives the list of outputs.
 
@@ -114,12 +125,13 @@ class Retry(Frozen):
 
 
 class Step(Frozen):
-    """One step: exactly one of `agent`, `team`, `tool` and `approval`.
+    """One step: exactly one of `agent`, `team`, `tool`, `approval` and `wait_for`.
 
     `needs` are the steps before it. `start_when`: "all" of them completed (else it is skipped), "any" of them
     (once all have ended), or "ended", however they did. `when` false skips it. `on_failure`: "fail" ends the
     workflow, "continue" goes on without an output, "fallback" runs the step `fallback` in its place.
-    `timeout_s` bounds one attempt. An approval is asked once.
+    `timeout_s` bounds one attempt. An approval is asked once, a
+    signal waited for once.
 
     In `team` the goal is a template; folders, path rules, budget and deadline are the workflow's.
     """
@@ -132,6 +144,7 @@ class Step(Frozen):
     team: RunSpec | None = None
     tool: ToolWork | None = None
     approval: ApprovalWork | None = None
+    wait_for: SignalWork | None = None
     fan_out: FanOut | None = None
     when: Expression | None = None
     retry: Retry = Retry(attempts=1)
@@ -144,8 +157,11 @@ class Step(Frozen):
         kinds = [name for name in get_args(StepKind) if getattr(self, name) is not None]
         if len(kinds) != 1:
             raise ValueError(
-                f"give exactly one of agent, team, tool and approval, not {' and '.join(kinds) or 'none'}"
+                "give exactly one of agent, team, tool, approval and wait_for, not "
+                f"{' and '.join(kinds) or 'none'}"
             )
+        if self.wait_for is not None and self.retry.attempts > 1:
+            raise ValueError("a signal is waited for once: wait_for has no retry")
         if self.approval is not None and self.retry.attempts > 1:
             raise ValueError("a person is asked once: an approval has no retry")
         if self.on_failure == "fallback" and self.fallback is None:
