@@ -464,6 +464,9 @@ class SqlRunEngine:
             if self._is_open:
                 self._enter(run)
             return True
+        except Unavailable:
+            self._custody.doubt()  # perhaps it was stored: only the answer was lost
+            raise
         finally:
             self._claiming.discard(new_id)
 
