@@ -293,6 +293,12 @@ class SwarmSettings(Section):
     )
     citations_max: Count = Field(default=10, description="Citations in the merged answer.")
     runs_parallel_max: Count = Field(default=16, description="Runs of one process at a time; more wait.")
+    benchmark_mode: bool = Field(
+        default=False, description="Whether `swarm bench` repeats every run, and compares the repetitions."
+    )
+    iterations: Annotated[int, Field(ge=1, le=1000)] = Field(
+        default=10, description="How often it does then, unless it is told by --iterations."
+    )
     lease_s: Positive = Field(default=10.0, description="A process silent for this long has lost its runs.")
     keep_days: Positive | None = Field(
         default=None, description="Age at which runs that have ended are removed. Unset: they stay."
@@ -429,6 +435,8 @@ ALIASES = {
     "MAX_AGENTS": "swarm.agents_max",
     "BATCH_SIZE": "swarm.batch_size",
     "ENABLE_PARALLEL_EXECUTION": "swarm.parallel",
+    "BENCHMARK_MODE": "swarm.benchmark_mode",
+    "ITERATIONS": "swarm.iterations",
 }
 
 # Read by the shell-completion machinery and by tests, not settings of the product.

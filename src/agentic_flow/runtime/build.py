@@ -60,16 +60,19 @@ class Runtime:
         settings: The whole configuration; each service gets its own section.
         serves: Names of the services that this process offers to others. None offered: it is a client,
             and calls to neighbours carry its own key.
+        completer: What answers model calls, in place of the gateway.
     """
 
-    def __init__(self, settings: Settings, *, serves: Collection[str] = ()) -> None:
+    def __init__(
+        self, settings: Settings, *, serves: Collection[str] = (), completer: Completer | None = None
+    ) -> None:
         self.settings = with_stored_secrets(settings)
         self.principal: Principal = LOCAL_OWNER
         self.metrics = CollectorRegistry()
         """Metrics of the services that this process runs, beside those of its web floors."""
         self._serves = frozenset(serves)
         self._stack = AsyncExitStack()
-        self._made: dict[str, Any] = {}
+        self._made: dict[str, Any] = {} if completer is None else {"completer": completer}
         self._locks: dict[str, asyncio.Lock] = {}
         self._watch: RunWatch | None = None
 
