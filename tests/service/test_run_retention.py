@@ -15,7 +15,7 @@ from cli_process import TIMEOUT_S, Place
 
 from agentic_flow.client import AsyncClient
 from agentic_flow.core.auth import Principal
-from agentic_flow.core.errors import Forbidden, InvalidInput
+from agentic_flow.core.errors import Forbidden, InvalidInput, NotFound
 from agentic_flow.core.ports import ToolScope
 from agentic_flow.core.settings import Settings
 from agentic_flow.core.toolkit import Deadline
@@ -115,9 +115,14 @@ async def test_blackboards_go_with_their_runs_and_other_tenants_are_not_asked(tm
                 scope=ToolScope(board=board_name(run_id, "all")),
             )
             assert not written.is_error, written
-        stranger = Principal("default2", "them", frozenset({"runs:write"}))
+        stranger = Principal("default2", "them", frozenset({"runs:read", "runs:write"}))
         with pytest.raises(Forbidden):
             await swarm.purge(stranger, PurgeRequest(older_than_s=0, tenant="default"))
+        assert (await swarm.purge(stranger, PurgeRequest(older_than_s=0))).runs == 0
+        with pytest.raises(NotFound):
+            await swarm.retry(stranger, done, from_step="gate")
+        with pytest.raises(NotFound):
+            await swarm.signal(stranger, waiting, "go")
         with pytest.raises(InvalidInput):
             await client.runs.purge()
         gone = await swarm.purge(owner, PurgeRequest(older_than_s=0))
