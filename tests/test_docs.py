@@ -33,6 +33,7 @@ _LINK = re.compile(r"\[[^\]]+\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 _PORTS = (3000, 5432, 9000)
 _READY = "listens on"
+_WORKS = "takes runs from"
 _COMMAND_TIMEOUT_S = 100
 
 
@@ -78,7 +79,7 @@ class Shell:
     def run(self, shown: Shown) -> str:
         """Run a command as the reader would; a server keeps running until the page ends."""
         command = self.at_free_ports(shown.command)
-        if command.startswith("agentic-flow serve"):
+        if command.startswith(("agentic-flow serve", "agentic-flow worker")):
             return self.serve(command)
         done = subprocess.run(
             ["bash", "-c", command],
@@ -107,7 +108,7 @@ class Shell:
         services = len(_PORTS) if "serve all" in command else 1
         for line in server.stderr:
             said.append(line)
-            if _READY in line and sum(_READY in earlier for earlier in said) == services:
+            if _WORKS in line or sum(_READY in earlier for earlier in said) == services:
                 return "".join(said)
         raise AssertionError(f"{command} ended: {''.join(said)}")
 

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -25,8 +26,8 @@ from agentic_flow.testing.run_engine_contract import CHECKS, RunEngineCase
 LEASE_S = 5.0
 
 
-def engine_in(folder: Path, *, runs_parallel_max: int = 8) -> SqlRunEngine:
-    return SqlRunEngine(None, folder, lease_s=LEASE_S, runs_parallel_max=runs_parallel_max)
+def engine_in(folder: Path, *, runs_parallel_max: int = 8, **more: Any) -> SqlRunEngine:
+    return SqlRunEngine(None, folder, lease_s=LEASE_S, runs_parallel_max=runs_parallel_max, **more)
 
 
 def database(folder: Path) -> sqlite3.Connection:
@@ -77,8 +78,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_contract(check: Callable[[RunEngineCase], Awaitable[None]], store: Path) -> None:
     """Catches whatever the docstring of the check says."""
 
-    def make(*, runs_parallel_max: int = 8) -> SqlRunEngine:
-        return engine_in(store, runs_parallel_max=runs_parallel_max)
+    def make(**options: Any) -> SqlRunEngine:
+        return engine_in(store, **options)
 
     async def main() -> None:
         await check(RunEngineCase(make, secrets.token_hex(4)))

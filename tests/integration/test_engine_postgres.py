@@ -11,6 +11,7 @@ import secrets
 import warnings
 from collections.abc import Awaitable, Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -69,8 +70,9 @@ def test_contract(
 ) -> None:
     """Catches whatever the docstring of the check says."""
 
-    def make(*, runs_parallel_max: int = 8) -> SqlRunEngine:
-        return SqlRunEngine(contract_url, tmp_path, lease_s=5.0, runs_parallel_max=runs_parallel_max)
+    def make(**options: Any) -> SqlRunEngine:
+        options.setdefault("runs_parallel_max", 8)
+        return SqlRunEngine(contract_url, tmp_path, lease_s=5.0, **options)
 
     async def main() -> None:
         await check(RunEngineCase(make, secrets.token_hex(4)))

@@ -13,7 +13,9 @@ from agentic_flow.swarm.scheduling import (
     UNFINISHED,
     Fence,
     Places,
+    Queued,
     StoredWorkflow,
+    chosen,
     claim_verdict,
     is_alive,
     may_record,
@@ -159,3 +161,69 @@ def test_silence_or_a_lost_lock_is_death(
     """Catches a killed process that counts as alive, and a live one that counts as dead."""
     alive = is_alive(heartbeat_at_s, now_s, lease_s, holds_lock=holds_lock)
     assert alive == (holds_lock is not False and heartbeat_at_s >= now_s - lease_s)
+
+
+waits = st.lists(
+    st.tuples(st.sampled_from(("p", "q")), st.sampled_from("abc"), st.integers(-1, 1), st.integers(0, 9)),
+    max_size=30,
+)
+counts = st.dictionaries(st.tuples(st.sampled_from(("p", "q")), st.sampled_from("abc")), st.integers(1, 3))
+
+
+def queued(wanted: list[tuple[str, str, int, int]]) -> list[Queued]:
+    return [Queued(f"r{n}", q, p, t, float(at), 0.0) for n, (q, t, p, at) in enumerate(wanted)]
+
+
+@given(waits, counts, st.integers(0, 8), st.integers(1, 4), st.integers(1, 4))
+def test_limits_of_queues_and_tenants_hold(
+    wanted: list[tuple[str, str, int, int]],
+    running: dict[tuple[str, str], int],
+    free: int,
+    queue_max: int,
+    tenant_max: int,
+) -> None:
+    """Catches a run taken twice, over a limit or a place; and a free place that a run within limits lacks."""
+    waiting = queued(wanted)
+    got = chosen(waiting, running, free, queue_runs_max={"p": queue_max}, tenant_runs_max=tenant_max)
+    assert len({one.run_id for one in got}) == len(got) <= free
+    of_queue, of_tenant = Counter[str](), Counter[str]()
+    for (queue, tenant), count in running.items():
+        of_queue[queue] += count
+        of_tenant[tenant] += count
+    before = of_queue["p"], dict(of_tenant)
+    of_queue.update(one.queue for one in got)
+    of_tenant.update(one.tenant for one in got)
+    assert of_queue["p"] <= max(queue_max, before[0])
+    for tenant in "abc":
+        assert of_tenant[tenant] <= max(tenant_max, before[1].get(tenant, 0))
+    if len(got) < free:
+        for left in set(waiting) - set(got):
+            full = left.queue == "p" and of_queue["p"] >= queue_max
+            assert full or of_tenant[left.tenant] >= tenant_max
+
+
+@given(waits, st.integers(1, 40))
+def test_no_line_is_overtaken_from_behind(wanted: list[tuple[str, str, int, int]], free: int) -> None:
+    """Catches a priority that yields to a lower one, and within a tenant's line younger work before older."""
+    waiting = queued(wanted)
+    got = chosen(waiting, {}, free, queue_runs_max={}, tenant_runs_max=None)
+    assert [one.priority for one in got] == sorted((one.priority for one in got), reverse=True)
+    lines: dict[tuple[str, str, int], list[float]] = {}
+    for one in got:
+        lines.setdefault((one.queue, one.tenant, one.priority), []).append(one.at_s)
+    assert all(ages == sorted(ages) for ages in lines.values())
+
+
+@given(st.integers(1, 50), st.integers(1, 50), st.integers(1, 20))
+def test_tenants_take_turns(many: int, few: int, free: int) -> None:
+    """Catches a tenant that gets more than its share because it has more that waits, or came first."""
+    waiting = queued([("q", "a", 0, 0)] * many + [("q", "b", 0, 9)] * few)
+    got = Counter(one.tenant for one in chosen(waiting, {}, free, queue_runs_max={}, tenant_runs_max=None))
+    assert got["b"] >= min(few, free // 2)
+
+
+def test_who_was_served_the_longest_ago_is_next() -> None:
+    """Catches a tenant that gets a single place again and again because its work is older."""
+    old = Queued("old", "q", 0, "a", 1.0, served_at_s=50.0)
+    young = Queued("young", "q", 0, "b", 2.0, served_at_s=40.0)
+    assert chosen([old, young], {}, 1, queue_runs_max={}, tenant_runs_max=None) == [young]

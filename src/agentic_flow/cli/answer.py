@@ -49,7 +49,10 @@ def _print_table(result: RunResult) -> None:
     )
     headers = ("agent", "role", "state", "steps", "tool calls", "tokens", "cost", "time")
     print_table(headers, [*rows, total])
-    sys.stdout.write(f"run {result.run_id} ({result.state}), {result.topology}, model {result.model}\n")
+    queue = f", queue {result.queue}" if result.queue is not None else ""
+    sys.stdout.write(
+        f"run {result.run_id} ({result.state}), {result.topology}, model {result.model}{queue}\n"
+    )
     if result.ingest is not None:
         report = result.ingest
         skipped = {

@@ -30,6 +30,7 @@ from agentic_flow.cli import (
     swarm,
     tenants,
     version,
+    worker,
     workflow,
 )
 from agentic_flow.cli.session import DataDirOption, JsonOption, LogLevelOption, new_app, remember_shared
@@ -61,7 +62,7 @@ def shared(
     remember_shared(data_dir, log_level, as_json)
 
 
-for _module in (run, serve, doctor, version):
+for _module in (run, serve, worker, doctor, version):
     _module.register(app)
 for _name, _module in (
     ("runs", runs),

@@ -124,6 +124,16 @@ def register(app: typer.Typer) -> None:
             Literal["none", "topology", "all"],
             typer.Option("--board", help="Who shares a blackboard: nobody, who may speak anyway, or all."),
         ] = "none",
+        queue: Annotated[
+            str | None,
+            typer.Option(
+                "--queue", help="Let a worker of this shared queue do it, and follow that.", metavar="NAME"
+            ),
+        ] = None,
+        priority: Annotated[
+            int,
+            typer.Option("--priority", min=-100, max=100, help="High ones go first.", metavar="N"),
+        ] = 0,
         deadline_s: Annotated[
             float | None, typer.Option("--deadline-s", help="Longest time of the run.", metavar="SECONDS")
         ] = None,
@@ -157,6 +167,8 @@ def register(app: typer.Typer) -> None:
             "quorum": quorum,
             "batch_size": batch_size,
             "board": board,
+            "queue": queue,
+            "priority": priority or None,
             "deadline_s": deadline_s,
             "steps_max": steps_max,
             "tokens_max": tokens_max,

@@ -71,6 +71,15 @@ def run(
             "--idempotency-key", help="The same key, file and inputs give the same run.", metavar="KEY"
         ),
     ] = None,
+    queue: Annotated[
+        str | None,
+        typer.Option(
+            "--queue", help="Let a worker of this shared queue do it, and follow that.", metavar="NAME"
+        ),
+    ] = None,
+    priority: Annotated[
+        int, typer.Option("--priority", min=-100, max=100, help="High ones go first.", metavar="N")
+    ] = 0,
 ) -> None:
     """Run a workflow file and print its outputs.
 
@@ -85,7 +94,9 @@ def run(
     inputs = parsed_inputs(workflow_of(source_of(file)), words)
 
     async def submit(client: AsyncClient) -> str:
-        return await client.workflows.submit(file, inputs, idempotency_key=idempotency_key)
+        return await client.workflows.submit(
+            file, inputs, idempotency_key=idempotency_key, queue=queue, priority=priority
+        )
 
     follow(session, submit)
 

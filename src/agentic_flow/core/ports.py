@@ -376,6 +376,7 @@ EventKind = Literal[
     "child_started",
     "child_ended",
     "taken_over",
+    "handed_back",
     "given_up",
     "cancelled",
     "paused",
@@ -393,9 +394,10 @@ class EventRecord:
     `agent` is the part of the workflow's id below the top-level one, "" for that itself; `name` is the step's
     or the workflow's. `data`: `retry_of` and `from_step` of an `accepted` that is a retry (events of what it
     keeps follow it, with their first times); `index` and perhaps `error` of a step; `state` (and a child's
-    `error`) of an end; `asked` (somebody resumed it) and `epoch` of `taken_over`; `by` of `paused` and
-    `unpaused`; `key` and `sender` of a `message`, whose name is its topic; `id`, `text`, `options`, `default`
-    and `until_s` of a `question`.
+    `error`) of an end; `asked` (somebody resumed it) and `epoch` of `taken_over` and, unless its process let
+    it go on purpose, of `handed_back` (it waits in its shared queue again); `by` of `paused` and `unpaused`;
+    `key` and `sender` of a `message`, whose name is its topic; `id`, `text`, `options`, `default` and
+    `until_s` of a `question`.
     """
 
     workflow_id: str
@@ -433,6 +435,30 @@ class WorkflowRecord:
     created_at_s: float
     updated_at_s: float
     owner: str | None
+    queue: str | None = None
+    """The shared queue it was put into."""
+    priority: int = 0
+    not_before_s: float | None = None
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QueueDepth:
+    """How a queue stands: the signal to scale workers by.
+
+    Args:
+        queue: Its name.
+        waiting: Runs that may begin and wait for a worker.
+        oldest_s: Since how many seconds the oldest of them waits; 0 when none does.
+        delayed: Runs that may not begin yet.
+        running: Unfinished runs that processes have taken from it.
+    """
+
+    queue: str
+    waiting: int
+    oldest_s: float
+    delayed: int
+    running: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -458,15 +484,66 @@ class RunEngine(Protocol):
         """Make a workflow known under a stable name, before `open`."""
         ...
 
-    def open(self, *, takeover: bool = False) -> AbstractAsyncContextManager[None]:
+    def open(
+        self, *, takeover: bool = False, queues: Sequence[str] = ()
+    ) -> AbstractAsyncContextManager[None]:
         """Connect and start; on exit, stop taking work and let go of what was not finished.
 
-        With `takeover` this process continues, now and later, every workflow whose owner has died.
+        What came from a shared queue goes back to it on exit, for others to go on with at once.
+
+        Args:
+            takeover: Continue, now and later, every workflow whose owner has died; one that came from a
+                shared queue goes back to it instead.
+            queues: Shared queues that this process takes workflows from while it has free places.
         """
         ...
 
-    async def start(self, name: str, workflow_id: str, payload: JsonObject, *, tenant: str) -> bool:
-        """Accept a workflow durably and begin it here. False when this id was accepted before."""
+    async def start(
+        self,
+        name: str,
+        workflow_id: str,
+        payload: JsonObject,
+        *,
+        tenant: str,
+        queue: str | None = None,
+        priority: int = 0,
+        not_before_s: float | None = None,
+        deadline_s: float | None = None,
+    ) -> bool:
+        """Accept a workflow durably, and begin it here unless it is to wait in a shared queue.
+
+        Args:
+            name: A registered workflow.
+            workflow_id: Its id; it must contain no dot.
+            payload: What it is given.
+            tenant: Whose it is.
+            queue: The shared queue, from which a process that works for it takes it. None: this process
+                executes it; if it has no places at all it goes to the queue `default`.
+            priority: -100 to 100; high ones go first.
+            not_before_s: It is not begun before, in seconds since 1970; without a queue it goes to `default`.
+            deadline_s: From this time on it is not begun any more, but fails, in seconds since 1970.
+
+        Returns:
+            False when this id was accepted before.
+
+        Raises:
+            InvalidInput: the priority is out of range.
+        """
+        ...
+
+    async def drain(self, timeout_s: float) -> int:
+        """Take no more from queues, begin nothing more, and let what works end; how many did not.
+
+        What is unfinished then is let go when the engine is closed. Those that wait for messages are not
+        waited for.
+
+        Args:
+            timeout_s: So long it may take.
+        """
+        ...
+
+    async def queue_depths(self) -> list[QueueDepth]:
+        """Every shared queue that has unfinished workflows, by name."""
         ...
 
     async def wait(self, workflow_id: str) -> WorkflowRecord:

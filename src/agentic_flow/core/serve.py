@@ -90,7 +90,7 @@ async def serve(
             for app, _, _ in apps:
                 await lifespans.enter_async_context(app.router.lifespan_context(app))
             servers = [_server(app, context, drain_timeout_s) for app, _, _ in apps]
-            with _stop_on_signals(stop) if signals else contextlib.nullcontext():
+            with stop_on_signals(stop) if signals else contextlib.nullcontext():
                 await _run(servers, sockets, apps, stop, on_ready)
 
 
@@ -248,7 +248,8 @@ def _port(listener: socket.socket) -> int:
 
 
 @contextlib.contextmanager
-def _stop_on_signals(stop: asyncio.Event) -> Generator[None]:
+def stop_on_signals(stop: asyncio.Event) -> Generator[None]:
+    """Set `stop` at the first SIGTERM or SIGINT; the second ends the process at once. In the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

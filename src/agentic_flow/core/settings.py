@@ -292,12 +292,29 @@ class SwarmSettings(Section):
         description="Folders that callers with a credential may name as inputs. The local owner needs none.",
     )
     citations_max: Count = Field(default=10, description="Citations in the merged answer.")
-    runs_parallel_max: Count = Field(default=16, description="Runs of one process at a time; more wait.")
     benchmark_mode: bool = Field(
         default=False, description="Whether `swarm bench` repeats every run, and compares the repetitions."
     )
     iterations: Annotated[int, Field(ge=1, le=1000)] = Field(
         default=10, description="How often it does then, unless it is told by --iterations."
+    )
+    runs_parallel_max: Annotated[int, Field(ge=0)] = Field(
+        default=16,
+        description="Runs of one process at a time; more wait. 0: it only accepts, and workers do them.",
+    )
+    queues: tuple[str, ...] = Field(
+        default=("default",), description="Shared queues that a server or worker takes runs from."
+    )
+    queue_runs_max: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict[str, int],
+        description="Queue → runs of it at a time, over all processes with this setting; else any number.",
+    )
+    tenant_runs_max: Count | None = Field(
+        default=None, description="Runs of one tenant at a time that come from shared queues. Unset: any."
+    )
+    drain_s: Annotated[float, Field(ge=0.0, le=86_400.0)] = Field(
+        default=30.0,
+        description="Longest time that a worker finishes runs after SIGTERM; the rest goes back.",
     )
     lease_s: Positive = Field(default=10.0, description="A process silent for this long has lost its runs.")
     keep_days: Positive | None = Field(

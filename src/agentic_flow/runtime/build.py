@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from agentic_flow.runtime.identity import Identity
     from agentic_flow.swarm.definitions import DefinitionCatalog
     from agentic_flow.swarm.runs import RunService
+    from agentic_flow.swarm.service import Swarm
     from agentic_flow.tools.audit import AuditLog
 
 T = TypeVar("T")
@@ -111,6 +112,14 @@ class Runtime:
             takeover: Continue interrupted runs, now and whenever one appears. Decided by the first call.
         """
         return await self._once("swarm", lambda: self._open_swarm(takeover))
+
+    async def worker(self) -> Swarm:
+        """The coordinator of this process, at work for the shared queues of `swarm.queues`."""
+        from agentic_flow.swarm.service import Swarm
+
+        runs = await self.swarm(takeover=True)
+        assert isinstance(runs, Swarm), "a worker serves runs itself"
+        return runs
 
     async def watch_runs(self) -> RunWatch:
         """Continue interrupted runs, now and whenever one appears. Until there is one, or a caller asks for
@@ -290,6 +299,7 @@ class Runtime:
             begun=lambda: "swarm" in self._made,
             begin=lambda: self.swarm(takeover=True),
         )
+        self.metrics.register(self._watch.metrics)
         await self._watch.start()
         retention = RunRetention(self.settings.swarm, self.settings.data_dir, removed=self._clear_boards)
         self.on_exit(retention.close)
@@ -336,6 +346,8 @@ class Runtime:
                 settings.data_dir,
                 lease_s=own.lease_s,
                 runs_parallel_max=own.runs_parallel_max,
+                queue_runs_max=own.queue_runs_max,
+                tenant_runs_max=own.tenant_runs_max,
             ),
             catalog=await asyncio.to_thread(definition_catalog, settings),
             ingest_settings=settings.agentdb,

@@ -14,9 +14,12 @@ import structlog
 from starlette.routing import BaseRoute, Match, Router
 from starlette.types import Receive, Scope, Send
 
+from agentic_flow.core.clock import SYSTEM_CLOCK
 from agentic_flow.core.errors import AgenticFlowError
 from agentic_flow.core.settings import SwarmSettings
 from agentic_flow.swarm.leases import Leases, RunDatabase
+from agentic_flow.swarm.queue_metrics import QueueMetrics
+from agentic_flow.swarm.queues import RunQueues
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger("agentic_flow.serve")
 
@@ -60,6 +63,8 @@ class DeferredRoutes(BaseRoute):
 class RunWatch:
     """Looks for runs that nobody executes, with a cheap question and without the run engine.
 
+    They are interrupted, or wait in a shared queue that this process works for. It measures the queues, too.
+
     Args:
         settings: The section `swarm`.
         data_dir: Folder of local state.
@@ -78,10 +83,15 @@ class RunWatch:
         url = settings.database_url.get_secret_value() if settings.database_url else None
         self._database = RunDatabase(url, data_dir)
         self._leases = Leases(self._database, lease_s=settings.lease_s)
+        self._queues = RunQueues(self._database, SYSTEM_CLOCK, queue_runs_max={}, tenant_runs_max=None)
+        self._names = settings.queues if settings.runs_parallel_max else ()
+        self.metrics = QueueMetrics(self._queues.depths, settings.queues)
+        """How the shared queues stand, for `/metrics`; there are figures once `start` was called."""
         self._interval_s = settings.lease_s / 2
         self._begun = begun
         self._begin = begin
         self._task: asyncio.Task[None] | None = None
+        self._measuring: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Take over what is interrupted now, and go on looking.
@@ -91,6 +101,7 @@ class RunWatch:
             DataCorrupted: it is damaged.
         """
         await asyncio.to_thread(self._database.create)
+        self._measuring = asyncio.create_task(self.metrics.keep_fresh(), name="queue-metrics")
         if not await self._look():
             self._task = asyncio.create_task(self._keep_looking(), name="run-watch")
 
@@ -104,17 +115,22 @@ class RunWatch:
 
     async def close(self) -> None:
         """Look no more. Idempotent."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
-            self._task = None
+        tasks = [task for task in (self._task, self._measuring) if task is not None]
+        self._task = self._measuring = None
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
         await asyncio.to_thread(self._database.close)
 
     async def _look(self) -> bool:
         """Whether there is nothing left to look for: the run engine is at work."""
-        if not self._begun() and await asyncio.to_thread(self._leases.has_orphans):
+        if not self._begun() and await asyncio.to_thread(self._has_work):
             await self._begin()
         return self._begun()
+
+    def _has_work(self) -> bool:
+        return self._leases.has_orphans() or self._queues.has_work(self._names)
 
     async def _keep_looking(self) -> None:
         while True:

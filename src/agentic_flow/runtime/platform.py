@@ -120,6 +120,7 @@ class _Apps:
         """Name → app."""
         authenticator, remote = await self._authenticator()
         makers = {"platform": self._platform, "agentdb": self._agentdb, "swarm": self._swarm}
+        measured = "platform" if "platform" in names else "swarm"  # whose `/metrics` shows this process's
         apps: dict[str, Starlette] = {}
         for name in names:
             face = await makers[name]()
@@ -130,7 +131,7 @@ class _Apps:
                 authenticator=authenticator,
                 settings=self._settings,
                 ready=ready,
-                metrics=self._runtime.metrics if name == "platform" else None,
+                metrics=self._runtime.metrics if name == measured else None,
                 public_paths=face.public,
                 error_shapes=face.error_shapes,
                 # Entered once all ports are ours: a key that is shown once must not be lost to a taken port.

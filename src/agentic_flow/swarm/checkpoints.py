@@ -21,6 +21,7 @@ import structlog
 from agentic_flow.core.errors import AgenticFlowError, Unavailable
 from agentic_flow.core.sql import Connection, SqlDatabase, execute
 from agentic_flow.swarm.event_log import EventRow, append, end_data, event, step_data
+from agentic_flow.swarm.queue_rows import enqueue, notify
 from agentic_flow.swarm.scheduling import UNFINISHED, Fence, Permission, StoredWorkflow, may_record
 
 # ruff: noqa: S608 - what is interpolated into SQL here is constants; values are bound.
@@ -66,9 +67,15 @@ _END = (
 
 @dataclass(frozen=True, slots=True)
 class Accept:
-    """Store a new top-level workflow, unless its id is taken: the answer is whether it was not."""
+    """Store a new top-level workflow, unless its id is taken: the answer is whether it was not.
+
+    Args:
+        row: Of `af_workflows`.
+        queued: What `queue_rows.enqueue` is told of it besides, if it goes to a shared queue.
+    """
 
     row: Bindings
+    queued: Bindings | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,20 +273,26 @@ def write(database: SqlDatabase, operations: Sequence[Operation], *, again: bool
         accepts = [(o.row["workflow_id"], n) for n, o in enumerate(operations) if isinstance(o, Accept)]
         told: list[EventRow] = []
         for _, number in sorted(accepts):  # in one order everywhere, so that two processes cannot deadlock
-            answers[number] = _accepted(connection, cast(Accept, operations[number]).row, again, told)
+            answers[number] = _accepted(connection, cast(Accept, operations[number]), again, told)
         new = {row[0] for row in told}
+        if not database.is_sqlite and any(isinstance(o, Accept) and o.queued for o in operations):
+            notify(connection)
         if len(accepts) < len(operations):
             _write_checkpoints(connection, operations, answers, database.for_update, told)
         append(connection, told, new=new, sqlite=database.is_sqlite, again=again)
     return answers
 
 
-def _accepted(connection: Connection, row: Bindings, again: bool, told: list[EventRow]) -> bool:
+def _accepted(connection: Connection, accept: Accept, again: bool, told: list[EventRow]) -> bool:
+    row = accept.row
     if connection.execute(_INSERT_WORKFLOW, row).rowcount == 1:
         of = (row["workflow_id"], row["workflow_id"])
         told.append(event(*of, "accepted", row["accepted_at_s"], row["name"]))
         if row["status"] == "running":
             told.append(event(*of, "started", row["accepted_at_s"], row["name"]))
+        if accept.queued is not None:
+            about = {key: row[key] for key in ("priority", "tenant", "name", "version")}
+            enqueue(connection, row["workflow_id"], at_s=row["accepted_at_s"], **about, **accept.queued)
         return True
     if not again:
         return False

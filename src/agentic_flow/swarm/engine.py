@@ -9,12 +9,14 @@ is recorded there than is asked for, the code has changed, and the workflow fail
 child counts for itself, so that the order among children does not matter.
 """
 
+# long because the life of a run in its process is one state machine: accepted, placed, executed, handed on
+
 from __future__ import annotations
 
 import asyncio
 import secrets
 import socket
-from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
@@ -35,6 +37,7 @@ from agentic_flow.core.ports import (
     EventRecord,
     MessageRecord,
     PurgeReport,
+    QueueDepth,
     RunState,
     StepRecord,
     Workflow,
@@ -42,6 +45,7 @@ from agentic_flow.core.ports import (
 )
 from agentic_flow.swarm import checkpoints
 from agentic_flow.swarm.checkpoints import Accept, Checkpoint, CheckpointWriter
+from agentic_flow.swarm.claiming import Claimer
 from agentic_flow.swarm.execution import (
     Child,
     Context,
@@ -49,18 +53,22 @@ from agentic_flow.swarm.execution import (
     Run,
     StopReason,
     encoded,
+    ended_record,
     internal,
     recorded_history,
     row_of,
+    run_of,
 )
-from agentic_flow.swarm.heartbeat import Heartbeat
-from agentic_flow.swarm.inbox import Inbox, Waiters
-from agentic_flow.swarm.leases import Leases, RunDatabase, root_of
+from agentic_flow.swarm.heartbeat import Heartbeat, keep, unbroken
+from agentic_flow.swarm.inbox import Inbox, Waiters, oldest_patiently, woken_before
+from agentic_flow.swarm.leases import NOBODY, Claim, Leases, RunDatabase, root_of
 from agentic_flow.swarm.pauses import Pauses
-from agentic_flow.swarm.reader import RunReader, decoded_object, record_of
+from agentic_flow.swarm.queue_rows import check_priority
+from agentic_flow.swarm.queues import RunQueues, late_error
+from agentic_flow.swarm.reader import RunReader, decoded_object
 from agentic_flow.swarm.retention import Retention
 from agentic_flow.swarm.retries import Retries
-from agentic_flow.swarm.scheduling import ENDED, Custody, Fence, Places
+from agentic_flow.swarm.scheduling import DEFAULT_QUEUE, ENDED, QUEUED_BY, Custody, Fence, Places
 
 T = TypeVar("T")
 log: structlog.stdlib.BoundLogger = structlog.get_logger("agentic_flow.engine")
@@ -68,7 +76,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("agentic_flow.engine")
 _WAIT_FIRST_S, _WAIT_MOST_S = 0.01, 0.25
 _WATCH_S = 0.5
 _LOOK_S = 0.25
-_CLOCK_JUMP_S = 1.0
+_EXPIRE_S = 1.0
 _TEARDOWN_S = 30.0
 
 
@@ -80,6 +88,9 @@ class SqlRunEngine:
         data_dir: Folder of local state.
         lease_s: A process silent for this long has lost its workflows.
         runs_parallel_max: Top-level workflows of this process at a time; more wait their turn, durably.
+            With 0 it executes none: what is started goes to a shared queue.
+        queue_runs_max: Queue → runs of it at a time, in all processes with this limit; no entry: any number.
+        tenant_runs_max: Runs of a tenant at a time that come from shared queues; None: any number.
         clock: Stamps what is stored.
     """
 
@@ -90,9 +101,14 @@ class SqlRunEngine:
         *,
         lease_s: float,
         runs_parallel_max: int,
+        queue_runs_max: Mapping[str, int] | None = None,
+        tenant_runs_max: int | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._database = RunDatabase(database_url, data_dir)
+        self._queues = RunQueues(
+            self._database, clock, queue_runs_max=queue_runs_max or {}, tenant_runs_max=tenant_runs_max
+        )
         self._leases = Leases(self._database, lease_s=lease_s, clock=clock)
         self._open_inbox = Inbox(self._database, clock)
         self._open_pauses = Pauses(self._database, clock)
@@ -102,7 +118,7 @@ class SqlRunEngine:
         self._open_reader = RunReader.on(self._database, self._leases)
         self._closed_reader = RunReader(database_url, data_dir, lease_s=lease_s, clock=clock)
         self._lease_s = lease_s
-        self._runs_parallel_max = runs_parallel_max
+        self._places_max = runs_parallel_max
         self.clock = clock
         self._workflows: dict[str, Workflow] = {}
         self._is_open = False
@@ -111,7 +127,10 @@ class SqlRunEngine:
 
     def _reset(self) -> None:
         self._executor_id = f"{socket.gethostname()}-{secrets.token_hex(6)}"
-        self._places: Places[Run] = Places(self._runs_parallel_max)
+        self._places: Places[Run] = Places(self._places_max)
+        self._claimer: Claimer | None = None
+        self._is_draining = False
+        self._place_given_back = asyncio.Event()
         self._runs: dict[str, Run] = {}
         self._waiters = Waiters()
         self._pauses_changed = 0
@@ -133,7 +152,7 @@ class SqlRunEngine:
         self._workflows[name] = workflow
 
     @asynccontextmanager
-    async def open(self, *, takeover: bool = False) -> AsyncGenerator[None]:
+    async def open(self, *, takeover: bool = False, queues: Sequence[str] = ()) -> AsyncGenerator[None]:
         """See RunEngine. It can be opened again after it was closed.
 
         Raises:
@@ -146,21 +165,41 @@ class SqlRunEngine:
         self._opened = True
         self._reset()
         try:
-            await _unbroken(asyncio.to_thread(self._prepare))
+            await unbroken(asyncio.to_thread(self._prepare))
             self._writer = CheckpointWriter(self._database, patience_s=self._lease_s)
             self._is_open = True
-            self._keepers.append(self._keep(_WATCH_S, self._watch))
-            self._keepers.append(self._keep(_LOOK_S, self._look))
+            self._keepers.append(keep(_WATCH_S, self._watch))
+            self._keepers.append(keep(_LOOK_S, self._look))
             if takeover:
                 # The lease and this must be within 15 s, with the default lease of 10 s and some to spare.
-                self._keepers.append(self._keep(self._lease_s / 4, self._take_orphans))
+                self._keepers.append(keep(self._lease_s / 4, self._take_orphans))
+            if takeover or queues:
+                self._keepers.append(keep(_EXPIRE_S, self._expire))
+            self._claim_from(queues)
             yield
         finally:
             try:
-                await _unbroken(self._close())
+                await unbroken(self._close())
             finally:
                 self._opened = False
                 self._database.close()
+
+    def _claim_from(self, queues: Sequence[str]) -> None:
+        if not queues or not self._places_max:
+            return
+        self._claimer = Claimer(
+            self._database,
+            self._queues,
+            self._executor_id,
+            names=queues,
+            workflows=self._workflows,
+            free=lambda: 0 if self._is_draining else self._places.free,
+            enter=self._enter_taken,
+            doubt=self._custody.doubt,
+        )
+        self._keepers.append(asyncio.create_task(self._claimer.run()))
+        if not self._database.is_sqlite:
+            self._keepers.append(asyncio.create_task(self._claimer.listen()))
 
     def _prepare(self) -> None:
         self._database.create()
@@ -194,26 +233,28 @@ class SqlRunEngine:
             self._heartbeat.stop()
             if self._heartbeat.has_begun:
                 try:
+                    self._queues.hand_back(self._executor_id)
                     self._leases.leave(self._executor_id)
                 except AgenticFlowError as error:  # others then wait for the lease to run out
                     log.warning("leave_failed", error=error.message)
             self._heartbeat = None
         self._present.close()
 
+    async def drain(self, timeout_s: float) -> int:
+        """See RunEngine."""
+        self._check_open()
+        self._is_draining = True
+        for run in [run for run in self._runs.values() if run.is_accepted and not run.has_place]:
+            if not self._executions.get(run.workflow_id):
+                self._leave(run, None)  # not begun: kept as ours until the close, which hands it back
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while any(run.has_place for run in self._runs.values()):
+                    self._place_given_back.clear()
+                    await self._place_given_back.wait()
+        return len(self._runs)
+
     # ---- what runs beside the workflows ------------------------------------------------------------------
-
-    def _keep(self, interval_s: float, action: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
-        return asyncio.create_task(self._repeat(interval_s, action))
-
-    async def _repeat(self, interval_s: float, action: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        while True:
-            try:
-                await action()
-            except AgenticFlowError as error:
-                log.warning("engine_upkeep_failed", action=action.__name__, error=error.message)
-            except Exception:  # the next round must come, whatever happened in this one
-                log.exception("engine_upkeep_failed", action=action.__name__)
-            await asyncio.sleep(interval_s)
 
     async def _watch(self) -> None:
         """Notice what others did to our workflows: cancelled them, or took them over while we were silent."""
@@ -263,18 +304,35 @@ class SqlRunEngine:
         for workflow_id, epoch in self._custody.to_release(owned, executed, under_way).items():
             await asyncio.to_thread(self._leases.release, workflow_id, Fence(self._executor_id, epoch))
 
+    async def _expire(self) -> None:
+        for workflow_id in await asyncio.to_thread(self._queues.expire):
+            log.info("queued_run_expired", workflow_id=workflow_id)
+
     async def _take_orphans(self) -> None:
         for workflow_id in await self.resume_interrupted():
             log.info("workflow_taken_over", workflow_id=workflow_id)
 
     # ---- callers -----------------------------------------------------------------------------------------
 
-    async def start(self, name: str, workflow_id: str, payload: JsonObject, *, tenant: str) -> bool:
+    async def start(
+        self,
+        name: str,
+        workflow_id: str,
+        payload: JsonObject,
+        *,
+        tenant: str,
+        queue: str | None = None,
+        priority: int = 0,
+        not_before_s: float | None = None,
+        deadline_s: float | None = None,
+    ) -> bool:
         """See RunEngine. A caller that is cancelled meanwhile leaves the workflow whole: accepted or not.
 
         Raises:
+            InvalidInput: the priority is out of range.
             Unavailable: the database cannot be used now.
         """
+        check_priority(priority)
         self._check_open()
         assert name in self._workflows, name
         assert "." not in workflow_id, workflow_id
@@ -284,14 +342,37 @@ class SqlRunEngine:
             self._check_open()
         if workflow_id in self._runs:
             return False
-        fence = Fence(self._executor_id, 1)
-        run = Run(workflow_id, name, tenant, 0, text, fence, self.clock.time_s(), is_new=True)
+        if queue is None and (not self._places_max or not_before_s is not None):
+            queue = DEFAULT_QUEUE
+        fence = Fence(self._executor_id if queue is None else QUEUED_BY, 1)
+        run = Run(workflow_id, name, tenant, priority, text, fence, self.clock.time_s(), is_new=True)
+        run.deadline_s = deadline_s
+        if queue is not None:
+            accept = Accept(
+                row_of(run), {"queue": queue, "not_before_s": not_before_s, "deadline_s": deadline_s}
+            )
+            return await self._queue(workflow_id, accept)
         self._enter(run)
         run.starts_at_once = run.has_place  # stored as running: no second write when it begins
         accepting = self._write(Accept(row_of(run)))
         self._accepting[workflow_id] = accepting
         accepting.add_done_callback(lambda _: self._accepted(run, accepting))
         return bool(await asyncio.shield(accepting))
+
+    async def _queue(self, workflow_id: str, accept: Accept) -> bool:
+        accepting = self._write(accept)
+        self._accepting[workflow_id] = accepting
+
+        def accepted(_: asyncio.Future[checkpoints.Answer]) -> None:
+            self._accepting.pop(workflow_id, None)
+            self._wake_claimer()
+
+        accepting.add_done_callback(accepted)
+        return bool(await asyncio.shield(accepting))
+
+    def _wake_claimer(self) -> None:
+        if self._claimer is not None:
+            self._claimer.wake()
 
     def _accepted(self, run: Run, accepting: asyncio.Future[checkpoints.Answer]) -> None:
         """Called when the store has the workflow, or another one under this id, or failed."""
@@ -369,7 +450,7 @@ class SqlRunEngine:
         sending = asyncio.to_thread(
             self._inbox.send, workflow_id, topic, payload, key=key, sender=sender, before_s=before_s
         )
-        is_new = await _unbroken(sending)
+        is_new = await unbroken(sending)
         self._waiters.wake(workflow_id)
         return is_new
 
@@ -384,7 +465,7 @@ class SqlRunEngine:
     async def _change_pause(
         self, change: Callable[[str, str], bool], workflow_id: str, by: str, *, paused: bool
     ) -> bool:
-        has_changed = await _unbroken(asyncio.to_thread(change, workflow_id, by))
+        has_changed = await unbroken(asyncio.to_thread(change, workflow_id, by))
         run = self._runs.get(workflow_id)
         if has_changed and run is not None:
             self._pauses_changed += 1
@@ -412,20 +493,26 @@ class SqlRunEngine:
             )
         if record.state == "cancelled":
             await self._left(workflow_id, "cancelled")
-        return await _unbroken(self._continue(workflow_id, asked=True))
+        if record.queue is not None or not self._places_max:
+            return await unbroken(self._put_back(workflow_id, asked=True))
+        return await unbroken(self._continue(workflow_id, asked=True))
 
     async def resume_interrupted(self) -> list[str]:
         """See RunEngine. Takes only workflows whose name is registered here."""
         self._check_open()
-        orphans = await asyncio.to_thread(
-            self._leases.orphans, list(self._workflows), asker=self._executor_id
-        )
-        return [each for each in orphans if await _unbroken(self._continue(each, asked=False))]
+        me = self._executor_id
+        queued = await asyncio.to_thread(self._leases.orphans, None, asker=me, queued=True)
+        found = [each for each in queued if await unbroken(self._put_back(each, asked=False))]
+        if not self._places_max:
+            return found
+        names = list(self._workflows)
+        others = await asyncio.to_thread(self._leases.orphans, names, asker=me, queued=False)
+        return found + [each for each in others if await unbroken(self._continue(each, asked=False))]
 
     async def cancel(self, workflow_id: str) -> bool:
         """See RunEngine. Owners in other processes notice within a second."""
         self._check_open()
-        cancelled = await _unbroken(asyncio.to_thread(self._leases.cancel, workflow_id))
+        cancelled = await unbroken(asyncio.to_thread(self._leases.cancel, workflow_id))
         if cancelled:
             run = self._runs.get(workflow_id)
             if run is not None:
@@ -439,7 +526,7 @@ class SqlRunEngine:
     ) -> bool:
         """See RunEngine."""
         self._check_open()
-        return await _unbroken(self._retry(workflow_id, new_id, encoded(payload), from_step))
+        return await unbroken(self._retry(workflow_id, new_id, encoded(payload), from_step))
 
     async def _retry(self, workflow_id: str, new_id: str, payload: str, from_step: str | None) -> bool:
         record = await self.get(workflow_id)
@@ -451,12 +538,16 @@ class SqlRunEngine:
         self._claiming.add(new_id)
         try:
             accept = Retries(self._database, self.clock).accept
-            me = self._executor_id
+            queue = record.queue if record is not None else None
+            queue = queue if self._places_max else queue or DEFAULT_QUEUE
+            me = self._executor_id if queue is None else NOBODY
             accepted_at_s = await asyncio.to_thread(
                 accept, workflow_id, new_id, payload, from_step=from_step, executor_id=me
             )
             if accepted_at_s is None or record is None:
                 return False
+            if queue is not None:
+                return await self._put_back(new_id, asked=True, queue=queue)
             run = Run(
                 new_id, record.name, record.tenant, 0, payload, Fence(me, 1), accepted_at_s, is_new=False
             )
@@ -482,6 +573,11 @@ class SqlRunEngine:
             dry_run=dry_run,
         )
 
+    async def queue_depths(self) -> list[QueueDepth]:
+        """See RunEngine."""
+        self._check_open()
+        return await asyncio.to_thread(self._queues.depths)
+
     # ---- top-level workflows -----------------------------------------------------------------------------
 
     async def _continue(self, workflow_id: str, *, asked: bool) -> bool:
@@ -494,17 +590,7 @@ class SqlRunEngine:
             if claim is None:
                 return False
             await self._left(workflow_id, "lost")  # what another process had taken over from us
-            run = Run(
-                workflow_id,
-                claim.name,
-                claim.tenant,
-                claim.priority,
-                claim.payload,
-                claim.fence,
-                claim.accepted_at_s,
-                is_new=False,
-            )
-            run.is_accepted = True
+            run = run_of(claim, is_new=False)
             self._set_paused(run, bool(await asyncio.to_thread(self._pauses.among, [workflow_id])))
             self._enter(run)
             return True
@@ -513,6 +599,26 @@ class SqlRunEngine:
             raise
         finally:
             self._claiming.discard(workflow_id)
+
+    async def _put_back(self, workflow_id: str, *, asked: bool, queue: str = DEFAULT_QUEUE) -> bool:
+        """Let it wait in its shared queue again, or in this one, for whoever takes it."""
+        claim = await asyncio.to_thread(self._leases.claim, workflow_id, QUEUED_BY, asked=asked, queue=queue)
+        self._wake_claimer()
+        return claim is not None
+
+    async def _enter_taken(self, claims: Sequence[Claim]) -> None:
+        """Begin what was taken from a shared queue for the places that are free."""
+        ids = {claim.workflow_id for claim in claims}
+        self._claiming |= ids
+        try:
+            paused = await asyncio.to_thread(self._pauses.among, ids) if ids else set[str]()
+            for claim in claims:
+                await self._left(claim.workflow_id, "lost")
+                run = run_of(claim, is_new=claim.is_new)
+                self._set_paused(run, claim.workflow_id in paused)
+                self._enter(run)
+        finally:
+            self._claiming -= ids
 
     def _enter(self, run: Run) -> None:
         self._runs[run.workflow_id] = run
@@ -538,9 +644,15 @@ class SqlRunEngine:
             del self._runs[run.workflow_id]
         if not run.ended.done():
             run.ended.set_result(record)
+        run.has_place = False
+        self._given_back(run)
+
+    def _given_back(self, run: Run) -> None:
         self._places.give_back(run)
         if self._is_open:
             self._admit()
+        self._place_given_back.set()
+        self._wake_claimer()
 
     async def _left(self, workflow_id: str, reason: StopReason) -> None:
         """Wait for executions here that still clean up: their steps must not run twice at once."""
@@ -628,18 +740,7 @@ class SqlRunEngine:
         if not is_top:
             execution.result.set_result({"error": problem} if output is None else decoded_object(output))
             return
-        execution.record = record_of(
-            run.workflow_id,
-            name=run.name,
-            tenant=run.tenant,
-            state=status,
-            payload=run.payload,
-            output=output,
-            error=error,
-            accepted_at_s=run.accepted_at_s,
-            updated_at_s=now_s,
-            owner=run.fence.executor_id,
-        )
+        execution.record = ended_record(run, status, output, error, now_s)
 
     async def _outcome(self, execution: Execution) -> tuple[str | None, JsonObject | None]:
         """What our function returned, as JSON text, or the problem that it ended with."""
@@ -671,6 +772,8 @@ class SqlRunEngine:
                 hint="run it with the version that started it",
             )
         payload = decoded_object(execution.payload)
+        if execution.is_new and self._begins_too_late(execution):
+            raise late_error()
         if not execution.is_new:
             try:
                 execution.history = await asyncio.to_thread(recorded_history, self._database, execution)
@@ -678,6 +781,11 @@ class SqlRunEngine:
                 execution.unusable = error
                 raise
         return await workflow(Context(self, execution), payload)
+
+    def _begins_too_late(self, execution: Execution) -> bool:
+        run = execution.run
+        is_top = execution.workflow_id == run.workflow_id
+        return is_top and run.deadline_s is not None and self.clock.time_s() >= run.deadline_s
 
     async def record(self, execution: Execution, checkpoint: Checkpoint) -> None:
         """See EngineOfExecution."""
@@ -719,7 +827,7 @@ class SqlRunEngine:
             child_id = execution.abandoned.pop()
             cancelling = asyncio.to_thread(self._leases.cancel, child_id, only_as=execution.run.fence)
             try:
-                was_running = await _unbroken(cancelling)
+                was_running = await unbroken(cancelling)
             except Unavailable as error:
                 execution.unusable = error
                 raise
@@ -732,45 +840,19 @@ class SqlRunEngine:
         """See EngineOfExecution. Meanwhile the tree needs no place, if nothing else of it works."""
         run = execution.run
         with self._waiters.waiting(run.workflow_id) as woken:
-            found = await self._oldest(run, topic, known)
+            found = await oldest_patiently(self._inbox, run.workflow_id, topic, known)
             if found is None:
                 with self._idle(execution):
-                    while found is None and await self._woken(woken, until_s):
-                        found = await self._oldest(run, topic, known)
+                    while found is None and await woken_before(woken, until_s, self.clock):
+                        found = await oldest_patiently(self._inbox, run.workflow_id, topic, known)
         await self._take_place(run)
-        return found or await self._oldest(run, topic, known, final=True)
-
-    async def _woken(self, woken: asyncio.Event, until_s: float | None) -> bool:
-        """True when there may be a message, False when time is over."""
-        while not woken.is_set():
-            left_s = None if until_s is None else until_s - self.clock.time_s()
-            if left_s is not None and left_s <= 0:
-                return False
-            with suppress(TimeoutError):
-                # The stored deadline is of the clock on the wall, which may be set while we wait.
-                async with asyncio.timeout(None if left_s is None else min(left_s, _CLOCK_JUMP_S)):
-                    await woken.wait()
-        woken.clear()
-        return True
-
-    async def _oldest(
-        self, run: Run, topic: str, known: Collection[str], *, final: bool = False
-    ) -> MessageRecord | None:
-        """A database that is away for a while must not become what the step is recorded with."""
-        while True:
-            try:
-                return await asyncio.to_thread(self._inbox.oldest, run.workflow_id, topic, known, final=final)
-            except Unavailable as error:
-                log.warning("inbox_unavailable", workflow_id=run.workflow_id, error=error.message)
-            await asyncio.sleep(_WATCH_S)
+        return found or await oldest_patiently(self._inbox, run.workflow_id, topic, known, final=True)
 
     def _rest(self, run: Run) -> None:
         """Give the tree's place back if all of it waits: for messages, or for children that do."""
         if run.has_place and all(e.is_idle for e in self._executions.get(run.workflow_id, ())):
             run.has_place = False
-            self._places.give_back(run)
-            if self._is_open:
-                self._admit()
+            self._given_back(run)
 
     async def go_on(self, execution: Execution) -> None:
         """See EngineOfExecution. While it is paused the tree needs no place, if nothing of it still works."""
@@ -840,16 +922,3 @@ class SqlRunEngine:
     def _check_open(self) -> None:
         if not self._is_open:
             raise Unavailable("the run engine is not open", hint="use it inside `async with engine.open()`")
-
-
-async def _unbroken(operation: Coroutine[Any, Any, T]) -> T:
-    """Await to the end even when cancelled meanwhile: half of it would leave a workflow that nobody runs."""
-    task = asyncio.ensure_future(operation)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        if not task.done():
-            await asyncio.wait([task])
-        if not task.cancelled():
-            task.exception()  # seen; the cancellation is what the caller hears of
-        raise

@@ -27,9 +27,9 @@ from agentic_flow.core.ports import EventKind, MessageRecord, StepContext, StepF
 from agentic_flow.core.sql import SqlDatabase
 from agentic_flow.swarm import checkpoints
 from agentic_flow.swarm.event_log import event
-from agentic_flow.swarm.leases import VERSION
+from agentic_flow.swarm.leases import VERSION, Claim
 from agentic_flow.swarm.questions import ANSWER, QUESTION, RECEIPT, check_question
-from agentic_flow.swarm.reader import decoded_object
+from agentic_flow.swarm.reader import decoded_object, record_of
 from agentic_flow.swarm.scheduling import Fence
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("agentic_flow.engine")
@@ -60,6 +60,8 @@ class Run:
     unpaused: asyncio.Event | None = None
     starts_at_once: bool = False
     is_ending: bool = False
+    deadline_s: float | None = None
+    queue: str | None = None
     ended: asyncio.Future[WorkflowRecord | None] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -435,6 +437,44 @@ def _stored_result(child: Child) -> JsonObject:
     if child.status == "failed":
         return {"error": decoded_object(child.error or "null")}
     return {"error": as_problem(Cancelled(f"workflow {child.workflow_id!r} was cancelled"))}
+
+
+def run_of(claim: Claim, *, is_new: bool) -> Run:
+    """What a claim is to be executed as."""
+    run = Run(
+        claim.workflow_id,
+        claim.name,
+        claim.tenant,
+        claim.priority,
+        claim.payload,
+        claim.fence,
+        claim.accepted_at_s,
+        is_new=is_new,
+    )
+    run.is_accepted = True
+    run.deadline_s, run.queue = claim.deadline_s, claim.queue
+    return run
+
+
+def ended_record(
+    run: Run, status: Literal["completed", "failed"], output: str | None, error: str | None, now_s: float
+) -> WorkflowRecord:
+    """What the store says of a run that has just ended."""
+    return record_of(
+        run.workflow_id,
+        name=run.name,
+        tenant=run.tenant,
+        state=status,
+        payload=run.payload,
+        output=output,
+        error=error,
+        accepted_at_s=run.accepted_at_s,
+        updated_at_s=now_s,
+        owner=run.fence.executor_id,
+        priority=run.priority,
+        deadline_s=run.deadline_s if run.queue is not None else None,
+        queue=run.queue,
+    )
 
 
 def row_of(run: Run) -> checkpoints.Bindings:

@@ -1,14 +1,18 @@
-"""The sign of life of a process that executes workflows."""
+"""What goes on beside the workflows of a process: its sign of life, and what it looks after now and then."""
 
 from __future__ import annotations
 
+import asyncio
 import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 import structlog
 
 from agentic_flow.core.errors import AgenticFlowError
 from agentic_flow.swarm.leases import Leases
 
+T = TypeVar("T")
 log: structlog.stdlib.BoundLogger = structlog.get_logger("agentic_flow.engine")
 
 
@@ -40,3 +44,32 @@ class Heartbeat:
                 self._leases.beat(self._executor_id)
             except AgenticFlowError as error:
                 log.warning("heartbeat_failed", error=error.message)
+
+
+def keep(interval_s: float, action: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
+    """Do this now and again, so many seconds after it was done, until the task is cancelled."""
+    return asyncio.create_task(_repeat(interval_s, action))
+
+
+async def _repeat(interval_s: float, action: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    while True:
+        try:
+            await action()
+        except AgenticFlowError as error:
+            log.warning("engine_upkeep_failed", action=action.__name__, error=error.message)
+        except Exception:  # the next round must come, whatever happened in this one
+            log.exception("engine_upkeep_failed", action=action.__name__)
+        await asyncio.sleep(interval_s)
+
+
+async def unbroken(operation: Coroutine[Any, Any, T]) -> T:
+    """Await to the end even when cancelled meanwhile: half of it would leave a workflow that nobody runs."""
+    task = asyncio.ensure_future(operation)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        if not task.done():
+            await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # seen; the cancellation is what the caller hears of
+        raise

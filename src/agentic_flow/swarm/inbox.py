@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import orjson
+import structlog
 
 from agentic_flow.core.clock import Clock
 from agentic_flow.core.errors import (
@@ -24,6 +25,7 @@ from agentic_flow.core.errors import (
     LimitExceeded,
     NotFound,
     TooLarge,
+    Unavailable,
 )
 from agentic_flow.core.messages import JsonObject
 from agentic_flow.core.ports import MessageRecord
@@ -32,8 +34,11 @@ from agentic_flow.swarm.event_log import append, event, written_down
 from agentic_flow.swarm.leases import RunDatabase
 from agentic_flow.swarm.scheduling import ENDED
 
+log: structlog.stdlib.BoundLogger = structlog.get_logger("agentic_flow.engine")
+
 # ruff: noqa: S608 - what is interpolated into SQL here is constants; values are bound.
 
+_CLOCK_JUMP_S, _RETRY_S = 1.0, 0.5
 NAME_CHARS_MAX = 200
 PAYLOAD_BYTES_MAX = 1_000_000
 MESSAGES_MAX = 10_000
@@ -251,3 +256,35 @@ class Waiters:
             if room is not None and number > room.seen:
                 room.seen = number
                 self.wake(root_id)
+
+
+async def woken_before(woken: asyncio.Event, until_s: float | None, clock: Clock) -> bool:
+    """True when there may be a message, False when time is over.
+
+    Args:
+        woken: Set when there may be one; cleared here.
+        until_s: The end of the wait, in seconds since 1970; None: there is none.
+        clock: Tells when that is.
+    """
+    while not woken.is_set():
+        left_s = None if until_s is None else until_s - clock.time_s()
+        if left_s is not None and left_s <= 0:
+            return False
+        with suppress(TimeoutError):
+            # The stored deadline is of the clock on the wall, which may be set while we wait.
+            async with asyncio.timeout(None if left_s is None else min(left_s, _CLOCK_JUMP_S)):
+                await woken.wait()
+    woken.clear()
+    return True
+
+
+async def oldest_patiently(
+    inbox: Inbox, workflow_id: str, topic: str, known: Collection[str], *, final: bool = False
+) -> MessageRecord | None:
+    """`Inbox.oldest`: a database that is away for a while must not become what a step is recorded with."""
+    while True:
+        try:
+            return await asyncio.to_thread(inbox.oldest, workflow_id, topic, known, final=final)
+        except Unavailable as error:
+            log.warning("inbox_unavailable", workflow_id=workflow_id, error=error.message)
+        await asyncio.sleep(_RETRY_S)

@@ -1,6 +1,6 @@
 """The run database: who owns which workflow, and what the store says about it.
 
-Six tables, in SQLite or PostgreSQL:
+Seven tables, in SQLite or PostgreSQL:
 
     af_executors  one row per process, with its last heartbeat
     af_workflows  one row per workflow. A top-level one carries its owner, and an epoch that grows when it
@@ -9,9 +9,11 @@ Six tables, in SQLite or PostgreSQL:
     af_events     one row per thing that happened in a tree, numbered in it (`event_log`)
     af_inbox      one row per message to a top-level workflow, numbered in it (`inbox`)
     af_paused     one row per top-level workflow that is paused (`pauses`)
+    af_queued     one row per top-level workflow that was put into a shared queue (`queues`)
 
 An owner is alive while its heartbeat is fresh and, on SQLite, while it holds the lock on its lock file: the
-operating system drops that at once when the process dies, which makes `kill -9` visible without waiting.
+operating system drops that at once when the process dies, which makes `kill -9` visible without waiting. What
+waits in a shared queue is owned by the queue, which lives always.
 Heartbeats are stamped and compared by one clock: that of the machine for SQLite, of the server for Postgres.
 Whoever changes a tree locks its top-level row first.
 """
@@ -34,7 +36,15 @@ from agentic_flow.core.sql import Connection, SqlDatabase, execute
 from agentic_flow.swarm.dbos_import import import_runs
 from agentic_flow.swarm.event_log import append, create_events, event, written_down
 from agentic_flow.swarm.locks import hold_lock, is_locked, lock_path
-from agentic_flow.swarm.scheduling import UNFINISHED, Fence, claim_verdict, is_alive
+from agentic_flow.swarm.queue_rows import CREATE_QUEUED, enqueue, notify, set_state
+from agentic_flow.swarm.scheduling import (
+    DEFAULT_QUEUE,
+    QUEUED_BY,
+    UNFINISHED,
+    Fence,
+    claim_verdict,
+    is_alive,
+)
 
 # ruff: noqa: S608 - what is interpolated into SQL here is constants; values are bound.
 
@@ -67,6 +77,7 @@ _CREATE = (
         PRIMARY KEY (root_id, number), UNIQUE (root_id, topic, message_key))""",
     """CREATE TABLE IF NOT EXISTS af_paused (
         root_id TEXT PRIMARY KEY, at_s DOUBLE PRECISION NOT NULL, sender TEXT NOT NULL)""",
+    *CREATE_QUEUED,
     "CREATE INDEX IF NOT EXISTS af_workflows_unfinished ON af_workflows (executor_id, accepted_at_s) "
     f"WHERE parent_id IS NULL AND {_UNFINISHED}",
     "CREATE INDEX IF NOT EXISTS af_workflows_by_tenant ON af_workflows (tenant, name, accepted_at_s) "
@@ -143,6 +154,10 @@ class Claim:
     payload: str
     fence: Fence
     accepted_at_s: float
+    is_new: bool = False
+    """Nobody has executed anything of it."""
+    deadline_s: float | None = None
+    queue: str | None = None
 
 
 class Leases:
@@ -221,11 +236,12 @@ class Leases:
             ids=executors,
         )
         now_s = self._now_s(connection)
-        return {
+        living = {
             str(row[0])
             for row in found
             if is_alive(float(row[1]), now_s, self._lease_s, holds_lock=self._holds_lock(str(row[0])))
         }
+        return living | ({QUEUED_BY} & set(executors))
 
     def _holds_lock(self, executor_id: str) -> bool | None:
         if not self._database.is_sqlite:
@@ -238,12 +254,15 @@ class Leases:
         """Whether any unfinished top-level workflow has a dead owner."""
         return bool(self.orphans(None))
 
-    def orphans(self, names: Collection[str] | None, *, asker: str | None = None) -> list[str]:
+    def orphans(
+        self, names: Collection[str] | None, *, asker: str | None = None, queued: bool | None = None
+    ) -> list[str]:
         """Unfinished top-level workflows with one of these names whose owner is dead, oldest first.
 
         Args:
             names: Names of workflows; None: all.
             asker: The process that asks. It lives, however late its own heartbeat is.
+            queued: Only those that came from a shared queue, or only others; None: all.
         """
         if (names is not None and not names) or not self._has_runs():
             return []
@@ -254,21 +273,26 @@ class Leases:
             dead = owners - self.alive(connection, owners) - {asker}
             if not dead:
                 return []
+            among = f"AND workflow_id {'' if queued else 'NOT'} IN (SELECT root_id FROM af_queued)"
             found = execute(
                 connection,
                 f"SELECT workflow_id {unfinished} AND executor_id IN :dead AND version = :version "
-                f"{'AND name IN :names' if named else ''} ORDER BY accepted_at_s, workflow_id",
+                f"{'AND name IN :names' if named else ''} {'' if queued is None else among} "
+                "ORDER BY accepted_at_s, workflow_id",
                 dead=dead,
                 version=VERSION,
                 **named,
             )
             return [str(row[0]) for row in found]
 
-    def claim(self, workflow_id: str, executor_id: str, *, asked: bool) -> Claim | None:
+    def claim(
+        self, workflow_id: str, executor_id: str, *, asked: bool, queue: str = DEFAULT_QUEUE
+    ) -> Claim | None:
         """Become the owner of an interrupted workflow or, when somebody `asked` for it, of a cancelled one.
 
         One transaction raises the epoch of its tree, by which every later write of the owner before is
-        refused. Of several processes that try, exactly one gets it; one whose owner lives is left alone.
+        refused. Of several processes that try, exactly one gets it; one whose owner lives is left alone. With
+        `QUEUED_BY` as the process it goes back to its shared queue, or to `queue` if it had none.
 
         Raises:
             Conflict: it was stored by a version of the product whose workflows this one cannot continue.
@@ -307,8 +331,10 @@ class Leases:
                     hint="resume it with the version of agentic-flow that started it",
                 )
             data: JsonObject = {"asked": asked, "epoch": epoch + 1}
-            self._tell(connection, workflow_id, "taken_over", str(row[5]), data)
+            kind: EventKind = "handed_back" if executor_id == QUEUED_BY else "taken_over"
+            self._tell(connection, workflow_id, kind, str(row[5]), data)
             self._take(connection, workflow_id, executor_id, status, asked=asked)
+            self._move_in_queue(connection, workflow_id, executor_id, row, queue)
             return Claim(
                 workflow_id=workflow_id,
                 name=str(row[5]),
@@ -342,6 +368,27 @@ class Leases:
                 id=workflow_id,
                 now=now_s,
             )
+
+    def _move_in_queue(
+        self, connection: Connection, workflow_id: str, executor_id: str, row: Sequence[Any], queue: str
+    ) -> None:
+        now_s = self._clock.time_s()
+        if executor_id != QUEUED_BY:
+            set_state(connection, [workflow_id], "taken", now_s)
+            return
+        set_state(connection, [workflow_id], "ready", now_s)
+        enqueue(  # one that was accepted without a queue
+            connection,
+            workflow_id,
+            queue=queue,
+            priority=int(row[7]),
+            tenant=str(row[6]),
+            name=str(row[5]),
+            version=str(row[4]),
+            at_s=now_s,
+        )
+        if not self._database.is_sqlite:
+            notify(connection)
 
     def release(self, workflow_id: str, fence: Fence) -> None:
         """Nobody executes this workflow any more: it can be resumed anywhere."""
@@ -411,6 +458,8 @@ class Leases:
                 now=self._clock.time_s(),
                 **tree_of(workflow_id),
             )
+            if workflow_id == root_id:
+                set_state(connection, [root_id], "taken", None)  # nobody waits for it any more
             return True
 
     def erase_tenant(self, tenant: str) -> int:
@@ -436,7 +485,7 @@ class Leases:
                 bindings = tree_of(str(root))
                 execute(connection, f"DELETE FROM af_steps WHERE workflow_id IN ({tree})", **bindings)
                 execute(connection, f"DELETE FROM af_workflows WHERE {TREE}", **bindings)
-                for table in ("af_events", "af_inbox", "af_paused"):
+                for table in ("af_events", "af_inbox", "af_paused", "af_queued"):
                     execute(connection, f"DELETE FROM {table} WHERE root_id = :id", id=root)
         return len(roots)
 

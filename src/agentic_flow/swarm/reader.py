@@ -14,8 +14,8 @@ from agentic_flow.core.messages import JsonObject
 from agentic_flow.core.ports import EventRecord, RunState, StepRecord, WorkflowRecord
 from agentic_flow.core.sql import execute
 from agentic_flow.swarm.event_log import events_of
-from agentic_flow.swarm.leases import TREE, Leases, RunDatabase, root_of, tree_of
-from agentic_flow.swarm.scheduling import TAKEOVERS_MAX, UNFINISHED, state_of
+from agentic_flow.swarm.leases import NOBODY, TREE, Leases, RunDatabase, root_of, tree_of
+from agentic_flow.swarm.scheduling import QUEUED_BY, TAKEOVERS_MAX, UNFINISHED, state_of
 
 # ruff: noqa: S608 - what is interpolated into SQL here is constants; values are bound.
 
@@ -45,14 +45,14 @@ class RunReader:
     ) -> None:
         self._database = RunDatabase(database_url, data_dir, pooled=False)
         self._leases = Leases(self._database, lease_s=lease_s, clock=clock)
-        self._ready = self._has_log = self._has_pauses = False
+        self._ready = self._has_log = self._has_pauses = self._has_queues = False
 
     @classmethod
     def on(cls, database: RunDatabase, leases: Leases) -> RunReader:
         """A reader over connections that somebody else opens and closes."""
         reader = cls.__new__(cls)
         reader._database, reader._leases = database, leases
-        reader._ready = reader._has_log = reader._has_pauses = False
+        reader._ready = reader._has_log = reader._has_pauses = reader._has_queues = False
         return reader
 
     def get(self, workflow_id: str) -> WorkflowRecord | None:
@@ -119,12 +119,18 @@ class RunReader:
         paused = "0"
         if self._has_pauses:
             paused = "(SELECT COUNT(*) FROM af_paused p WHERE p.root_id = r.workflow_id)"
+        self._has_queues = self._has_queues or self._database.has_table("af_queued")
+        queued, joined = "NULL, NULL, NULL", ""
+        if self._has_queues:
+            queued = "q.queue, q.not_before_s, q.deadline_s"
+            joined = "LEFT JOIN af_queued q ON q.root_id = w.workflow_id"
         with self._database.reading() as connection:
             found = execute(
                 connection,
                 "SELECT w.workflow_id, w.name, w.tenant, w.status, w.payload, w.output, w.error, "
-                f"w.accepted_at_s, w.updated_at_s, r.executor_id, r.status, {paused} "
-                f"FROM af_workflows w JOIN af_workflows r ON r.workflow_id = {root_id} "
+                f"w.accepted_at_s, w.updated_at_s, r.executor_id, r.status, {paused}, "
+                f"w.priority, {queued} "
+                f"FROM af_workflows w JOIN af_workflows r ON r.workflow_id = {root_id} {joined} "
                 f"WHERE {where} ORDER BY {order} LIMIT {int(limit)} OFFSET {int(offset)}",
                 **bindings,
             )
@@ -174,6 +180,10 @@ def record_of(
     accepted_at_s: float,
     updated_at_s: float,
     owner: str,
+    priority: int = 0,
+    queue: str | None = None,
+    not_before_s: float | None = None,
+    deadline_s: float | None = None,
 ) -> WorkflowRecord:
     """A workflow as the store has it. What of it cannot be read is told by its error."""
     read: JsonObject = {"payload": {}, "output": None, "error": None}
@@ -197,7 +207,11 @@ def record_of(
         error=read["error"],
         created_at_s=accepted_at_s,
         updated_at_s=updated_at_s,
-        owner=owner or None,
+        owner=None if owner in (NOBODY, QUEUED_BY) else owner,
+        priority=priority,
+        queue=queue,
+        not_before_s=not_before_s,
+        deadline_s=deadline_s,
     )
 
 
@@ -220,6 +234,10 @@ def _record(row: Sequence[Any], alive: Collection[str]) -> WorkflowRecord:
         accepted_at_s=float(row[7]),
         updated_at_s=float(row[8]),
         owner=str(row[9]),
+        priority=int(row[12]),
+        queue=row[13],
+        not_before_s=row[14],
+        deadline_s=row[15],
     )
 
 

@@ -197,7 +197,7 @@ class Retention:
                 return []
             trees = f"SELECT t.workflow_id FROM ({_TREES}) t"
             execute(connection, f"DELETE FROM af_steps WHERE workflow_id IN ({trees})", ids=ids)
-            for table in ("af_events", "af_inbox", "af_paused"):
+            for table in ("af_events", "af_inbox", "af_paused", "af_queued"):
                 execute(connection, f"DELETE FROM {table} WHERE root_id IN :ids", ids=ids)
             below = "DELETE FROM af_workflows WHERE parent_id IS NOT NULL AND root_id IN :ids"
             execute(connection, below, ids=ids)

@@ -20,6 +20,7 @@ _STATES = {
     "run_accepted": "queued",
     "run_started": "running",
     "run_taken_over": "running",
+    "run_handed_back": "queued",
     "run_cancelled": "cancelled",
     "run_paused": "paused",
     "run_unpaused": "running",

@@ -23,6 +23,8 @@ TEAM_LEVELS_MAX = 3
 
 TopologyName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 Count = Annotated[int, Field(ge=1)]
+QueueName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+Priority = Annotated[int, Field(ge=-100, le=100)]
 AgentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 
 
@@ -63,6 +65,9 @@ class RunSpec(Frozen):
     `roles` change how a role is played. `acceptance` must hold of the answer, or the run has failed. `board`:
     "topology" gives a blackboard to the agents who may speak to each other anyway, "all" one to everybody.
 
+    `queue`: the shared queue from which a worker takes it; None: who accepts it does it, if it does any. A
+    high `priority` goes first.
+
     Limits, each within the setting of that name: `deadline_s` from acceptance to the end, `steps_max` and
     `tool_calls_max` of one agent, `tokens_max` of the run, `output_tokens_max` of one model call.
     """
@@ -87,6 +92,8 @@ class RunSpec(Frozen):
     roles: dict[Role, RoleChoice] = Field(default_factory=dict[Role, RoleChoice])
     acceptance: Annotated[tuple[Criterion, ...], Field(max_length=CRITERIA_MAX)] = ()
     board: Literal["none", "topology", "all"] = "none"
+    queue: QueueName | None = None
+    priority: Priority = 0
     deadline_s: Annotated[float, Field(gt=0)] | None = None
     steps_max: Count | None = None
     tool_calls_max: Count | None = None
@@ -191,7 +198,10 @@ class WorkflowReport(Frozen):
 
 
 class RunResult(Frozen):
-    """A run as the store has it; the one object that `agentic-flow run --json` prints."""
+    """A run as the store has it; the one object that `agentic-flow run --json` prints.
+
+    `queue` is the shared queue it was put into, `deadline_at_s` when it is too late for it to begin.
+    """
 
     run_id: str
     state: RunState
@@ -209,6 +219,9 @@ class RunResult(Frozen):
     workflow: WorkflowReport | None = None
     retry_of: str | None = None
     error: JsonObject | None = None
+    queue: str | None = None
+    priority: int = 0
+    deadline_at_s: float | None = None
     created_at_s: float = 0.0
     updated_at_s: float = 0.0
 
@@ -217,6 +230,7 @@ RunEventKind = Literal[
     "run_accepted",
     "run_started",
     "run_taken_over",
+    "run_handed_back",
     "run_given_up",
     "run_cancelled",
     "run_paused",
@@ -235,6 +249,7 @@ class RunEvent(Frozen):
     """Something that happened in a run. `sequence` counts the stored events of a run, from 1 without gaps.
 
     Kinds: `run_accepted`, `run_started`, `run_taken_over` (by another process, or resumed: `asked`),
+    `run_handed_back` (its worker left or died, or it was resumed: it waits in its queue again),
     `agent_started`, `step_finished` (agent, name: a model or tool call or another recorded step; of a step
     `assign` the data say who works next, on whose words, in which shape, and why if it changed),
     `agent_finished` (state, error), `question_asked` (id, text, options, default, until_s),

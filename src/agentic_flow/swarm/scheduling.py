@@ -7,7 +7,7 @@ tested, and a simulation can drive them on a clock of its own.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeVar
 
@@ -20,6 +20,10 @@ UNFINISHED: tuple[Status, ...] = ("queued", "running")
 ENDED: frozenset[RunState] = frozenset({"completed", "failed", "cancelled"})
 TAKEOVERS_MAX = 100
 """A workflow that took so many processes down with it is left alone until somebody resumes it."""
+
+QUEUED_BY = "(queue)"
+"""The owner of what waits in a shared queue: no process, and yet not dead."""
+DEFAULT_QUEUE = "default"
 
 Permission = Literal["granted", "cancelled", "lost"]
 ClaimVerdict = Literal["claim", "give_up", "leave"]
@@ -145,6 +149,80 @@ class Custody:
         self._idle_before = frozenset(idle)
         self._rounds = 2 if unheld else max(0, self._rounds - 1)
         return released
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """A run that waits in a shared queue.
+
+    Args:
+        run_id: The run.
+        queue: Where it waits.
+        priority: High ones go first.
+        tenant: Whose it is.
+        at_s: Since when it waits.
+        served_at_s: When a run of its tenant was last taken from a queue; 0: never.
+    """
+
+    run_id: str
+    queue: str
+    priority: int
+    tenant: str
+    at_s: float
+    served_at_s: float
+
+
+def chosen(
+    waiting: Iterable[Queued],
+    running: Mapping[tuple[str, str], int],
+    free: int,
+    *,
+    queue_runs_max: Mapping[str, int],
+    tenant_runs_max: int | None,
+) -> list[Queued]:
+    """Who gets the free places of a process, in order: by priority, then fair among tenants, then by age.
+
+    Fair as in `Places`: the tenant with the fewest runs at work is next, whichever processes have them; among
+    equals the one that was served the longest ago.
+
+    Args:
+        waiting: The oldest `free` runs, at least, of each queue, priority and tenant.
+        running: Queue and tenant → unfinished runs that processes have taken from it.
+        free: Places.
+        queue_runs_max: Queue → how many of its runs may be taken at a time; no entry: any number.
+        tenant_runs_max: So many runs of one tenant may be taken at a time; None: any number.
+    """
+    lines: dict[tuple[str, int, str], deque[Queued]] = {}
+    for one in sorted(waiting, key=lambda each: (each.at_s, each.run_id)):
+        lines.setdefault((one.queue, one.priority, one.tenant), deque()).append(one)
+    of_queue, of_tenant = Counter[str](), Counter[str]()
+    for (queue, tenant), count in running.items():
+        of_queue[queue] += count
+        of_tenant[tenant] += count
+    served_here: dict[str, int] = {}
+    found: list[Queued] = []
+
+    def order(line: deque[Queued]) -> tuple[float, ...]:
+        head = line[0]
+        here = served_here.get(head.tenant, 0)
+        return (-head.priority, of_tenant[head.tenant], here, head.served_at_s, head.at_s)
+
+    while len(found) < free:
+        heads = [
+            line
+            for (queue, _, tenant), line in lines.items()
+            if line
+            and (queue not in queue_runs_max or of_queue[queue] < queue_runs_max[queue])
+            and (tenant_runs_max is None or of_tenant[tenant] < tenant_runs_max)
+        ]
+        if not heads:
+            break
+        one = min(heads, key=order).popleft()
+        found.append(one)
+        of_queue[one.queue] += 1
+        of_tenant[one.tenant] += 1
+        served_here[one.tenant] = len(found)
+    return found
 
 
 class Waiting(Protocol):

@@ -154,9 +154,17 @@ class Swarm:
 
     @asynccontextmanager
     async def open(self, *, takeover: bool = False) -> AsyncGenerator[Swarm]:
-        """Start working. With `takeover` it continues interrupted runs, now and whenever one appears."""
-        async with self._engine.open(takeover=takeover):
+        """Start working.
+
+        With `takeover` it continues interrupted runs, now and whenever one appears, and takes runs from the
+        shared queues of the setting `swarm.queues`.
+        """
+        async with self._engine.open(takeover=takeover, queues=self._settings.queues if takeover else ()):
             yield self
+
+    async def drain(self, timeout_s: float) -> int:
+        """Begin no more runs and let those at work end; how many are left to others. See RunEngine."""
+        return await self._engine.drain(timeout_s)
 
     async def submit(self, principal: Principal, spec: RunSpec, *, idempotency_key: str | None = None) -> str:
         """See RunService. Everything that can be refused is refused before anything is stored."""
@@ -179,7 +187,13 @@ class Swarm:
         )
         run_id = _run_id(principal.tenant, idempotency_key)
         accepted = await self._engine.start(
-            RUN, run_id, payload.model_dump(mode="json"), tenant=principal.tenant
+            RUN,
+            run_id,
+            payload.model_dump(mode="json"),
+            tenant=principal.tenant,
+            queue=spec.queue,
+            priority=spec.priority,
+            deadline_s=None if spec.deadline_s is None else payload.started_at_s + spec.deadline_s,
         )
         if not accepted:
             record = await self._record(principal, run_id)
@@ -200,7 +214,17 @@ class Swarm:
         payload = await self._admission.admit(principal, request, time.time())
         run_id = _run_id(principal.tenant, idempotency_key)
         data = payload.model_dump(mode="json")
-        if not await self._engine.start(WORKFLOW, run_id, data, tenant=principal.tenant):
+        deadline_s = payload.workflow.deadline_s
+        accepted = await self._engine.start(
+            WORKFLOW,
+            run_id,
+            data,
+            tenant=principal.tenant,
+            queue=request.queue,
+            priority=request.priority,
+            deadline_s=None if deadline_s is None else payload.run.started_at_s + deadline_s,
+        )
+        if not accepted:
             record = await self._record(principal, run_id)
             if record.name != WORKFLOW or any(
                 record.payload[part] != data[part] for part in ("workflow", "inputs")
@@ -502,6 +526,9 @@ def summary_of(record: WorkflowRecord) -> RunResult:
     return result.model_copy(
         update={
             "retry_of": run.get("retry_of"),
+            "queue": record.queue,
+            "priority": record.priority,
+            "deadline_at_s": record.deadline_s,
             "created_at_s": record.created_at_s,
             "updated_at_s": record.updated_at_s,
         }
@@ -583,6 +610,7 @@ _KINDS: dict[str, RunEventKind] = {
     "accepted": "run_accepted",
     "started": "run_started",
     "taken_over": "run_taken_over",
+    "handed_back": "run_handed_back",
     "given_up": "run_given_up",
     "cancelled": "run_cancelled",
     "step_finished": "step_finished",

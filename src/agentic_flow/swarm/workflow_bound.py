@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import orjson
+from pydantic import ValidationError
 
 from agentic_flow.core.auth import Principal
 from agentic_flow.core.errors import InvalidInput
@@ -60,6 +61,8 @@ class BoundWorkflows:
         inputs: Mapping[str, Any] | None = None,
         *,
         idempotency_key: str | None = None,
+        queue: str | None = None,
+        priority: int = 0,
     ) -> str:
         """Accept a workflow durably and return the id of its run; follow it as any run (`client.runs`).
 
@@ -67,6 +70,8 @@ class BoundWorkflows:
             workflow: The path of a file, or the workflow itself.
             inputs: By name. Inputs of the type `path` are taken from the current folder.
             idempotency_key: The same key, workflow and inputs give the same run.
+            queue: The shared queue from which a worker takes it.
+            priority: -100 to 100; high ones go first.
 
         Raises:
             InvalidInput: the workflow or an input is wrong; `details["problems"]` has all that is.
@@ -74,10 +79,20 @@ class BoundWorkflows:
             Conflict: the key was used for another run.
         """
         source = await asyncio.to_thread(source_of, workflow)
-        request = WorkflowRequest(
+        fields: dict[str, Any] = {
             **source.model_dump(exclude_unset=True),
-            inputs=with_absolute_paths(workflow_of(source), inputs or {}),
-        )
+            "inputs": with_absolute_paths(workflow_of(source), inputs or {}),
+        }
+        if queue is not None or priority:
+            fields |= {"queue": queue, "priority": priority}
+        try:
+            request = WorkflowRequest(**fields)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            name = str(problem["loc"][0])
+            raise InvalidInput(
+                f"{name} {fields.get(name)!r} is refused: {problem['msg']}", hint=f"give another {name}"
+            ) from None
         runs, principal = await self._open()
         return await runs.submit_workflow(principal, request, idempotency_key=idempotency_key)
 

@@ -27,7 +27,17 @@ from agentic_flow.swarm.workflow_spec import (
 )
 from agentic_flow.swarm.workflow_text import Reference, Template, expression, is_template, template
 
-_OURS = ("inputs", "paths_allowed", "paths_forbidden", "budget_usd", "deadline_s", "tokens_max", "refines")
+_OURS = (
+    "inputs",
+    "paths_allowed",
+    "paths_forbidden",
+    "budget_usd",
+    "deadline_s",
+    "tokens_max",
+    "refines",
+    "queue",
+    "priority",
+)
 """Fields of a run that, within a workflow, are the workflow's."""
 _LATER = ("approve", "ask", "schedule", "signal", "wait", "sleep", "cron", "question")
 _ONE = {"team": "a team", "wait_for": "a wait"}

@@ -16,7 +16,7 @@ from agentic_flow.core.errors import InvalidInput
 from agentic_flow.core.messages import Frozen, JsonObject
 from agentic_flow.core.settings import SwarmSettings
 from agentic_flow.swarm.questions import OPTIONS_MAX, check_question
-from agentic_flow.swarm.runs import AgentName, Count, RunSpec, StepKind
+from agentic_flow.swarm.runs import AgentName, Count, Priority, QueueName, RunSpec, StepKind
 from agentic_flow.swarm.topology import Role
 from agentic_flow.swarm.workflow_file import Document, Format, bounded_document, parse_document
 from agentic_flow.swarm.workflow_text import SOURCE_CHARS_MAX
@@ -268,9 +268,11 @@ class WorkflowSource(Frozen):
 
 
 class WorkflowRequest(WorkflowSource):
-    """A workflow to run, with its inputs."""
+    """A workflow to run, with its inputs; `queue` and `priority` as in RunSpec."""
 
     inputs: JsonObject = Field(default_factory=dict[str, Any])
+    queue: QueueName | None = None
+    priority: Priority = 0
 
 
 @dataclass(frozen=True, slots=True)

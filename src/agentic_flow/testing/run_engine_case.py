@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -19,7 +19,13 @@ TENANT = "tenant-a"
 class MakeEngine(Protocol):
     """Gives an unopened engine on the store of the case."""
 
-    def __call__(self, *, runs_parallel_max: int = 8) -> RunEngine: ...
+    def __call__(
+        self,
+        *,
+        runs_parallel_max: int = 8,
+        queue_runs_max: Mapping[str, int] | None = None,
+        tenant_runs_max: int | None = None,
+    ) -> RunEngine: ...
 
 
 @dataclass
@@ -41,6 +47,17 @@ class RunEngineCase:
         for name, workflow in workflows.items():
             engine.register(self.id(name), workflow)
         async with engine.open(takeover=takeover):
+            yield engine
+
+    @asynccontextmanager
+    async def worker(
+        self, runs_parallel_max: int = 8, tenant_runs_max: int | None = None, /, **workflows: Workflow
+    ) -> AsyncGenerator[RunEngine]:
+        """An open engine that works for the queue `self.id("queue")`."""
+        engine = self.make(runs_parallel_max=runs_parallel_max, tenant_runs_max=tenant_runs_max)
+        for name, workflow in workflows.items():
+            engine.register(self.id(name), workflow)
+        async with engine.open(takeover=True, queues=[self.id("queue")]):
             yield engine
 
 

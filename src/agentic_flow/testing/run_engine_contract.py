@@ -22,6 +22,7 @@ from agentic_flow.testing.run_engine_case import (
     until,
 )
 from agentic_flow.testing.run_engine_inbox_contract import INBOX_CHECKS
+from agentic_flow.testing.run_engine_queue_contract import QUEUE_CHECKS
 from agentic_flow.testing.run_engine_retention_contract import RETENTION_CHECKS
 from agentic_flow.testing.run_engine_retry_contract import RETRY_CHECKS
 
@@ -683,4 +684,5 @@ CHECKS: tuple[Callable[[RunEngineCase], Awaitable[None]], ...] = (
     *INBOX_CHECKS,
     *RETENTION_CHECKS,
     *RETRY_CHECKS,
+    *QUEUE_CHECKS,
 )

@@ -1,0 +1,325 @@
+"""What every `RunEngine` must do with shared queues. Part of `run_engine_contract.CHECKS`.
+
+Each check has a queue of its own. `case.worker` works for it; an engine of `case.engine` only puts runs in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+
+from agentic_flow.core.errors import InvalidInput
+from agentic_flow.core.messages import JsonObject
+from agentic_flow.core.ports import QueueDepth, RunEngine, StepContext, Workflow, WorkflowContext
+from agentic_flow.testing.run_engine_case import (
+    TENANT,
+    TIMEOUT_S,
+    Journal,
+    RunEngineCase,
+    refused,
+    state_of,
+    until,
+)
+
+
+def noting(journal: Journal) -> Workflow:
+    """A workflow of one step, which notes whose it was."""
+
+    async def flow(context: WorkflowContext, payload: JsonObject) -> JsonObject:
+        return await context.step("s", journal.note(context.workflow_id))
+
+    return flow
+
+
+async def _put(
+    case: RunEngineCase, engine: RunEngine, name: str, tenant: str = TENANT, /, **more: int
+) -> str:
+    run = case.id(name)
+    put = await engine.start(case.id("flow"), run, {}, tenant=tenant, queue=case.id("queue"), **more)
+    assert put, run
+    return run
+
+
+async def _depth(case: RunEngineCase, engine: RunEngine) -> QueueDepth | None:
+    return next((one for one in await engine.queue_depths() if one.queue == case.id("queue")), None)
+
+
+async def _completed(engine: RunEngine, *runs: str) -> None:
+    async with asyncio.timeout(TIMEOUT_S):
+        for run in runs:
+            record = await engine.wait(run)
+            assert record.state == "completed", record
+
+
+async def accepts_what_others_execute(case: RunEngineCase) -> None:
+    """A process that executes nothing accepts runs, one that accepts nothing executes them, each once."""
+    journal = Journal()
+    flow = noting(journal)
+    async with case.engine(True, 0, flow=flow) as submitter:
+        run = await _put(case, submitter, "one", priority=3)
+        assert not await submitter.start(case.id("flow"), run, {}, tenant=TENANT, queue=case.id("queue"))
+        record = await submitter.get(run)
+        assert record is not None
+        assert (record.state, record.owner) == ("queued", None)
+        assert (record.queue, record.priority) == (case.id("queue"), 3)
+        # Whatever looks after interrupted runs leaves it alone: it is none, and nobody here may execute it.
+        assert run not in await submitter.resume_interrupted()
+        assert not await submitter.resume(run)
+        assert journal.calls == []
+        async with case.worker(flow=flow):
+            await _completed(submitter, run)
+    assert journal.calls == [run]
+    kinds = [event.kind for event in await case.make().events(run)]
+    assert kinds == ["accepted", "started", "step_finished", "ended"]
+    assert journal.keys == [f"{run}:1"]
+
+
+async def refuses_what_no_line_has(case: RunEngineCase) -> None:
+    """A priority outside the range is refused before anything is stored."""
+    async with case.engine(flow=noting(Journal())) as engine:
+        run = case.id("one")
+        await refused(
+            engine.start(case.id("flow"), run, {}, tenant=TENANT, queue=case.id("queue"), priority=101),
+            InvalidInput,
+        )
+        assert await engine.get(run) is None
+
+
+async def takes_by_priority_then_fairly(case: RunEngineCase) -> None:
+    """High priorities first; then tenants in turn, however many one of them has; then the oldest."""
+    journal = Journal()
+    async with case.engine(flow=noting(journal)) as submitter:
+        for number in range(4):
+            await _put(case, submitter, f"a{number}", "a")
+        for number in range(2):
+            await _put(case, submitter, f"b{number}", "b")
+        await _put(case, submitter, "urgent", "a", priority=1)
+        await _put(case, submitter, "idle", "b", priority=-1)
+        names = ["urgent", "b0", "a0", "b1", "a1", "a2", "a3", "idle"]
+        async with case.worker(1, flow=noting(journal)):
+            await _completed(submitter, *map(case.id, names))
+    assert journal.calls == [case.id(name) for name in names]
+
+
+async def starves_nobody(case: RunEngineCase) -> None:
+    """A tenant with a thousand runs that wait does not hold up another's one."""
+    journal = Journal()
+    entered: list[str] = []
+
+    async def flow(context: WorkflowContext, payload: JsonObject) -> JsonObject:
+        entered.append(context.workflow_id)
+        if len(entered) == 1:
+            await journal.gate.wait()
+        return {}
+
+    async with case.engine(flow=flow) as submitter:
+        await asyncio.gather(*(_put(case, submitter, f"many-{n}", "many") for n in range(1000)))
+        async with case.worker(1, flow=flow):
+
+            async def has_begun() -> bool:
+                return bool(entered)
+
+            await until(has_begun)
+            one = await _put(case, submitter, "one", "few")
+            journal.gate.set()
+            await _completed(submitter, one)
+            assert entered[1] == one, entered.index(one)
+    # The rest stays in a queue that nobody works for.
+
+
+async def keeps_to_tenant_limits(case: RunEngineCase) -> None:
+    """With places to spare, no tenant has more runs at work than it may, in two processes together."""
+    busy: Counter[str] = Counter()
+    most: Counter[str] = Counter()
+
+    async def flow(context: WorkflowContext, payload: JsonObject) -> JsonObject:
+        async def work(step: StepContext) -> JsonObject:
+            tenant = context.workflow_id.rpartition("-")[2][0]
+            busy[tenant] += 1
+            most[tenant] = max(most[tenant], busy[tenant])
+            await asyncio.sleep(0.01)
+            busy[tenant] -= 1
+            return {}
+
+        return await context.step("work", work)
+
+    async with case.engine(flow=flow) as submitter:
+        runs = [await _put(case, submitter, f"{t}{n}", f"{case.prefix}{t}") for n in range(6) for t in "xy"]
+        async with case.worker(4, 1, flow=flow), case.worker(4, 1, flow=flow):
+            await _completed(submitter, *runs)
+    assert most == {"x": 1, "y": 1}
+
+
+async def keeps_to_queue_limits(case: RunEngineCase) -> None:
+    """A queue's limit holds whatever places there are."""
+    now, most = [0], [0]
+
+    async def flow(context: WorkflowContext, payload: JsonObject) -> JsonObject:
+        now[0] += 1
+        most[0] = max(most[0], now[0])
+        await asyncio.sleep(0.01)
+        now[0] -= 1
+        return {}
+
+    engine = case.make(runs_parallel_max=6, queue_runs_max={case.id("queue"): 2})
+    engine.register(case.id("flow"), flow)
+    async with engine.open(queues=[case.id("queue")]):
+        runs = [await _put(case, engine, f"r{number}") for number in range(8)]
+        await _completed(engine, *runs)
+    assert most == [2]
+
+
+async def begins_nothing_too_early(case: RunEngineCase) -> None:
+    """A run that may not begin yet waits for its time, and is told apart from what is ready."""
+    started: list[float] = []
+
+    async def flow(context: WorkflowContext, payload: JsonObject) -> JsonObject:
+        started.append(time.time())
+        return {}
+
+    async with case.worker(flow=flow) as engine:
+        due_s = time.time() + 0.5
+        run = case.id("later")
+        queue = case.id("queue")
+        await engine.start(case.id("flow"), run, {}, tenant=TENANT, queue=queue, not_before_s=due_s)
+        assert await _depth(case, engine) == QueueDepth(queue, 0, 0.0, 1, 0)
+        record = await engine.get(run)
+        assert record is not None
+        assert (record.state, record.not_before_s) == ("queued", due_s)
+        await _completed(engine, run)
+    assert started[0] >= due_s
+
+
+async def fails_what_begins_too_late(case: RunEngineCase) -> None:
+    """A run whose deadline passes while it waits fails and says why; nobody executes it afterwards."""
+    journal = Journal()
+    async with case.engine(True, 0, flow=noting(journal)) as submitter:
+        run = case.id("late")
+        queue = case.id("queue")
+        await submitter.start(
+            case.id("flow"), run, {}, tenant=TENANT, queue=queue, deadline_s=time.time() + 0.2
+        )
+        async with asyncio.timeout(TIMEOUT_S):
+            record = await submitter.wait(run)
+        assert record.state == "failed"
+        assert (record.error or {})["code"] == "deadline_exceeded"
+        assert [event.kind for event in await submitter.events(run)] == ["accepted", "ended"]
+        async with case.worker(flow=noting(journal)) as worker:
+            await _completed(submitter, await _put(case, worker, "after"))
+    assert journal.calls == [case.id("after")]
+
+
+async def cancels_what_waits(case: RunEngineCase) -> None:
+    """A run that is cancelled while it waits is taken by nobody; resumed, it waits again and is executed."""
+    journal = Journal()
+    async with case.engine(flow=noting(journal)) as submitter:
+        one, other = await _put(case, submitter, "one"), await _put(case, submitter, "other")
+        assert await submitter.cancel(one)
+        depth = await _depth(case, submitter)
+        assert depth is not None
+        assert (depth.waiting, depth.running) == (1, 0)
+        async with case.worker(1, flow=noting(journal)):
+            await _completed(submitter, other)
+            assert await state_of(submitter, one) == "cancelled"
+            assert await submitter.resume(one)
+            await _completed(submitter, one)
+            assert await _depth(case, submitter) is None
+    assert journal.calls == [other, one]
+
+
+async def hands_back_on_leaving(case: RunEngineCase) -> None:
+    """What a worker has not finished when it leaves waits at once again; recorded steps are not repeated."""
+    journal = Journal()
+
+    async def flow(context: WorkflowContext, payload: JsonObject) -> JsonObject:
+        await context.step("first", journal.note("first"))
+        return await context.step("second", journal.hold("second"))
+
+    async with case.engine(flow=flow) as submitter:
+        run = await _put(case, submitter, "one")
+        async with case.worker(flow=flow):
+            await journal.begun.wait()
+            depth = await _depth(case, submitter)
+            assert depth is not None
+            assert (depth.waiting, depth.running) == (0, 1)
+        assert await state_of(submitter, run) == "queued"
+        journal.gate.set()
+        async with case.worker(flow=flow):
+            await _completed(submitter, run)
+    assert journal.calls == ["first", "second", "second"]
+    kinds = [event.kind for event in await case.make().events(run)]
+    assert kinds[3:] == ["handed_back", "started", "step_finished", "ended"], kinds
+
+
+async def drains(case: RunEngineCase) -> None:
+    """A process that drains finishes what works, takes no more, and says what it could not finish."""
+    journal = Journal()
+
+    async def flow(context: WorkflowContext, payload: JsonObject) -> JsonObject:
+        return await context.step("held", journal.hold(context.workflow_id))
+
+    async with case.engine(flow=flow) as submitter:
+        one = await _put(case, submitter, "one")
+        async with case.worker(1, flow=flow) as worker:
+            await journal.begun.wait()
+            other = await _put(case, submitter, "other")
+            assert await worker.drain(0.05) == 1
+            journal.gate.set()
+            assert await worker.drain(TIMEOUT_S) == 0
+            assert await state_of(submitter, one) == "completed"
+        assert await state_of(submitter, other) == "queued"
+        assert await submitter.cancel(other)
+    assert journal.calls == [one]
+
+
+async def shares_among_workers(case: RunEngineCase) -> None:
+    """Runs that two workers take at the same time are executed once each, and by both of them."""
+    journal = Journal()
+    by: Counter[int] = Counter()
+
+    def of(worker: int) -> Workflow:
+        async def flow(context: WorkflowContext, payload: JsonObject) -> JsonObject:
+            by[worker] += 1
+            return await context.step("s", journal.note(context.workflow_id))
+
+        return flow
+
+    async with case.engine(flow=of(0)) as submitter:
+        runs = list(await asyncio.gather(*(_put(case, submitter, f"r{n}", f"t{n % 3}") for n in range(60))))
+        async with case.worker(2, flow=of(1)), case.worker(2, flow=of(2)):
+            await _completed(submitter, *runs)
+    assert sorted(journal.calls) == sorted(runs)
+    assert set(by) == {1, 2}
+
+
+async def holds_what_is_paused(case: RunEngineCase) -> None:
+    """A run that was paused while it waited is held by whoever takes it, and takes nobody's place."""
+    journal = Journal()
+    async with case.engine(flow=noting(journal)) as submitter:
+        held = await _put(case, submitter, "held")
+        assert await submitter.pause(held)
+        assert await state_of(submitter, held) == "paused"
+        async with case.worker(1, flow=noting(journal)):
+            await _completed(submitter, await _put(case, submitter, "next"))
+            assert journal.calls == [case.id("next")]
+            assert await submitter.unpause(held)
+            await _completed(submitter, held)
+
+
+QUEUE_CHECKS: tuple[Callable[[RunEngineCase], Awaitable[None]], ...] = (
+    accepts_what_others_execute,
+    refuses_what_no_line_has,
+    takes_by_priority_then_fairly,
+    starves_nobody,
+    keeps_to_tenant_limits,
+    keeps_to_queue_limits,
+    begins_nothing_too_early,
+    fails_what_begins_too_late,
+    cancels_what_waits,
+    hands_back_on_leaving,
+    drains,
+    shares_among_workers,
+    holds_what_is_paused,
+)

@@ -1,0 +1,98 @@
+"""`agentic-flow worker` from outside: a server that only accepts, workers that only execute."""
+
+# pyright: basic, reportMissingImports=false
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from threading import Event
+
+from cli_process import Place
+from scripted_team import GOAL, make_folder, team
+from test_cli_serve import QUESTION, get, remote
+
+from agentic_flow.testing.fake_provider import FakeProvider, Reply
+from agentic_flow.testing.fake_wires import SeenRequest
+
+
+def test_a_server_accepts_and_a_worker_executes(tmp_path: Path) -> None:
+    """Catches a server without places that executes, a depth that is not shown, or a worker nobody asks."""
+    place = Place(tmp_path)
+    folder = make_folder(tmp_path)
+    with (
+        place.start("serve", "all", AGENTIC_FLOW_SWARM__RUNS_PARALLEL_MAX="0") as server,
+        remote(server.addresses()["platform"], place) as client,
+    ):
+        url = client.settings.peers.platform_url
+        by_default = client.runs.submit(QUESTION, input=folder, agents=1)
+        nightly = client.runs.submit(QUESTION, input=folder, agents=1, queue="nightly", priority=5)
+        shown = client.runs.show(nightly)
+        assert (shown.state, shown.queue, shown.priority) == ("queued", "nightly", 5)
+        assert client.runs.show(by_default).queue == "default"
+        metrics = ""
+        while 'agentic_flow_queue_waiting_runs{queue="nightly"} 1.0' not in metrics:
+            metrics = get(f"{url}/metrics")[1]  # measured again every two seconds
+        assert 'agentic_flow_queue_waiting_runs{queue="default"} 1.0' in metrics
+        assert 'agentic_flow_queue_oldest_wait_seconds{queue="nightly"}' in metrics
+        with place.start("worker", "--queue", "nightly", "--places", "2", "--json") as worker:
+            worker.until(lambda line: "takes runs from nightly, 2 at a time" in line)
+            assert client.runs.wait(nightly).state == "completed"
+            assert client.runs.show(by_default).state == "queued"
+            worker.signal(signal.SIGTERM)
+            done = worker.end()
+        assert done.code == 0, done.err
+        assert done.data == {"working": {"queues": ["nightly"], "places": 2}}
+        assert "Traceback" not in done.err
+        with place.start("worker") as worker:
+            worker.until(lambda line: "takes runs from default" in line)
+            assert client.runs.wait(by_default).state == "completed"
+        server.signal(signal.SIGTERM)
+        assert server.end().code == 0
+
+
+def test_a_worker_that_leaves_hands_back(tmp_path: Path) -> None:
+    """Catches a worker that waits for ever for a slow model, or takes the run with it."""
+    folder = make_folder(tmp_path)
+    asked, goes_on = Event(), Event()
+
+    def script(request: SeenRequest) -> Reply:
+        if "Split it into at most" in request.last_text or goes_on.is_set():
+            return team(request)
+        asked.set()
+        return Reply.broken("hang")
+
+    with FakeProvider(script) as provider:
+        place = Place(
+            tmp_path,
+            OPENAI_BASE_URL=provider.openai_url,
+            OPENAI_API_KEY="test-key",
+            AGENTIC_FLOW_GATEWAY__MODEL="openai:some-model",
+            AGENTIC_FLOW_SWARM__LEASE_S="300",
+        )
+        with (
+            place.start("serve", "all", AGENTIC_FLOW_SWARM__RUNS_PARALLEL_MAX="0") as server,
+            remote(server.addresses()["platform"], place) as client,
+        ):
+            with place.start("worker", "--drain-s", "0.1") as worker:
+                worker.until(lambda line: "takes runs" in line)
+                run = client.runs.submit(GOAL, input=folder, agents=2)
+                assert asked.wait(60)
+                worker.signal(signal.SIGTERM)
+                worker.until(lambda line: "1 unfinished runs handed back" in line)
+                assert worker.end().code == 0
+            assert client.runs.show(run).state == "queued"
+            goes_on.set()
+            with place.start("worker") as worker:
+                worker.until(lambda line: "takes runs" in line)
+                assert client.runs.wait(run).state == "completed"
+        plans = sum("Split it into at most" in request.last_text for request in provider.requests)
+    assert plans == 1
+
+
+def test_a_worker_with_nothing_to_do_is_refused(tmp_path: Path) -> None:
+    """Catches a worker that starts and can never take a run."""
+    place = Place(tmp_path)
+    refused = place.run("worker", AGENTIC_FLOW_SWARM__RUNS_PARALLEL_MAX="0")
+    assert refused.code == 2
+    assert "0 places" in refused.problem
