@@ -1,7 +1,7 @@
 """Writes RESULTS.md beside this file, a section for each benchmark; those that are not renewed keep theirs.
 
 Usage: python benchmarks/report.py [--only SECTION]… [--kept]
-       sections: answers ingest steps swarm queue startup agentdb million http router gateway soak
+       sections: answers ingest steps swarm queue speedup startup agentdb million http router gateway soak
        memory-stream minigrid bank
 """
 
@@ -32,6 +32,7 @@ import router  # noqa: E402
 import steps  # noqa: E402
 import swarm_engine  # noqa: E402
 import swarm_queue  # noqa: E402
+import swarm_speedup  # noqa: E402
 
 RESULTS = HERE / "RESULTS.md"
 HEAD = """# Results
@@ -45,6 +46,7 @@ SECTIONS: dict[str, tuple[str, Callable[[bool], str]]] = {
     "steps": (steps.TITLE, lambda _: steps.section()),
     "swarm": (swarm_engine.TITLE, lambda _: swarm_engine.section()),
     "queue": (swarm_queue.TITLE, lambda _: swarm_queue.section()),
+    "speedup": (swarm_speedup.TITLE, lambda _: swarm_speedup.section()),
     "startup": (cli_startup.TITLE, lambda _: cli_startup.section()),
     "agentdb": (agentdb_report.TITLE, agentdb_report.section),
     "million": (agentdb_report.MILLION_TITLE, agentdb_report.million_section),
