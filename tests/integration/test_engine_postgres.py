@@ -26,6 +26,7 @@ from test_engine_crash import (
 
 from agentic_flow.core.errors import Unavailable
 from agentic_flow.swarm.engine import SqlRunEngine
+from agentic_flow.swarm.leases import RunDatabase
 from agentic_flow.testing.run_engine_contract import CHECKS, RunEngineCase
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -93,6 +94,25 @@ def test_server_that_is_not_there(tmp_path: Path) -> None:
 
     with pytest.raises(Unavailable, match=r"swarm\.database_url"):
         asyncio.run(main())
+
+
+def test_a_process_begins_while_others_write(server: str, tmp_path: Path) -> None:
+    """Catches a start that asks for its tables so that it waits for those who write, or deadlocks with them."""
+    database = RunDatabase(new_database(server), tmp_path)
+    database.create()
+    impatient = RunDatabase(f"{database.url}&options=-c%20lock_timeout%3D2s", tmp_path)
+    try:
+        with database.transaction() as connection:
+            for table in ("af_workflows", "af_queued", "af_events", "af_inbox"):
+                connection.execute(f"DELETE FROM {table}")
+            impatient.create()
+        with database.transaction() as connection:
+            connection.execute("DROP INDEX af_queued_served")
+        impatient.create()
+        assert impatient.has_table("af_queued_served")
+    finally:
+        impatient.close()
+        database.close()
 
 
 def test_killed_at_random_points(store: Store) -> None:

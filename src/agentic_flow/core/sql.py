@@ -41,6 +41,7 @@ _CONNECTION_OPTIONS = {
 """Of libpq, in seconds, the last in milliseconds: a server out of reach is an error, not a silence."""
 _WAL_RETRY_S = 0.02
 _NAME = re.compile(r"(?<![:\w]):([a-z_][a-z0-9_]*)", re.IGNORECASE)
+_MADE = re.compile(r"CREATE (?:UNIQUE )?(?:TABLE|INDEX) IF NOT EXISTS (\w+)")
 _NO_VALUES = "(SELECT 1 WHERE 1 != 1)"
 
 Bindings = Mapping[str, Any]
@@ -160,13 +161,32 @@ class SqlDatabase:
             return self._files
 
     def create(self) -> None:
-        """Make the tables. Idempotent, also when several processes do it together."""
-        with self.transaction() as connection:
-            if not self.is_sqlite:
+        """Make the tables. Idempotent, also when several processes do it together, and others are at work."""
+        if self.is_sqlite:
+            with self.transaction() as connection:
+                for statement in self._create:
+                    connection.execute(statement)
+            return
+        for statement in self._not_made():
+            # One table's lock at a time: a transaction with those of several would deadlock with writers.
+            with self.transaction() as connection:
                 # PostgreSQL serialises the making of one database's tables by this number.
                 connection.execute(f"SELECT pg_advisory_xact_lock({crc32(self._name.encode())})")
-            for statement in self._create:
                 connection.execute(statement)
+
+    def _not_made(self) -> list[str]:
+        """The statements whose tables and indexes are not there: on PostgreSQL, to ask for an index that is
+        there waits for all who write to its table, and keeps them waiting.
+        """
+        made = [(statement, _MADE.match(statement)) for statement in self._create]
+        names = {match[1] for _, match in made if match}
+        with self.reading() as connection:
+            there = {
+                name
+                for name in names
+                if connection.execute("SELECT to_regclass(:name)", {"name": name}).scalar_one() is not None
+            }
+        return [statement for statement, match in made if match is None or match[1] not in there]
 
     def close(self) -> None:
         with self._opening:
