@@ -139,7 +139,7 @@ class Breaker:
             CircuitOpen: the circuit is open, or its one probe is under way; carries `retry_after_s`.
         """
         if self._opened_at_s is None:
-            return Permit(self, self._generation, is_probe=False)
+            return Permit(self, self._generation, False)
         now_s = self._clock.monotonic_s()
         waited_s = now_s - self._opened_at_s
         # The same comparison as `state`, so that both always agree.
@@ -175,24 +175,24 @@ class Breaker:
                 self._failures += 1
                 self._open()
         elif outcome is not None:
-            rate_is_high = self._count(not outcome)
-            self._failures = 0 if outcome else self._failures + 1
-            if not outcome and (self._failures >= self._failures_max or rate_is_high):
+            step = int(self._clock.monotonic_s() / self._step_s)
+            slot = step % _BUCKETS
+            if self._stamps[slot] != step:
+                self._stamps[slot] = step
+                self._calls[slot] = self._failed[slot] = 0
+            self._calls[slot] += 1
+            if outcome:
+                self._failures = 0
+                return
+            self._failures += 1
+            self._failed[slot] += 1
+            if self._failures >= self._failures_max or self._fails_often(step):
                 self._open()
 
-    def _count(self, failed: bool) -> bool:
-        """Enter a call into the window; whether too many of those in it have failed."""
+    def _fails_often(self, step: int) -> bool:
+        """Whether too many of the calls in the window that ends with `step` have failed."""
         if self._error_rate_max is None:
             return False
-        step = int(self._clock.monotonic_s() / self._step_s)
-        slot = step % _BUCKETS
-        if self._stamps[slot] != step:
-            self._stamps[slot] = step
-            self._calls[slot] = self._failed[slot] = 0
-        self._calls[slot] += 1
-        if not failed:
-            return False
-        self._failed[slot] += 1
         oldest = step - _BUCKETS
         current = [slot for slot, stamp in enumerate(self._stamps) if stamp > oldest]
         calls = sum(self._calls[slot] for slot in current)

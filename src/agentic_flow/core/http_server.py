@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import urllib.parse
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, Protocol, cast
 
 import httptools
@@ -32,6 +32,7 @@ RawHeaders = Iterable[tuple[bytes, bytes]]
 _PATHS: dict[bytes, str] = {}
 _PATHS_MAX, _PATH_KEPT_MAX_BYTES = 256, 128
 _PLAIN_PATH = frozenset(range(0x21, 0x7F)) - frozenset(b"%#")
+_OK = STATUS_LINE[200][:-2]
 
 
 class Exchange(Protocol):
@@ -78,8 +79,16 @@ class WholeExchange(Exchange, Protocol):
         """Tells by `write_paused` whether the client has not taken enough of earlier answers yet."""
         ...
 
-    def on_stopping(self, told: Callable[[], None] | None) -> None:
-        """Call this once if the server is told to stop before the answer is complete."""
+    def on_end(self, told: Callable[[], None] | None) -> None:
+        """`on_gone`; and call it as well if the server is told to stop before the answer is complete."""
+        ...
+
+    def give(self, lines: list[bytes], body: bytes) -> None:
+        """A whole answer with status 200, instead of `begin` and `put`.
+
+        Args:
+            lines: Of its head, without their ends; the body's length is added.
+        """
         ...
 
     def run(self) -> None:
@@ -149,6 +158,21 @@ class AsgiExchange:
 class _Cycle(RequestResponseCycle):
     """uvicorn's request and answer, as an `Exchange` too."""
 
+    # As they begin; most requests change few of them.
+    disconnected = False
+    more_body = True
+    response_started = False
+    response_complete = False
+    chunked_encoding: bool | None = None
+    expected_content_length = 0
+    start: Callable[[_Cycle], None] | None = None
+    """Makes the task; None once it was made."""
+    _event: asyncio.Event | None = None
+    _taken = False
+    _head: Sequence[bytes] = ()
+    _told: Callable[[], None] | None = None
+    _stopping: Callable[[], None] | None = None
+
     def __init__(self, protocol: ServerProtocol, scope: Any, keep_alive: bool) -> None:
         # What uvicorn's own sets, without its many arguments and the event that most requests never need.
         self.scope = scope
@@ -159,22 +183,9 @@ class _Cycle(RequestResponseCycle):
         self.access_log = protocol.access_log
         self.default_headers = protocol.server_state.default_headers
         self.on_response = protocol.on_response_complete
-        self.disconnected = False
         self.keep_alive = keep_alive
         self.waiting_for_100_continue = protocol.expect_100_continue
         self.body = bytearray()
-        self.more_body = True
-        self.response_started = False
-        self.response_complete = False
-        self.chunked_encoding: bool | None = None
-        self.expected_content_length = 0
-        self._event: asyncio.Event | None = None
-        self._taken = False
-        self._head: list[bytes] = []
-        self._told: Callable[[], None] | None = None
-        self._stopping: Callable[[], None] | None = None
-        self.start: Callable[[_Cycle], None] | None = None
-        """Makes the task; None once it was made."""
 
     @property
     def message_event(self) -> asyncio.Event:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -189,9 +200,11 @@ class _Cycle(RequestResponseCycle):
 
     # WholeExchange
 
-    def on_stopping(self, told: Callable[[], None] | None) -> None:
+    def on_end(self, told: Callable[[], None] | None) -> None:
         """See `WholeExchange`."""
-        self._stopping = told
+        self._told = self._stopping = told
+        if told is not None and self.disconnected:
+            self.gone()
 
     def stop(self) -> None:
         """The server is told to stop."""
@@ -204,6 +217,25 @@ class _Cycle(RequestResponseCycle):
         start, self.start, self._stopping = self.start, None, None
         assert start is not None, "a request gets one task"
         start(self)
+
+    def give(self, lines: list[bytes], body: bytes) -> None:
+        """See `WholeExchange`."""
+        if self.response_started:
+            raise RuntimeError("an answer begins once")
+        self.response_started = True
+        if self.disconnected:
+            return
+        head = [_OK, *[name + b": " + value for name, value in self.default_headers], *lines]
+        head.append(b"content-length: %d" % len(body))
+        if not self.keep_alive:
+            head.append(b"connection: close")
+        text = b"\r\n".join(head)
+        ends = len(head) - 1
+        if text.count(b"\n") != ends or text.count(b"\r") != ends or b"\0" in text:
+            raise RuntimeError("a header has a line break in it")
+        shown = b"" if self.scope["method"] == "HEAD" else body
+        self.transport.write(b"%b\r\n\r\n%b" % (text, shown))
+        self._end()
 
     # Exchange
 
@@ -251,7 +283,7 @@ class _Cycle(RequestResponseCycle):
         """See `Exchange`."""
         if self.disconnected:
             return True
-        pieces, self._head = self._head, []
+        pieces, self._head = [*self._head], ()
         if self.scope["method"] == "HEAD":
             self.expected_content_length = 0
         elif self.chunked_encoding:
@@ -310,11 +342,14 @@ class _Cycle(RequestResponseCycle):
         """Nothing came that it could be sent with."""
         if self._head and not self.transport.is_closing():
             self.transport.write(b"".join(self._head))
-        self._head = []
+        self._head = ()
 
     def _complete(self) -> None:
         if self.expected_content_length != 0:
             raise RuntimeError("the body is shorter than its content-length")
+        self._end()
+
+    def _end(self) -> None:
         self.response_complete = True
         # Or the scope and this would hold each other, and only the garbage collector could free them.
         self.scope["extensions"] = {}
@@ -336,12 +371,13 @@ class ServerProtocol(HttpToolsProtocol):
         self._held: _Cycle | None = None
         self._held_timer: asyncio.TimerHandle | None = None
         self._at_once: AtOnce | None = None
+        self._places: Container[tuple[str, str]] = ()
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
         self._idle_since_s = None
         try:
-            cast(Any, self.parser).feed_data(data)
+            self.parser.feed_data(data)  # pyright: ignore[reportUnknownMemberType] - a `cast` is a call
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._refuse(error)
         held = self._held
@@ -414,7 +450,8 @@ class ServerProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """See `httptools.HttpRequestParser`."""
         parser: Any = self.parser
-        app = cast(Any, self).app
+        connection: Any = self
+        app = connection.app
         scope: Any = self.scope
         url = self.url
         version = parser.get_http_version()
@@ -440,12 +477,11 @@ class ServerProtocol(HttpToolsProtocol):
         cycle = _Cycle(self, scope, version != "1.0" and parser.should_keep_alive())
         self.cycle = cycle
         if before is None or before.response_complete:
-            at_once = self._at_once = self._at_once or getattr(app, "at_once", None)
-            if (
-                at_once is not None
-                and not self.expect_100_continue
-                and (path, scope["method"]) in at_once.places
-            ):
+            if self._at_once is None:
+                at_once: AtOnce | None = getattr(app, "at_once", None)
+                if at_once is not None:
+                    self._at_once, self._places = at_once, at_once.places
+            if (path, scope["method"]) in self._places and not self.expect_100_continue:
                 cycle.start = self._run
                 self._held = cycle
             else:

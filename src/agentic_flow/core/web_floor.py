@@ -67,6 +67,7 @@ ALWAYS_OPEN = frozenset({"/health", "/health/live", "/health/ready", "/metrics"}
 STALL_TIMEOUT_S = 30.0
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_LOOK_EACH_S = 0.25
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _TENANTS_MAX = 10_000
 _ERRORS_SHOWN_MAX = 20
@@ -142,6 +143,9 @@ class Floor:
         reset_contextvars(**first)
         # By method, route and status: looking a series up costs three times what counting in it does.
         self._observe: dict[tuple[str, str, int], Callable[[float], None]] = {}
+        # Whether anybody wants spans or lines, as it was at that time: for requests without a task.
+        self._traces = self._writes = True
+        self._looked_at_s = float("-inf")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -240,22 +244,24 @@ class Floor:
         """See `core.http_server.AtOnce`."""
         scope = exchange.scope
         headers: RawHeaderMap = dict(reversed(scope["headers"]))
-        if exchange.flow.write_paused or not self._trace_headers.isdisjoint(headers) or traces():
+        started_s = time.perf_counter()
+        if started_s - self._looked_at_s > _LOOK_EACH_S:
+            self._looked_at_s = started_s
+            self._traces, self._writes = traces(), writes_info()
+        if exchange.flow.write_paused or self._traces or not self._trace_headers.isdisjoint(headers):
             return False
         try:
             if not self._auth_required:
                 _check_origin_of(headers, scope["scheme"])
             credential = _credential_in(headers)
-            principal = None
-            if credential is None:
-                if not self._auth_required:
-                    principal = LOCAL_OWNER
-            elif self._known is not None:
-                principal = self._known(credential)
+            if credential is not None:
+                principal = None if self._known is None else self._known(credential)
+            else:
+                principal = None if self._auth_required else LOCAL_OWNER
             if principal is None:
                 return False
             begin = self._ahead[scope["path"], scope["method"]]
-            return begin(Ahead(self, exchange, headers, principal))
+            return begin(Ahead(self, exchange, headers, principal, started_s))
         except AgenticFlowError:
             return False  # whatever it is, the way with a task says it again
         except Exception:  # noqa: BLE001 - a bug of ours: logged, and the other way is still open
@@ -279,15 +285,14 @@ class Floor:
     def finished(self, ahead: Ahead) -> None:
         """Record a request that was answered with status 200."""
         scope = ahead.exchange.scope
+        method, path = scope["method"], scope["path"]
+        duration_s = time.perf_counter() - ahead.started_s
+        observe = self._observe.get((method, path, 200))
+        if observe is not None and not self._writes:
+            observe(duration_s)  # what `_record` would do
+            return
         self._record(
-            scope["method"],
-            scope["path"],
-            200,
-            time.perf_counter() - ahead.started_s,
-            ahead.request_id,
-            ahead.principal,
-            trace.INVALID_SPAN,
-            None,
+            method, path, 200, duration_s, ahead.request_id, ahead.principal, trace.INVALID_SPAN, None
         )
 
     async def _admit(self, scope: Scope, headers: RawHeaderMap) -> None:
@@ -440,7 +445,12 @@ class Ahead:
     )
 
     def __init__(
-        self, floor: Floor, exchange: WholeExchange, headers: RawHeaderMap, principal: Principal
+        self,
+        floor: Floor,
+        exchange: WholeExchange,
+        headers: RawHeaderMap,
+        principal: Principal,
+        started_s: float,
     ) -> None:
         self._floor = floor
         self.log_context = floor.log_context
@@ -449,14 +459,14 @@ class Ahead:
         self.headers = headers
         self.principal = principal
         self.request_id = _request_id(headers)
-        self.started_s = time.perf_counter()
+        self.started_s = started_s
         self.route_state: Any = None
         """What the route keeps."""
 
     def body(self) -> bytes | None:
         """The request's body, which stays where it is; None: it is too large, or the client has left."""
-        body = bytes(self.exchange.body)
-        return body if len(body) <= self._floor.body_max_bytes else None
+        body = self.exchange.body
+        return bytes(body) if len(body) <= self._floor.body_max_bytes else None
 
     def count(self) -> None:
         """Count the request: it will be answered.
@@ -467,19 +477,20 @@ class Ahead:
         self._floor.count(f"tenant {self.principal.tenant}")
         self.exchange.whole_body()
 
-    def finish(self, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
-        """Answer with status 200, and record it."""
-        headers.append((b"content-length", b"%d" % len(body)))
-        headers.append((_REQUEST_ID_NAME, self.request_id.encode()))
-        exchange = self.exchange
-        exchange.begin(200, headers)
-        exchange.put(body, more=False)
+    def finish(self, lines: list[bytes], body: bytes) -> None:
+        """Answer with status 200, and record it.
+
+        Args:
+            lines: Of its head, without their ends; the request's id and the body's length are added.
+        """
+        lines.append(_REQUEST_ID_NAME + b": " + self.request_id.encode())
+        self.exchange.give(lines, body)
         self.route_state = None  # or the two would hold each other
         self._floor.finished(self)
 
     def hand_over(self) -> None:
         """Go on in a task, through the app of the route."""
-        self.exchange.on_gone(None)
+        self.exchange.on_end(None)
         self.exchange.scope["state"][AHEAD] = self
         self.exchange.run()
 

@@ -54,23 +54,25 @@ class CallRecord:
         clock: Times.
     """
 
+    # As they begin.
+    tries = 0
+    cached = False
+    estimated = False
+    first_event_s: float | None = None
+    destination: Destination | None = None
+    """Who was asked last."""
+    _closed = False
+    _spent: Usage | None = None
+
     def __init__(
         self, question: Question, caller: Caller, request_id: str, books: Books | None, clock: Clock
     ) -> None:
-        self.tries = 0
-        self.cached = False
-        self.estimated = False
-        self.first_event_s: float | None = None
-        self.destination: Destination | None = None
-        """Who was asked last."""
         self._question = question
         self._caller = caller
         self._request_id = request_id
         self._books = books
         self._clock = clock
         self._started_s = clock.monotonic_s()
-        self._closed = False
-        self._spent: Usage | None = None
 
     def spend(self, usage: Usage) -> None:
         """Add what an answer cost that the caller does not get."""
@@ -110,8 +112,12 @@ class CallRecord:
             self.start_span(), end_on_exit=True, record_exception=False, set_status_on_exception=False
         )
 
-    def finished(self, span: Span, completion: Completion | Ended) -> None:
-        """The answer is whole."""
+    def finished(self, span: Span, completion: Completion | Ended, *, told: bool | None = None) -> None:
+        """The answer is whole.
+
+        Args:
+            told: Whether a line is written; None: as log lines of the level info are.
+        """
         usage = completion.usage
         if span is not trace.INVALID_SPAN and span.is_recording():
             span.set_attributes(
@@ -125,7 +131,7 @@ class CallRecord:
             )
             if usage.cost_usd is not None:
                 span.set_attribute("agentic_flow.cost_usd", usage.cost_usd)
-        if writes_info():
+        if writes_info() if told is None else told:
             self._tell(completion)
         self._enter("ok", completion.provider, completion.model, usage)
 
@@ -170,30 +176,27 @@ class CallRecord:
             usage = usage + self._spent
         question, caller, cost = self._question, self._caller, usage.cost_usd
         self._books(
-            UsageRecord(
-                at_s=self._clock.time_s(),
-                request_id=self._request_id,
-                tenant=caller.tenant,
-                key=caller.key,
-                agent=caller.agent,
-                run=caller.run,
-                provider=provider,
-                model=model,
-                asked=question.asked,
-                wire=question.wire or "",
-                input_tokens=usage.input_tokens,
-                output_tokens=usage.output_tokens,
-                cache_read_tokens=usage.cache_read_tokens,
-                cache_write_tokens=usage.cache_write_tokens,
-                reasoning_tokens=usage.reasoning_tokens,
-                cost_nano_usd=None if cost is None else nano_usd(cost),
-                latency_s=self.elapsed_s(),
-                first_token_s=self.first_event_s,
-                status=status,
-                tries=self.tries,
-                cached=self.cached,
-                estimated=self.estimated,
-                streamed=question.stream,
+            UsageRecord(  # by position: two dozen names cost two microseconds more
+                self._clock.time_s(),
+                self._request_id,
+                *caller,
+                provider,
+                model,
+                question.asked,
+                question.wire or "",
+                usage.input_tokens,
+                usage.output_tokens,
+                usage.cache_read_tokens,
+                usage.cache_write_tokens,
+                usage.reasoning_tokens,
+                None if cost is None else nano_usd(cost),
+                self._clock.monotonic_s() - self._started_s,
+                self.first_event_s,
+                status,
+                self.tries,
+                self.cached,
+                self.estimated,
+                question.stream,
             )
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -45,11 +46,11 @@ class Exchange:
 
     __slots__ = ("_answer", "_health", "_lease", "_slow", "_started_s", "_streamed", "begun")
 
-    def __init__(self, lease: Lease, health: Health, streamed: bool) -> None:
+    def __init__(self, lease: Lease, health: Health, streamed: bool, started_s: float | None = None) -> None:
         self._lease = lease
         self._health = health
         self._streamed = streamed
-        self._started_s = health.clock.monotonic_s()
+        self._started_s = health.clock.monotonic_s() if started_s is None else started_s
         self._slow = False
         self._answer: HttpAnswer | None = None
         self.begun = False
@@ -104,21 +105,26 @@ class Exchange:
 class Begun:
     """An exchange under way whose answer nobody waits for yet: what `open` goes on with."""
 
-    __slots__ = ("exchange", "lease", "pending")
+    __slots__ = ("_health", "_started_s", "lease", "pending")
 
-    def __init__(self, exchange: Exchange, lease: Lease, pending: Pending) -> None:
-        self.exchange = exchange
+    def __init__(self, lease: Lease, pending: Pending, health: Health, started_s: float) -> None:
         self.lease = lease
         self.pending = pending
+        self._health = health
+        self._started_s = started_s
+
+    def exchange(self) -> Exchange:
+        """What somebody who waits needs; made for nobody else."""
+        return Exchange(self.lease, self._health, False, self._started_s)
 
     def finish(self) -> None:
         """The answer is whole, and was used."""
-        self.exchange.finished()
+        self.lease.succeeded()  # as `Exchange.finished` of one that is not streamed
         self.pending.taken()
 
     def drop(self, error: BaseException) -> None:
         """Nobody will wait for it."""
-        self.exchange.broke(error)
+        self.exchange().broke(error)
         self.pending.release()
 
 
@@ -211,8 +217,9 @@ class Exchanges:
             DeadlineExceeded: no time is left.
             ValueError: the URL or a header is wrong.
         """
-        lease = self._keys.pick(model, lambda key_id: self._health.permit(self._provider, key_id, model))
-        exchange = Exchange(lease, self._health, False)
+        health = self._health
+        lease = self._keys.pick(model, partial(health.permit, self._provider, model=model))
+        started_s = health.clock.monotonic_s()
         try:
             place = (path, lease.value, *named)
             known = self._heads.get(place)
@@ -227,12 +234,12 @@ class Exchanges:
                 origin, head % len(body), body, provider=self._provider, deadline=deadline
             )
         except BaseException as error:
-            exchange.broke(error)
+            Exchange(lease, health, False, started_s).broke(error)
             raise
         if pending is None:
             lease.abandoned()
             return None
-        return Begun(exchange, lease, pending)
+        return Begun(lease, pending, health, started_s)
 
     async def _asked(
         self,
@@ -260,7 +267,7 @@ class Exchanges:
 
         lease = self._keys.pick(model, leave) if begun is None else begun.lease
         while True:
-            exchange = Exchange(lease, self._health, streamed) if begun is None else begun.exchange
+            exchange = Exchange(lease, self._health, streamed) if begun is None else begun.exchange()
             try:
                 if begun is None:
                     answer = await self._transport.send(

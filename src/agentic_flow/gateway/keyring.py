@@ -147,7 +147,8 @@ class Lease:
         self.model = model
         self.done = False
         key.outstanding += 1
-        key.probing = key.probing or probe
+        if probe:
+            key.probing = True
 
     @property
     def value(self) -> str | None:
@@ -164,9 +165,16 @@ class Lease:
 
     def succeeded(self) -> None:
         """The provider did its part; an error that is the caller's own doing counts as that."""
-        if self._end():
-            self._permit.succeeded()
-            self._key.welcome(self.model)
+        if self.done:
+            return
+        self.done = True  # as `_end`, without a call for each request
+        key = self._key
+        key.outstanding -= 1
+        if self._probe:
+            key.probing = False
+        self._permit.succeeded()
+        if key.refusals or key.rests or key.refused_until_s:
+            key.welcome(self.model)
 
     def failed(self) -> None:
         """The provider did not do its part, which says nothing about the key."""
@@ -275,6 +283,15 @@ class KeyRing:
                 keys,
                 key=lambda key: (bool(key.rests) and key.disliked(model, now_s), key.outstanding, key.turn),
             )
+        elif keys and not passing and not keys[0].refused_until_s and not keys[0].rests:
+            # A lone key of which nothing bad is known, as nearly always.
+            key = keys[0]
+            try:
+                lease = Lease(self, key, model, permit(key.key_id), False)
+            except CircuitOpen as error:
+                raise self._none(model, [], [], [error]) from None
+            key.turn = next(self._turns)
+            return lease
         resting: list[float] = []
         refused: list[float] = []
         held: list[CircuitOpen] = []

@@ -87,10 +87,11 @@ class OverLimit(RateLimited):
 class Admission:
     """Leave to make one call. Report once, by `settle` or `release`; later reports are ignored."""
 
-    __slots__ = ("_charges", "_clock", "_open")
+    __slots__ = ("_charges", "_clock", "_open", "_shares")
 
-    def __init__(self, charges: Sequence[_Charge], clock: Clock) -> None:
+    def __init__(self, charges: Sequence[_Charge], shares: Sequence[_Bucket], clock: Clock) -> None:
         self._charges = charges
+        self._shares = shares
         self._clock = clock
         self._open = bool(charges)
 
@@ -105,14 +106,14 @@ class Admission:
         self._open = False
         for charge in self._charges:
             if charge[0].counted == "tokens" and tokens != charge[1]:
-                _correct(charge, tokens - charge[1], _now_us(self._clock))
+                _correct(charge, tokens - charge[1], int(self._clock.monotonic_s() * _US_PER_S))
 
     def release(self) -> None:
         """The call never ran: give back all that was charged."""
         if not self._open:
             return
         self._open = False
-        now_us = _now_us(self._clock)
+        now_us = int(self._clock.monotonic_s() * _US_PER_S)
         for charge in self._charges:
             _correct(charge, -charge[1], now_us)
 
@@ -121,9 +122,7 @@ class Admission:
 
         Empty where no rule applies.
         """
-        if not self._charges:
-            return {}
-        return _headers([charge[0] for charge in self._charges], wire, self._clock)
+        return _headers(self._shares, wire, self._clock) if self._charges else {}
 
 
 class RateLimits:
@@ -143,7 +142,7 @@ class RateLimits:
         self._rules: tuple[LimitRule, ...] = ()
         self._by_name: dict[tuple[str, str], list[tuple[int, LimitRule]]] = {}
         self._plans: dict[tuple[str, str, str], tuple[_Bucket, ...]] = {}
-        self._idle = Admission((), clock)
+        self._idle = Admission((), (), clock)
 
     def __len__(self) -> int:
         return len(self._buckets)
@@ -186,7 +185,7 @@ class RateLimits:
             charges.append((bucket, amount, limit, end))
         for bucket, _, _, end in charges:
             bucket.full_at = end
-        return Admission(charges, self._clock) if charges else self._idle
+        return Admission(charges, shares, self._clock) if charges else self._idle
 
     def _take_rules(self, rules: tuple[LimitRule, ...]) -> None:
         if rules == self._rules:
@@ -281,10 +280,6 @@ class RateLimits:
             shares=tuple(shares),
             clock=self._clock,
         )
-
-
-def _now_us(clock: Clock) -> int:
-    return int(clock.monotonic_s() * _US_PER_S)
 
 
 def _correct(charge: _Charge, more: int, now_us: int) -> None:

@@ -60,7 +60,7 @@ class ModelRates:
 
     def cost_usd(self, usage: Usage) -> float:
         """Price of billed usage: cached input at its own rates, reasoning within the output."""
-        rates = self.at(usage.input_tokens)
+        rates = self.tiers[0] if len(self.tiers) == 1 else self.at(usage.input_tokens)
         plain = max(0, usage.input_tokens - usage.cache_read_tokens - usage.cache_write_tokens)
         return (
             plain * rates.input
@@ -71,7 +71,7 @@ class ModelRates:
 
     def cost_max_usd(self, input_tokens: int, output_tokens: int) -> float:
         """The most that a call of this size can cost: all input written to the cache if that is dearer."""
-        rates = self.at(input_tokens)
+        rates = self.tiers[0] if len(self.tiers) == 1 else self.at(input_tokens)
         return input_tokens * max(rates.input, rates.cache_write) + output_tokens * rates.output
 
 

@@ -164,11 +164,11 @@ class BodyQuestion(Question):
         return self._sent
 
     def input_tokens(self) -> int:
-        text_bytes, images = self._size()
+        text_bytes, images = self._sized or self._size()
         return text_bytes // CHARS_PER_TOKEN + IMAGE_TOKENS * images
 
     def input_tokens_max(self) -> int:
-        text_bytes, images = self._size()
+        text_bytes, images = self._sized or self._size()
         return text_bytes + IMAGE_TOKENS * images + _WRAPPING_TOKENS
 
     def output_tokens_max(self) -> int | None:
@@ -191,10 +191,9 @@ class BodyQuestion(Question):
 
     def _size(self) -> tuple[int, int]:
         """Bytes of text and the number of images."""
-        if self._sized is None:
-            plain = b"base64" not in self._body and b"image" not in self._body
-            self._sized = (len(self._body), 0) if plain else _text_and_images(self._sent)
-        return self._sized
+        plain = b"base64" not in self._body and b"image" not in self._body
+        sized = self._sized = (len(self._body), 0) if plain else _text_and_images(self._sent)
+        return sized
 
 
 def tokens_of(request: CompletionRequest) -> int:

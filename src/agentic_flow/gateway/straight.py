@@ -19,6 +19,7 @@ from agentic_flow.core.auth import Principal
 from agentic_flow.core.clock import Deadline
 from agentic_flow.core.errors import AgenticFlowError, RateLimited
 from agentic_flow.core.messages import Completion
+from agentic_flow.core.telemetry import writes_info
 from agentic_flow.gateway.budgets.service import Reservation
 from agentic_flow.gateway.calls import Ended
 from agentic_flow.gateway.exchange import Begun
@@ -48,6 +49,8 @@ class Course(NamedTuple):
         provider: Who is.
         served: How answers' headers name it.
         rates: Prices by the model that answers name, as far as they were asked.
+        observed: Takes the time to the first token, and whether it answered.
+        told: Whether a log line is written for each.
         until_s: When it is to be looked at again, by the monotonic clock.
     """
 
@@ -57,6 +60,8 @@ class Course(NamedTuple):
     provider: HttpProvider
     served: str
     rates: dict[str, ModelRates | None]
+    observed: Callable[[float | None, bool], None]
+    told: bool
     until_s: float
 
 
@@ -142,7 +147,17 @@ class Straight:
         if type(provider) is not HttpProvider or not model:
             return None
         at = self._placed(candidate.provider, model)
-        return Course(policies, plan, at, provider, f"{at.provider}:{at.model}", {}, now_s + COURSE_AGE_MAX_S)
+        return Course(
+            policies=policies,
+            plan=plan,
+            at=at,
+            provider=provider,
+            served=f"{at.provider}:{at.model}",
+            rates={},
+            observed=house.router.observer(candidate),
+            told=writes_info(),
+            until_s=now_s + COURSE_AGE_MAX_S,
+        )
 
 
 class StraightWalk(Walk):
@@ -153,6 +168,16 @@ class StraightWalk(Walk):
         course: Where it goes.
         counts: Count what becomes of it.
     """
+
+    # As they begin.
+    _sent: PassingRequest | None = None
+    _planned = False
+    """Whether the limits have admitted it."""
+    _inside = False
+    """Whether it holds a place at the door."""
+    _held: Reservation | None = None
+    _is_reserved = False
+    _under_way: Begun | None = None
 
     def __init__(
         self,
@@ -176,14 +201,6 @@ class StraightWalk(Walk):
         self._course = course
         self._counts = counts
         self._policies = course.policies
-        self._sent: PassingRequest | None = None
-        self._planned = False
-        """Whether the limits have admitted it."""
-        self._inside = False
-        """Whether it holds a place at the door."""
-        self._held: Reservation | None = None
-        self._is_reserved = False
-        self._under_way: Begun | None = None
 
     # Straight on
 
@@ -256,7 +273,8 @@ class StraightWalk(Walk):
             if pending.waits():
                 return None
             raise NotOrdinary
-        at, provider = self._course.at, self._course.provider
+        course = self._course
+        at, provider = course.at, course.provider
         sent = self._sent
         if sent is None:
             completion = self._priced(provider.decode(self._translated(at), body), at)
@@ -267,7 +285,11 @@ class StraightWalk(Walk):
         if usage is None:
             return Straightened(body, self._priced(self._read(at, reader), at), None)
         model = reader.model or at.model
-        usage = self._price(usage, model, at)
+        if usage.cost_usd is None:
+            rates = self._rates(at, model) or self._rates(at, at.model)
+            if rates is not None:
+                # The reader made it a moment ago, and nobody else has it: no changed copy is needed.
+                usage.__dict__["cost_usd"] = rates.cost_usd(usage)
         return Straightened(body, Ended(at.provider, model, reader.stop_reason, usage), None)
 
     def commit(self, ended: Completion | Ended) -> None:
@@ -283,11 +305,12 @@ class StraightWalk(Walk):
         begun.pending.connection.told = None
         begun.finish()
         self._under_way = None
-        house.router.observe(self._course.plan.candidates[0], None, ok=True)
-        self.headers["x-agentic-flow-model"] = self._course.served
+        course = self._course
+        course.observed(None, True)
+        self.headers["x-agentic-flow-model"] = course.served
         self._inside = False
         house.door.leave()
-        self._call.finished(trace.INVALID_SPAN, ended)
+        self._call.finished(trace.INVALID_SPAN, ended, told=course.told)
         self._counts.finished += 1
 
     def leave(self) -> None:

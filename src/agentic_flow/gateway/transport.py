@@ -192,7 +192,8 @@ class Pending:
     def taken(self) -> None:
         """The body was used: the connection goes back."""
         self.connection.buffered()
-        self.release()
+        self.watch.close()
+        self._transport.pool.give(self.connection)
 
     def release(self) -> None:
         """Give the connection back, or close it when the answer did not come to its end."""

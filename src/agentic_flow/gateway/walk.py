@@ -165,6 +165,14 @@ class Walk:
         request_id: Of the request that brought it.
     """
 
+    # As they begin.
+    _policies = NO_POLICIES
+    """In force for this call, to its end."""
+    _admission: Admission | None = None
+    _cache_key: bytes | None = None
+    _meaning: Meaning | None = None
+    _guardrails = _NO_GUARDRAILS
+
     def __init__(
         self,
         house: House,
@@ -178,8 +186,6 @@ class Walk:
         self.headers: dict[str, str] = {}
         """What the answer's headers say of limits and route; there once the first event is."""
         self._house = house
-        self._policies = NO_POLICIES
-        """In force for this call, to its end."""
         self._question = question
         self._principal = principal
         self._deadline = deadline.earliest(house.timeout_s)
@@ -188,10 +194,6 @@ class Walk:
         self._idempotency_key = idempotency_key
         self._caller = Caller.of(principal, question.agent, question.run)
         self._call = CallRecord(question, self._caller, request_id, house.books, house.clock)
-        self._admission: Admission | None = None
-        self._cache_key: bytes | None = None
-        self._meaning: Meaning | None = None
-        self._guardrails = _NO_GUARDRAILS
 
     @property
     def model(self) -> str:

@@ -17,6 +17,7 @@ import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import orjson
@@ -42,7 +43,7 @@ from agentic_flow.gateway.front.format import Call
 from agentic_flow.gateway.front.streaming import send_stream, unless_left
 from agentic_flow.gateway.questions import BodyQuestion, Destination, tokens_of
 from agentic_flow.gateway.service import Gateway
-from agentic_flow.gateway.straight import NotOrdinary, StraightWalk
+from agentic_flow.gateway.straight import NotOrdinary, Straight, StraightWalk
 from agentic_flow.gateway.walk import Walk
 from agentic_flow.gateway.wire.openai import ask_usage, wants_usage
 from agentic_flow.gateway.wire.passing import PassingRequest, rename_model
@@ -53,6 +54,7 @@ SCOPE = "models:use"
 IDEMPOTENCY_HEADER = "idempotency-key"
 _IDEMPOTENCY_NAME = IDEMPOTENCY_HEADER.encode()
 _JSON_TYPE = (b"content-type", b"application/json")
+_JSON_LINE = b"content-type: application/json"
 COUNT_HEADER = "x-agentic-flow-token-count"
 # The gateway's own setting is the limit that matters; this one bounds a caller who names none.
 TIMEOUT_MAX_S = 3600.0
@@ -157,7 +159,7 @@ def build_front_routes(gateway: Gateway) -> list[Route]:
             path,
             _FrontApp(gateway, front, chat),
             methods=["POST"],
-            ahead=lambda ahead: _begin(gateway, front, ahead),
+            ahead=partial(_begin, gateway.straight, front),
         )
 
     return [
@@ -168,7 +170,7 @@ def build_front_routes(gateway: Gateway) -> list[Route]:
     ]
 
 
-def _begin(gateway: Gateway, front: Front, ahead: Ahead) -> bool:
+def _begin(straight: Straight, front: Front, ahead: Ahead) -> bool:
     """Begin to answer a request on the straight path, if it is ordinary."""
     given = ahead.headers
     body = ahead.body()
@@ -178,7 +180,7 @@ def _begin(gateway: Gateway, front: Front, ahead: Ahead) -> bool:
     question = _VendorQuestion(front, given, b"", body, read_body(body))
     if question.stream:
         return False
-    walk = gateway.straight.walk(
+    walk = straight.walk(
         question,
         principal=ahead.principal,
         deadline=deadline_in(given, TIMEOUT_MAX_S),
@@ -187,8 +189,8 @@ def _begin(gateway: Gateway, front: Front, ahead: Ahead) -> bool:
     if walk is None:
         return False
     ahead.count()
-    ahead.route_state = straight = _StraightAnswer(front, question, walk, ahead)
-    straight.begin()
+    ahead.route_state = answer = _StraightAnswer(front, question, walk, ahead)
+    answer.begin()
     return True
 
 
@@ -212,8 +214,7 @@ class _StraightAnswer:
     def begin(self) -> None:
         """Ask the provider, or hand it over."""
         if self.walk.begin(self._news):
-            self._ahead.exchange.on_gone(self._leave)
-            self._ahead.exchange.on_stopping(self._leave)
+            self._ahead.exchange.on_end(self._leave)
         else:
             self._leave()
 
@@ -230,7 +231,11 @@ class _StraightAnswer:
                 body = self._front.encode(whole.completion, ahead.request_id, self.question.call())
             assert body is not None, "an answer passes through, or is translated"
             walk.commit(whole.ended)
-            headers = [_JSON_TYPE, *_headers_of(self._front, walk.headers, ahead.request_id)]
+            lines = [_JSON_LINE]
+            for name, value in walk.headers.items():
+                lines.append(f"{name}: {value}".encode("latin-1", "replace"))
+            if self._front.wire == "anthropic":
+                lines.append(b"request-id: " + ahead.request_id.encode())  # see `_headers_of`
         except (NotOrdinary, AgenticFlowError):
             self._leave()  # the general walk meets it too, and explains it
             return
@@ -242,7 +247,7 @@ class _StraightAnswer:
             ahead.log_context.reset(bound)
         self._done = True
         try:
-            ahead.finish(headers, body)
+            ahead.finish(lines, body)
         except Exception as error:  # noqa: BLE001 - raised again where a request's failures are recorded
             self.failure = error
             ahead.hand_over()

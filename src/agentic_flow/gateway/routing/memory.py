@@ -103,7 +103,11 @@ class Latencies:
 
     def observe(self, key: Key, first_token_s: float | None, ok: bool) -> None:
         """Take in one call."""
-        seen = self._entry(key)
+        seen = self._seen.get(key)
+        if seen is None:
+            seen = self._entry(key)
+        else:
+            self._seen.move_to_end(key)
         now_s = self._clock.monotonic_s()
         if now_s - seen.at_s > LATENCY_AGE_MAX_S:
             seen.latency_s, seen.success = None, 1.0

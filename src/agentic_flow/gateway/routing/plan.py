@@ -10,6 +10,7 @@ import difflib
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
@@ -293,6 +294,10 @@ class Router:
             ok: Whether it answered.
         """
         self._latencies.observe(self._key(candidate), first_token_s, ok)
+
+    def observer(self, candidate: Candidate) -> Callable[[float | None, bool], None]:
+        """`observe` for one candidate, for who tells of many calls to it."""
+        return partial(self._latencies.observe, self._key(candidate))
 
     def explain(
         self,

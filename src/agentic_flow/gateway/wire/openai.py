@@ -424,9 +424,11 @@ def _billed(usage: Mapping[str, Any] | None, dialect: Dialect) -> Usage | None:
         usage.get("completion_tokens_details"),
     )
     if given_prompt is None and given_completion is None and not dialect.reports_cost:
+        read, written = usage["prompt_tokens"], usage.get("completion_tokens")
         return Usage(
-            input_tokens=count(usage.get("prompt_tokens")),
-            output_tokens=count(usage.get("completion_tokens")),
+            # `count` of what is nearly always a plain number.
+            input_tokens=read if read.__class__ is int and read > 0 else count(read),
+            output_tokens=written if written.__class__ is int and written > 0 else count(written),
             cost_usd=None,
         )
     prompt, completion = mapping(given_prompt), mapping(given_completion)
@@ -538,11 +540,12 @@ class OpenAIPassing(PassingReader):
 
     def _take(self, answer: Mapping[str, Any], holder: str) -> None:
         self.model = self.model or text_of(answer.get("model"))
-        usage = answer.get("usage")
+        usage: Any = answer.get("usage")
         if isinstance(usage, dict):
-            self.usage = _billed(mapping(usage), self._dialect)  # pyright: ignore[reportUnknownArgumentType]
+            self.usage = _billed(usage, self._dialect)  # pyright: ignore[reportUnknownArgumentType]
         for choice in items(answer.get("choices")):
-            self.count_written(choice.get(holder))
+            if self.usage is None:
+                self.count_written(choice.get(holder))
             reason = choice.get("finish_reason")
             if isinstance(reason, str) and reason:
                 self._finished = True
