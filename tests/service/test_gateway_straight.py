@@ -27,6 +27,7 @@ from agentic_flow.gateway.policies import GatewayPolicies
 from agentic_flow.gateway.service import Gateway
 from agentic_flow.gateway.stores import GatewayStores
 from agentic_flow.gateway.straight import StraightCounts
+from agentic_flow.gateway.wire.openai import OPENAI, OPENROUTER, OpenAIFormat
 from agentic_flow.testing.fake_provider import FakeProvider, Reply
 from agentic_flow.testing.serving import serving
 
@@ -342,6 +343,59 @@ def test_both_ways_look_the_same(calls: list[Asked], policies: dict[str, Any]) -
             shown = [re.sub(r"127\.0\.0\.1:\d+", "HOST", repr(at[name])) for at in (straight, general)]
             assert shown[0] == shown[1], name
     assert straight["inside"] == (0, 0)
+
+
+_odd = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 9),
+    st.floats(0, 9),
+    st.text(max_size=3),
+    st.lists(st.integers()),
+    st.fixed_dictionaries(
+        {}, optional={"cached_tokens": st.one_of(st.integers(-1, 5), st.none(), st.booleans())}
+    ),
+)
+_usage = st.fixed_dictionaries(
+    {},
+    optional={
+        "prompt_tokens": st.one_of(st.integers(0, 99), _odd),
+        "completion_tokens": st.one_of(st.integers(0, 99), _odd),
+        "prompt_tokens_details": _odd,
+        "completion_tokens_details": _odd,
+        "cost": st.floats(0, 1),
+    },
+)
+_choice = st.fixed_dictionaries(
+    {"message": st.just({"role": "assistant", "content": "hi"})},
+    optional={"finish_reason": st.one_of(_odd, st.sampled_from(["stop", "length", "tool_calls", "new"]))},
+)
+_whole_answers = st.fixed_dictionaries(
+    {},
+    optional={
+        "model": st.one_of(st.just("cheap"), _odd),
+        "choices": st.one_of(st.lists(st.one_of(_choice, _choice, _odd), max_size=3), _odd),
+        "usage": st.one_of(_usage, _usage, _odd),
+        "error": _odd,
+    },
+)
+
+
+@settings(max_examples=600)
+@given(answer=_whole_answers)
+def test_a_glance_sees_what_a_reader_reads(answer: dict[str, Any]) -> None:
+    """Catches books that differ by who read the answer."""
+    sent: dict[str, Any] = asked()
+    for dialect in (OPENAI, OPENROUTER):
+        wire = OpenAIFormat(dialect)
+        seen = wire.glance(json.dumps(answer).encode())
+        if seen is None:
+            continue
+        reader = wire.passing(sent)
+        reader.take_answer(answer)
+        assert reader.usage is not None
+        assert (seen.model, seen.stop_reason) == (reader.model, reader.stop_reason)
+        assert seen._asdict() | reader.usage.model_dump() == seen._asdict()
 
 
 # Ways out of it

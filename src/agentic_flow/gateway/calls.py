@@ -19,6 +19,7 @@ from agentic_flow.core.telemetry import traces, writes_info
 from agentic_flow.gateway.policies import Caller
 from agentic_flow.gateway.questions import Destination, Question
 from agentic_flow.gateway.usage import UsageRecord
+from agentic_flow.gateway.wire.passing import Glance
 
 _log = structlog.get_logger(__name__)
 _tracer = trace.get_tracer("agentic_flow.gateway")
@@ -38,7 +39,7 @@ class Ended(NamedTuple):
     provider: str
     model: str
     stop_reason: StopReason
-    usage: Usage
+    usage: Usage | Glance
 
 
 class CallRecord:
@@ -168,11 +169,11 @@ class CallRecord:
             span.set_attribute("gen_ai.provider.name", at.provider)
         self._enter("cancelled" if left else kind, at.provider if at else "", at.model if at else "", usage)
 
-    def _enter(self, status: str, provider: str, model: str, usage: Usage) -> None:
+    def _enter(self, status: str, provider: str, model: str, usage: Usage | Glance) -> None:
         if self._books is None or self._closed:
             return
         self._closed = True
-        if self._spent is not None:
+        if self._spent is not None and isinstance(usage, Usage):
             usage = usage + self._spent
         question, caller, cost = self._question, self._caller, usage.cost_usd
         self._books(

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from genai_prices.types import ModelInfo, ModelPrice, TieredPrices
 
+    from agentic_flow.gateway.wire.passing import Glance
+
 _MTOK = 1_000_000
 # Some prices change by date or by hour; a compiled rate is looked at again after this long.
 RATES_AGE_MAX_S = 3600.0
@@ -58,7 +60,7 @@ class ModelRates:
                 chosen = tier
         return chosen
 
-    def cost_usd(self, usage: Usage) -> float:
+    def cost_usd(self, usage: Usage | Glance) -> float:
         """Price of billed usage: cached input at its own rates, reasoning within the output."""
         rates = self.tiers[0] if len(self.tiers) == 1 else self.at(usage.input_tokens)
         plain = max(0, usage.input_tokens - usage.cache_read_tokens - usage.cache_write_tokens)

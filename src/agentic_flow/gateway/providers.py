@@ -37,7 +37,7 @@ from agentic_flow.gateway.transport import HttpAnswer, HttpTransport
 from agentic_flow.gateway.wire.anthropic import API_VERSION, AnthropicFormat
 from agentic_flow.gateway.wire.format import WireFormat, WireRequest, items, load_object, text_of
 from agentic_flow.gateway.wire.openai import COMPATIBLE, OPENAI, OPENROUTER, OpenAIFormat, OpenAIPassing
-from agentic_flow.gateway.wire.passing import PassingReader, PassingRequest
+from agentic_flow.gateway.wire.passing import Glance, PassingReader, PassingRequest
 from agentic_flow.gateway.wire.responses_passing import reader_of
 
 _log = structlog.get_logger(__name__)
@@ -51,6 +51,7 @@ _EVENT_STREAM = "text/event-stream"
 _JSON = "application/json"
 _PASSING_WHOLE = {"content-type": _JSON, "accept": _JSON}
 _ENCODED = "encoded"
+_CHAT_PATH = "/chat/completions"
 _OPENAI_NAMES = re.compile(r"(gpt-|chatgpt-|o\d|text-embedding-)")
 
 
@@ -370,6 +371,11 @@ class HttpProvider:
         """The whole answer in a body. Raises as `complete`."""
         decoded = self._wire.decode(request, body)
         return self._settled(decoded.completion, decoded.usage_estimated)
+
+    def glance(self, sent: PassingRequest, body: bytes) -> Glance | None:
+        """What `reader` would read in a whole answer, if both are ordinary ones; None: it must."""
+        wire = self._wire
+        return wire.glance(body) if isinstance(wire, OpenAIFormat) and sent.path == _CHAT_PATH else None
 
     def read_answer(self, reader: PassingReader, body: bytes) -> None:
         """Have a reader read a whole answer.

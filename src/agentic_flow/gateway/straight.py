@@ -279,6 +279,14 @@ class StraightWalk(Walk):
         if sent is None:
             completion = self._priced(provider.decode(self._translated(at), body), at)
             return Straightened(None, completion, completion)
+        seen = provider.glance(sent, body)
+        if seen is not None:
+            rates = self._rates(at, seen.model)
+            if rates is None and seen.model != at.model:
+                rates = self._rates(at, at.model)
+            if rates is not None:
+                seen = seen._replace(cost_usd=rates.cost_usd(seen))
+            return Straightened(body, Ended(at.provider, seen.model, seen.stop_reason, seen), None)
         reader = provider.reader(sent)
         provider.read_answer(reader, body)
         usage = reader.usage

@@ -62,7 +62,7 @@ from agentic_flow.gateway.routing.learned import embedding, packed
 from agentic_flow.gateway.routing.outcomes import Outcome, OutcomeLog
 from agentic_flow.gateway.routing.plan import Candidate, Plan, Router
 from agentic_flow.gateway.wire.format import load_object
-from agentic_flow.gateway.wire.passing import CHARS_PER_TOKEN, PassingReader
+from agentic_flow.gateway.wire.passing import CHARS_PER_TOKEN, Glance, PassingReader
 
 _log = structlog.get_logger(__name__)
 
@@ -623,7 +623,7 @@ class Walk:
         self._pay(reservation, priced.usage)
         return priced
 
-    def _pay(self, reservation: Reservation | None, usage: Usage) -> None:
+    def _pay(self, reservation: Reservation | None, usage: Usage | Glance) -> None:
         if reservation is not None:
             reservation.settle(nano_usd(usage.cost_usd or 0.0))
         if self._admission is not None:

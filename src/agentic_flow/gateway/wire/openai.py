@@ -58,7 +58,7 @@ from agentic_flow.gateway.wire.format import (
     misplaced,
     text_of,
 )
-from agentic_flow.gateway.wire.passing import PassingReader
+from agentic_flow.gateway.wire.passing import Glance, PassingReader
 from agentic_flow.gateway.wire.sse import SseEvent, SseParser
 
 _EVENT = re.compile(rb".*?(?:\r\n\r\n|\n\n|\r\r)", re.DOTALL)
@@ -164,6 +164,42 @@ class OpenAIFormat:
 
     def passing(self, sent: JsonObject) -> OpenAIPassing:
         return OpenAIPassing(self._provider, sent, self._dialect)
+
+    def glance(self, body: bytes) -> Glance | None:
+        """What `passing` would read in a whole answer, if that is an ordinary one; None: it must."""
+        if self._dialect.reports_cost:
+            return None
+        try:
+            answer: Any = orjson.loads(body)
+        except orjson.JSONDecodeError:
+            return None
+        if answer.__class__ is not dict or answer.get("error"):
+            return None
+        model, choices, usage = answer.get("model"), answer.get("choices"), answer.get("usage")
+        if model.__class__ is not str or choices.__class__ is not list or usage.__class__ is not dict:
+            return None
+        stop: StopReason = "end"
+        for choice in choices:
+            if choice.__class__ is not dict:
+                return None
+            reason = choice.get("finish_reason")
+            if reason.__class__ is str:
+                stop = _STOP_REASONS.get(reason, "end") if reason else stop
+        prompt = usage.get("prompt_tokens_details") or _NOTHING
+        completion = usage.get("completion_tokens_details") or _NOTHING
+        if prompt.__class__ is not dict or completion.__class__ is not dict:
+            return None
+        counts = (
+            usage.get("prompt_tokens"),
+            usage.get("completion_tokens"),
+            prompt.get("cached_tokens") or 0,
+            prompt.get("cache_write_tokens") or 0,
+            completion.get("reasoning_tokens") or 0,
+        )
+        for found in counts:
+            if found.__class__ is not int or found < 0:
+                return None
+        return Glance(model, stop, *counts) if model and choices else None
 
     def fault(self, body: bytes) -> ProviderFault | None:
         try:
@@ -413,6 +449,9 @@ def _token_logprob(entry: Mapping[str, Any], provider: str) -> TokenLogprob:
         )
     except ValidationError:
         raise ProviderProtocol(f"{provider} sent bytes of a token that are none: {utf8!r:.80}") from None
+
+
+_NOTHING: dict[str, Any] = {}
 
 
 def _billed(usage: Mapping[str, Any] | None, dialect: Dialect) -> Usage | None:

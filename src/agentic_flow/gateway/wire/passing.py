@@ -53,6 +53,19 @@ class PassingRequest(NamedTuple):
     hides_usage: bool = False
 
 
+class Glance(NamedTuple):
+    """What an ordinary whole answer says for the books. The counts are those of `Usage`, as billed."""
+
+    model: str
+    stop_reason: StopReason
+    input_tokens: int
+    output_tokens: int
+    cache_read_tokens: int
+    cache_write_tokens: int
+    reasoning_tokens: int
+    cost_usd: float | None = None
+
+
 class PassingReader(ABC):
     """Reads one answer while it passes: its model, usage, stop reason, and whether it is complete.
 
