@@ -56,7 +56,8 @@ class Deadline:
 
     def earliest(self, duration_s: float) -> Deadline:
         """This deadline or one `duration_s` from now, whichever comes first."""
-        return Deadline(min(self.at_s, self.clock.monotonic_s() + duration_s), self.clock)
+        at_s = self.clock.monotonic_s() + duration_s
+        return self if self.at_s <= at_s else Deadline(at_s, self.clock)
 
     def check(self, what: str) -> None:
         """Raise DeadlineExceeded, naming `what`, when no time is left."""

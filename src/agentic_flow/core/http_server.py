@@ -225,7 +225,9 @@ class _Cycle(RequestResponseCycle):
         self.response_started = True
         if self.disconnected:
             return
-        head = [_OK, *[name + b": " + value for name, value in self.default_headers], *lines]
+        head = [_OK, *lines]
+        for name, value in self.default_headers:
+            head.append(name + b": " + value)
         head.append(b"content-length: %d" % len(body))
         if not self.keep_alive:
             head.append(b"connection: close")

@@ -30,7 +30,8 @@ class RequestRate:
     def take(self, name: str) -> float | None:
         """Count a request of `name`. None: it may go on; else the seconds until it could."""
         now_s = self._clock.monotonic_s()
-        due_s = max(self._full_at_s.get(name, now_s), now_s) + self._interval_s
+        full_at_s = self._full_at_s.get(name, now_s)
+        due_s = (full_at_s if full_at_s > now_s else now_s) + self._interval_s
         over_s = due_s - now_s - _MINUTE_S
         # Floating point leaves dust: a thousandth of a request is none.
         if over_s > self._interval_s / 1000:

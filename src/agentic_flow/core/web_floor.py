@@ -189,6 +189,9 @@ class Floor:
             if token is not None:
                 otel.detach(token)
             self.log_context.reset(bound)
+            # What is in there holds the server's request, and that holds the scope: a ring for each request,
+            # some kilobytes that only the garbage collector would free, and that memory grew by.
+            state.clear()
 
     async def _answer(
         self, scope: Scope, headers: RawHeaderMap, receive: Receive, answer: OutgoingAnswer

@@ -249,6 +249,11 @@ class Connection(asyncio.Protocol):
             and self._transport.get_write_buffer_size() == 0
         )
 
+    @property
+    def is_open(self) -> bool:
+        """Whether neither side has closed it."""
+        return not self._lost and self._transport is not None and not self._transport.is_closing()
+
     def abort(self) -> None:
         """Close it at once."""
         self._lost = True
@@ -304,7 +309,12 @@ class Connection(asyncio.Protocol):
 
     def _pour(self, sink: Callable[[bytes], bool]) -> None:
         """Hand on what came; who waits is woken only if that was the last of it."""
-        chunk = self.buffered()
+        chunks = self._chunks
+        if len(chunks) == 1 and not self._paused:  # what `buffered` does, without a call for each piece
+            chunk = chunks.pop()
+            self._buffered = 0
+        else:
+            chunk = self.buffered()
         try:
             if chunk and not sink(chunk):
                 self._sink = None
@@ -389,7 +399,7 @@ class ConnectionPool:
         idle = self._idle.get(origin)
         while idle:
             connection = idle.pop()
-            if connection.reusable:
+            if connection.is_open:  # all else was so when it was given back, and nothing was asked since
                 return connection
             connection.abort()
         return None

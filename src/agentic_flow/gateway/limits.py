@@ -105,7 +105,7 @@ class Admission:
             return
         self._open = False
         for charge in self._charges:
-            if charge[0].counted == "tokens" and tokens != charge[1]:
+            if tokens != charge[1] and charge[0].counted == "tokens":
                 _correct(charge, tokens - charge[1], int(self._clock.monotonic_s() * _US_PER_S))
 
     def release(self) -> None:
@@ -319,9 +319,11 @@ def _headers(shares: Iterable[_Bucket], wire: str, clock: Clock) -> dict[str, st
         names = _HEADER_NAMES[wire == "anthropic", counted]
         shown[names[0]] = str(limit)
         shown[names[1]] = str(left)
-        shown[names[2]] = (
-            _rfc3339(math.ceil(clock.time_s() + reset_s)) if wire == "anthropic" else duration_text(reset_s)
-        )
+        if wire == "anthropic":
+            shown[names[2]] = _rfc3339(math.ceil(clock.time_s() + reset_s))
+        else:
+            # Nearly always there is some left, and less than a second to wait.
+            shown[names[2]] = f"{math.ceil(reset_s * 1000)}ms" if reset_s < 0.999 else duration_text(reset_s)
     return shown
 
 

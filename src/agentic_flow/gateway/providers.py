@@ -288,7 +288,8 @@ class HttpProvider:
             def forward(chunk: bytes) -> bool:
                 assert onward is not None
                 if events := decoder.feed(chunk):
-                    exchange.begin()
+                    if not exchange.begun:
+                        exchange.begin()
                     onward.give(events)
                 return not decoder.done and not onward.full
 
@@ -477,9 +478,15 @@ class HttpProvider:
                 return bool(events)
 
             def forward(chunk: bytes) -> bool:
+                nonlocal events
                 assert onward is not None
-                if read(chunk):
-                    onward.give(events)
+                if not exchange.begun:
+                    if read(chunk):
+                        onward.give(events)
+                else:  # the same in fewer calls, as for all pieces but the first
+                    events = reader.feed(chunk)
+                    if events and reader.error is None:
+                        onward.give(events)
                 return reader.error is None and not reader.done and not onward.full
 
             while not reader.done:

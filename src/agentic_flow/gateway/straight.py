@@ -281,11 +281,9 @@ class StraightWalk(Walk):
             return Straightened(None, completion, completion)
         seen = provider.glance(sent, body)
         if seen is not None:
-            rates = self._rates(at, seen.model)
-            if rates is None and seen.model != at.model:
-                rates = self._rates(at, at.model)
+            rates = course.rates.get(seen.model) or self._rates(at, seen.model) or self._rates(at, at.model)
             if rates is not None:
-                seen = seen._replace(cost_usd=rates.cost_usd(seen))
+                seen.cost_usd = rates.cost_usd(seen)
             return Straightened(body, Ended(at.provider, seen.model, seen.stop_reason, seen), None)
         reader = provider.reader(sent)
         provider.read_answer(reader, body)
@@ -293,11 +291,7 @@ class StraightWalk(Walk):
         if usage is None:
             return Straightened(body, self._priced(self._read(at, reader), at), None)
         model = reader.model or at.model
-        if usage.cost_usd is None:
-            rates = self._rates(at, model) or self._rates(at, at.model)
-            if rates is not None:
-                # The reader made it a moment ago, and nobody else has it: no changed copy is needed.
-                usage.__dict__["cost_usd"] = rates.cost_usd(usage)
+        usage = self._price(usage, model, at)
         return Straightened(body, Ended(at.provider, model, reader.stop_reason, usage), None)
 
     def commit(self, ended: Completion | Ended) -> None:

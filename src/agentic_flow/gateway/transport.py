@@ -95,12 +95,13 @@ class HttpAnswer:
             sink: Called within the loop's callbacks. What it raises is raised here.
         """
         watch, limit = self._watch, self._transport.response_max_bytes
+        again = watch.again
 
         def take(chunk: bytes) -> bool:
             self._received += len(chunk)
             if self._received > limit:
                 raise self._too_large(limit)
-            watch.again()
+            again()
             return sink(chunk)
 
         watch.begin(self._transport.idle_timeout_s)

@@ -463,11 +463,9 @@ def _billed(usage: Mapping[str, Any] | None, dialect: Dialect) -> Usage | None:
         usage.get("completion_tokens_details"),
     )
     if given_prompt is None and given_completion is None and not dialect.reports_cost:
-        read, written = usage["prompt_tokens"], usage.get("completion_tokens")
         return Usage(
-            # `count` of what is nearly always a plain number.
-            input_tokens=read if read.__class__ is int and read > 0 else count(read),
-            output_tokens=written if written.__class__ is int and written > 0 else count(written),
+            input_tokens=count(usage.get("prompt_tokens")),
+            output_tokens=count(usage.get("completion_tokens")),
             cost_usd=None,
         )
     prompt, completion = mapping(given_prompt), mapping(given_completion)
@@ -556,7 +554,13 @@ class OpenAIPassing(PassingReader):
                 )
             self.done = True
             return
-        chunk = load_object(sent.data, f"an event in the stream of {self.provider}")
+        chunk: Any
+        try:
+            chunk = orjson.loads(sent.data)
+        except orjson.JSONDecodeError:
+            chunk = None
+        if chunk.__class__ is not dict:
+            chunk = load_object(sent.data, f"an event in the stream of {self.provider}")  # says what is wrong
         if chunk.get("error"):
             self.error = _embedded_error(self.provider, chunk["error"])
             return
@@ -564,8 +568,15 @@ class OpenAIPassing(PassingReader):
             choices: Any = chunk.get("choices")
             if choices.__class__ is list and len(choices) == 1:
                 choice: Any = choices[0]
-                if choice.__class__ is dict and choice.get("finish_reason") is None:
-                    self.count_written(choice.get("delta"))  # as nearly every event
+                if choice.__class__ is dict and choice.get("finish_reason") is None:  # as nearly every event
+                    delta: Any = choice.get("delta")
+                    content: Any = (
+                        delta.get("content") if delta.__class__ is dict and len(delta) == 1 else None
+                    )
+                    if content.__class__ is str and content[:5] != "data:":
+                        self._written_chars += len(content)  # what `count_written` does
+                    else:
+                        self.count_written(delta)
                     return
         self._take(chunk, "delta")
 

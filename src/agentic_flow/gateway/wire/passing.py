@@ -53,17 +53,35 @@ class PassingRequest(NamedTuple):
     hides_usage: bool = False
 
 
-class Glance(NamedTuple):
-    """What an ordinary whole answer says for the books. The counts are those of `Usage`, as billed."""
+class Glance:
+    """What an ordinary whole answer says for the books, with the counts of `Usage`, as billed.
 
-    model: str
-    stop_reason: StopReason
-    input_tokens: int
-    output_tokens: int
-    cache_read_tokens: int
-    cache_write_tokens: int
-    reasoning_tokens: int
-    cost_usd: float | None = None
+    `cost_usd` is filled in by who knows the price.
+    """
+
+    __slots__ = (
+        "cache_read_tokens", "cache_write_tokens", "cost_usd", "input_tokens", "model", "output_tokens",
+        "reasoning_tokens", "stop_reason",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        model: str,
+        stop_reason: StopReason,
+        input_tokens: int,
+        output_tokens: int,
+        cache_read_tokens: int,
+        cache_write_tokens: int,
+        reasoning_tokens: int,
+    ) -> None:
+        self.model = model
+        self.stop_reason: StopReason = stop_reason
+        self.input_tokens = input_tokens
+        self.output_tokens = output_tokens
+        self.cache_read_tokens = cache_read_tokens
+        self.cache_write_tokens = cache_write_tokens
+        self.reasoning_tokens = reasoning_tokens
+        self.cost_usd: float | None = None
 
 
 class PassingReader(ABC):
@@ -117,15 +135,18 @@ class PassingReader(ABC):
         Raises:
             ProviderProtocol: they are not of this format.
         """
-        known = len(self._held)
-        self._held += chunk
-        end = 0
-        for mark in _EVENT_ENDS:
-            at = self._held.rfind(mark, max(0, known - len(mark) + 1))
-            if at >= 0:
-                end = max(end, at + len(mark))
-        whole, self._held = self._held[:end], self._held[end:]
-        for event in self._sse.feed(whole):
+        if not self._held and chunk.endswith(b"\n\n") and b"\r" not in chunk:
+            whole = chunk  # as nearly always
+        else:
+            known = len(self._held)
+            self._held += chunk
+            end = 0
+            for mark in _EVENT_ENDS:
+                at = self._held.rfind(mark, max(0, known - len(mark) + 1))
+                if at >= 0:
+                    end = max(end, at + len(mark))
+            whole, self._held = self._held[:end], self._held[end:]
+        for event in (self._parser or self._sse).feed(whole):
             self.take_event(event)
         return whole
 

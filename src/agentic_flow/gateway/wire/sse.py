@@ -7,10 +7,12 @@ decoder checks the UTF-8 strictly, where the specification would put replacement
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 _LINE_END = re.compile(rb"\r\n|\r|\n")
 _BOM = b"\xef\xbb\xbf"
+# A named tuple's own is a function of Python's: too slow for each event of a stream.
+_new = cast(Any, tuple).__new__
 
 
 class SseEvent(NamedTuple):
@@ -36,18 +38,17 @@ class SseParser:
             return []
         if self._at_start and not self._partial and chunk[0] != _BOM[0]:
             self._at_start = False
-        if self._between and chunk.endswith(b"\n\n") and b"\r" not in chunk:
+        if chunk.endswith(b"\n\n") and b"\r" not in chunk and self._between():
             # Whole events, as nearly always: most of them are one line each.
             events: list[SseEvent] = []
             for block in chunk[:-2].split(b"\n\n"):
                 if block.startswith(b"data: ") and b"\n" not in block:
-                    events.append(SseEvent("message", block[6:]))
+                    events.append(_new(SseEvent, ("message", block[6:])))
                 elif block:
                     events += self._feed(block + b"\n\n")
             return events
         return self._feed(chunk)
 
-    @property
     def _between(self) -> bool:
         """Whether nothing of an event has come yet."""
         return not (
