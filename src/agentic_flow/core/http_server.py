@@ -378,8 +378,9 @@ class ServerProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
         self._idle_since_s = None
+        parser: Any = self.parser
         try:
-            self.parser.feed_data(data)  # pyright: ignore[reportUnknownMemberType] - a `cast` is a call
+            parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._refuse(error)
         held = self._held
