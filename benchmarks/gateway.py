@@ -238,18 +238,16 @@ def reasons(figures: Figures) -> str:
 
 
 _PROFILE = """\
-A whole passed-through request makes about 330 calls of Python functions, none of which takes 3 % of the time
-(cProfile, 3000 requests, without the writes to sockets). By the same profile the key's check takes 7 %,
-routing and limits 10 %, price and budget 8 %, ledger and metrics 5 %; the rest is HTTP on both sides, reading
-the format, and the layers in between. Tried, and in: a client and answers of our own beside aiohttp and ASGI,
-one write for an answer, one timer for all waits, compiled rates, a garbage collector that runs seldom, and
-chunks of a stream handed on where they come in. Nothing that is left is large: the targets need the ordinary
-request to skip most of its layers (no task, no generators, no typed records), which has not been tried as a
-whole, or compiled code for them."""
+A whole passed-through request makes about 130 calls of Python functions (345 before it went without a task,
+see decision 0019; 190 before the last round) and 200 of functions in C (cProfile, 2000 requests). By samples
+of its time a quarter is sockets and the event loop, a sixth HTTP on both sides; the rest is spread over the
+key, limits, budget, circuit, ledger, metrics and JSON, none of them 8 %. Fifty calls fewer saved a tenth of
+the time, so that half of it is out of reach of interpreted Python that does all of this; compiled code would
+be next. A stream still has a task and its generators: some 500 calls for all of it, and 14 for each chunk."""
 
 _WHY_CPU = {
     "whole same": "The rest is interpreted Python, spread evenly: see below.",
-    "whole translated": "Both formats are decoded into typed messages and encoded again, on top of the same.",
+    "whole translated": "Both formats are decoded into nine typed records and encoded, on top of the same.",
     "stream same": "Each chunk is parsed for its usage and its end, which an honest bill needs.",
     "stream translated": "Each chunk becomes a typed event, is counted, and is written anew.",
 }
@@ -296,7 +294,8 @@ def _why_grown(soaked: Figures) -> str:
         return f" It is {each_bytes:.0f} bytes a request, and was not explained."
     return (
         f" It is {each_bytes:.0f} bytes a request; one record of one alone\nhas {RECORD_BYTES}, so none "
-        "is kept for each. What grows instead was not found out."
+        "is kept for each. It is in the arenas of Python's allocator: as many as it ever needed at once,"
+        "\nwhile what is in use stays the same."
     )
 
 
