@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import re
 import tempfile
@@ -594,3 +595,29 @@ async def test_changed_policies_hold_at_once(tmp_path: Path) -> None:
             made.gateway._policies.policies = changed  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
             _, headers, _ = await made.ask(CHAT, asked("named"))
             assert headers["x-agentic-flow-model"] == "anthropic:claude-cheap"
+
+
+@pytest.mark.parametrize("way", ["whole", "stream", "handed over"])
+async def test_no_request_waits_for_the_garbage_collector(tmp_path: Path, way: str) -> None:
+    """Catches requests that hold themselves in a ring: memory grew by how many waited to be collected."""
+    body = asked(stream=True) if way == "stream" else asked()
+    with FakeProvider(lambda _: Reply.text("good day")) as fake:
+        async with house(tmp_path, fake) as made:
+            await made.ask(CHAT, body)
+            gc.collect()
+            gc.disable()
+            try:
+                for number in range(12):
+                    # An idempotency key is nothing for the straight path.
+                    headers = {"idempotency-key": f"k{number}"} if way == "handed over" else None
+                    status, _, _ = await made.ask(CHAT, body, headers)
+                    assert status == 200
+                left = [type(found).__name__ for found in gc.get_objects()]
+            finally:
+                gc.enable()
+    # A connection keeps its last request.
+    assert {
+        kind: left.count(kind)
+        for kind in ("IncomingBody", "OutgoingAnswer", "_Cycle")
+        if left.count(kind) > 2
+    } == {}
