@@ -599,7 +599,7 @@ async def test_changed_policies_hold_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("way", ["whole", "stream", "handed over"])
 async def test_no_request_waits_for_the_garbage_collector(tmp_path: Path, way: str) -> None:
-    """Catches requests that hold themselves in a ring: memory grew by how many waited to be collected."""
+    """Catches requests that hold themselves in a ring, which only the garbage collector could free."""
     body = asked(stream=True) if way == "stream" else asked()
     with FakeProvider(lambda _: Reply.text("good day")) as fake:
         async with house(tmp_path, fake) as made:

@@ -190,7 +190,7 @@ class Floor:
                 otel.detach(token)
             self.log_context.reset(bound)
             # What is in there holds the server's request, and that holds the scope: a ring for each request,
-            # some kilobytes that only the garbage collector would free, and that memory grew by.
+            # which only the garbage collector could free.
             state.clear()
 
     async def _answer(
