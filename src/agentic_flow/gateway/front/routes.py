@@ -43,7 +43,7 @@ from agentic_flow.gateway.front.format import Call
 from agentic_flow.gateway.front.streaming import send_stream, unless_left
 from agentic_flow.gateway.questions import BodyQuestion, Destination, tokens_of
 from agentic_flow.gateway.service import Gateway
-from agentic_flow.gateway.straight import NotOrdinary, Straight, StraightWalk
+from agentic_flow.gateway.straight import NotOrdinary, StraightWalk
 from agentic_flow.gateway.walk import Walk
 from agentic_flow.gateway.wire.openai import ask_usage, wants_usage
 from agentic_flow.gateway.wire.passing import PassingRequest, rename_model
@@ -159,7 +159,7 @@ def build_front_routes(gateway: Gateway) -> list[Route]:
             path,
             _FrontApp(gateway, front, chat),
             methods=["POST"],
-            ahead=partial(_begin, gateway.straight, front),
+            ahead=partial(_begin, gateway, front),
         )
 
     return [
@@ -170,7 +170,7 @@ def build_front_routes(gateway: Gateway) -> list[Route]:
     ]
 
 
-def _begin(straight: Straight, front: Front, ahead: Ahead) -> bool:
+def _begin(gateway: Gateway, front: Front, ahead: Ahead) -> bool:
     """Begin to answer a request on the straight path, if it is ordinary."""
     given = ahead.headers
     body = ahead.body()
@@ -180,7 +180,7 @@ def _begin(straight: Straight, front: Front, ahead: Ahead) -> bool:
     question = _VendorQuestion(front, given, b"", body, read_body(body))
     if question.stream:
         return False
-    walk = straight.walk(
+    walk = gateway.straight.walk(
         question,
         principal=ahead.principal,
         deadline=deadline_in(given, TIMEOUT_MAX_S),
