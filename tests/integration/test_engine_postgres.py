@@ -97,7 +97,7 @@ def test_server_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_process_begins_while_others_write(server: str, tmp_path: Path) -> None:
-    """Catches a start that asks for its tables so that it waits for those who write, or deadlocks with them."""
+    """Catches a start that waits for those who write to tables that are there, or deadlocks with them."""
     database = RunDatabase(new_database(server), tmp_path)
     database.create()
     impatient = RunDatabase(f"{database.url}&options=-c%20lock_timeout%3D2s", tmp_path)
