@@ -201,7 +201,8 @@ def _show_bench(session: Session, measured: list[Measured], out: Path | None) ->
         )
     elif failing:
         error = AgenticFlowError(
-            f"{len(failing)} test files fail", hint="the teams did their work; the tests are the folder's own"
+            f"{len(failing)} test file{'s fail' if len(failing) > 1 else ' fails'}",
+            hint="the teams did their work; the tests are the folder's own",
         )
     if error is not None:
         print_error(error, as_json=False)  # with --json, stdout has the runs themselves
