@@ -28,6 +28,10 @@ BESIDE = {
     "created_at_s",
     "updated_at_s",
     "workflow",
+    "queue",
+    "priority",
+    "deadline_at_s",
+    "retry_of",
 }
 QUESTION = "What switches the kettle off when the temperature reaches the limit?"
 

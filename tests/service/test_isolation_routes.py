@@ -181,6 +181,13 @@ async def furnish(at: Platform, owner: Owner) -> None:
     else:
         raise AssertionError(f"the run of {owner.name} never asked: {text}")
     ids["question_id"] = orjson.loads(text)["questions"][0]["id"]
+    for _ in range(600):  # until nothing about it changes by itself
+        _, text = await at.ask(owner, "GET", f"/v1/memory/trajectories/{ids['trajectory_id']}")
+        if orjson.loads(text)["compressed"]:
+            break
+        await asyncio.sleep(0.05)
+    else:
+        raise AssertionError(f"the trajectory of {owner.name} was never learned from: {text}")
     ids["name"] = owner.name
     ids["skill_id"] = ids["episode_id"] = ids["trajectory_id"]
 
