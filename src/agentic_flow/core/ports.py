@@ -450,7 +450,7 @@ class QueueDepth:
         queue: Its name.
         waiting: Runs that may begin and wait for a worker.
         oldest_s: Since how many seconds the oldest of them waits; 0 when none does.
-        delayed: Runs that may not begin yet.
+        delayed: Runs that may not begin yet: before a time, or before other runs have ended.
         running: Unfinished runs that processes have taken from it.
     """
 
@@ -509,6 +509,8 @@ class RunEngine(Protocol):
         priority: int = 0,
         not_before_s: float | None = None,
         deadline_s: float | None = None,
+        after: Sequence[str] = (),
+        after_any_end: bool = False,
     ) -> bool:
         """Accept a workflow durably, and begin it here unless it is to wait in a shared queue.
 
@@ -522,12 +524,16 @@ class RunEngine(Protocol):
             priority: -100 to 100; high ones go first.
             not_before_s: It is not begun before, in seconds since 1970; without a queue it goes to `default`.
             deadline_s: From this time on it is not begun any more, but fails, in seconds since 1970.
+            after: Top-level workflows of this tenant. It is not begun, and takes no place, before all of them
+                have completed; when one fails, is cancelled or given up instead, it fails.
+            after_any_end: It is enough that they end, in whichever way.
 
         Returns:
             False when this id was accepted before.
 
         Raises:
             InvalidInput: the priority is out of range.
+            NotFound: one of `after` is no workflow of the tenant.
         """
         ...
 

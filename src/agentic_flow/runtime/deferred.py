@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from agentic_flow.core.clock import SYSTEM_CLOCK
 from agentic_flow.core.errors import AgenticFlowError
 from agentic_flow.core.settings import SwarmSettings
+from agentic_flow.swarm.dependencies import Dependencies
 from agentic_flow.swarm.leases import Leases, RunDatabase
 from agentic_flow.swarm.queue_metrics import QueueMetrics
 from agentic_flow.swarm.queues import RunQueues
@@ -84,6 +85,7 @@ class RunWatch:
         self._database = RunDatabase(url, data_dir)
         self._leases = Leases(self._database, lease_s=settings.lease_s)
         self._queues = RunQueues(self._database, SYSTEM_CLOCK, queue_runs_max={}, tenant_runs_max=None)
+        self._dependencies = Dependencies(self._database, SYSTEM_CLOCK)
         self._names = settings.queues if settings.runs_parallel_max else ()
         self.metrics = QueueMetrics(self._queues.depths, settings.queues)
         """How the shared queues stand, for `/metrics`; there are figures once `start` was called."""
@@ -130,7 +132,7 @@ class RunWatch:
         return self._begun()
 
     def _has_work(self) -> bool:
-        return self._leases.has_orphans() or self._queues.has_work(self._names)
+        return self._leases.has_orphans() or self._queues.has_work(self._names) or self._dependencies.is_due()
 
     async def _keep_looking(self) -> None:
         while True:

@@ -19,9 +19,10 @@ from typing import Any, cast
 import structlog
 
 from agentic_flow.core.errors import AgenticFlowError, Unavailable
+from agentic_flow.core.messages import JsonObject
 from agentic_flow.core.sql import Connection, SqlDatabase, execute
 from agentic_flow.swarm.event_log import EventRow, append, end_data, event, step_data
-from agentic_flow.swarm.queue_rows import enqueue, notify
+from agentic_flow.swarm.queue_rows import enqueue, notify, wait_for
 from agentic_flow.swarm.scheduling import UNFINISHED, Fence, Permission, StoredWorkflow, may_record
 
 # ruff: noqa: S608 - what is interpolated into SQL here is constants; values are bound.
@@ -72,10 +73,14 @@ class Accept:
     Args:
         row: Of `af_workflows`.
         queued: What `queue_rows.enqueue` is told of it besides, if it goes to a shared queue.
+        after: Runs that it waits for.
+        any_end: Whether it is enough that they have ended.
     """
 
     row: Bindings
     queued: Bindings | None = None
+    after: Sequence[str] = ()
+    any_end: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,12 +292,15 @@ def _accepted(connection: Connection, accept: Accept, again: bool, told: list[Ev
     row = accept.row
     if connection.execute(_INSERT_WORKFLOW, row).rowcount == 1:
         of = (row["workflow_id"], row["workflow_id"])
-        told.append(event(*of, "accepted", row["accepted_at_s"], row["name"]))
+        data: JsonObject | None = {"after": list(accept.after)} if accept.after else None
+        told.append(event(*of, "accepted", row["accepted_at_s"], row["name"], data))
         if row["status"] == "running":
             told.append(event(*of, "started", row["accepted_at_s"], row["name"]))
         if accept.queued is not None:
             about = {key: row[key] for key in ("priority", "tenant", "name", "version")}
-            enqueue(connection, row["workflow_id"], at_s=row["accepted_at_s"], **about, **accept.queued)
+            about |= {"at_s": row["accepted_at_s"], "held": bool(accept.after)}
+            enqueue(connection, row["workflow_id"], **about, **accept.queued)
+        wait_for(connection, row["workflow_id"], accept.after, any_end=accept.any_end)
         return True
     if not again:
         return False

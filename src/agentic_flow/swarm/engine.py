@@ -29,6 +29,7 @@ from agentic_flow.core.errors import (
     AgenticFlowError,
     Cancelled,
     Conflict,
+    NotFound,
     Unavailable,
     as_problem,
 )
@@ -46,6 +47,7 @@ from agentic_flow.core.ports import (
 from agentic_flow.swarm import checkpoints
 from agentic_flow.swarm.checkpoints import Accept, Checkpoint, CheckpointWriter
 from agentic_flow.swarm.claiming import Claimer
+from agentic_flow.swarm.dependencies import Dependencies
 from agentic_flow.swarm.execution import (
     Child,
     Context,
@@ -68,7 +70,7 @@ from agentic_flow.swarm.queues import RunQueues, late_error
 from agentic_flow.swarm.reader import RunReader, decoded_object
 from agentic_flow.swarm.retention import Retention
 from agentic_flow.swarm.retries import Retries
-from agentic_flow.swarm.scheduling import DEFAULT_QUEUE, ENDED, QUEUED_BY, Custody, Fence, Places
+from agentic_flow.swarm.scheduling import DEFAULT_QUEUE, ENDED, QUEUED_BY, UNFINISHED, Custody, Fence, Places
 
 T = TypeVar("T")
 log: structlog.stdlib.BoundLogger = structlog.get_logger("agentic_flow.engine")
@@ -77,6 +79,7 @@ _WAIT_FIRST_S, _WAIT_MOST_S = 0.01, 0.25
 _WATCH_S = 0.5
 _LOOK_S = 0.25
 _EXPIRE_S = 1.0
+_SETTLE_S = 0.5
 _TEARDOWN_S = 30.0
 
 
@@ -110,6 +113,7 @@ class SqlRunEngine:
             self._database, clock, queue_runs_max=queue_runs_max or {}, tenant_runs_max=tenant_runs_max
         )
         self._leases = Leases(self._database, lease_s=lease_s, clock=clock)
+        self._dependencies = Dependencies(self._database, clock)
         self._open_inbox = Inbox(self._database, clock)
         self._open_pauses = Pauses(self._database, clock)
         unpooled = RunDatabase(database_url, data_dir, pooled=False)
@@ -173,8 +177,10 @@ class SqlRunEngine:
             if takeover:
                 # The lease and this must be within 15 s, with the default lease of 10 s and some to spare.
                 self._keepers.append(keep(self._lease_s / 4, self._take_orphans))
+            self._keepers.append(keep(_SETTLE_S, self._settle_own))
             if takeover or queues:
                 self._keepers.append(keep(_EXPIRE_S, self._expire))
+                self._keepers.append(keep(_SETTLE_S, self._settle_queued))
             self._claim_from(queues)
             yield
         finally:
@@ -308,6 +314,31 @@ class SqlRunEngine:
         for workflow_id in await asyncio.to_thread(self._queues.expire):
             log.info("queued_run_expired", workflow_id=workflow_id)
 
+    async def _settle_queued(self) -> None:
+        if await asyncio.to_thread(self._dependencies.settle, QUEUED_BY):
+            self._wake_claimer()
+
+    async def _settle_own(self) -> None:
+        """Let our runs go on that waited for others."""
+        held = {run.workflow_id: run for run in self._runs.values() if run.is_held and run.is_accepted}
+        if not held:
+            return
+        await asyncio.to_thread(self._dependencies.settle, self._executor_id)
+        # Asked for, not told: of an earlier round perhaps only the answer was lost.
+        free = held.keys() - await asyncio.to_thread(self._dependencies.waiting_among, held)
+        now_s = self.clock.time_s()
+        free |= {i for i, run in held.items() if run.deadline_s is not None and now_s >= run.deadline_s}
+        statuses = await asyncio.to_thread(self._leases.statuses, sorted(free))
+        for workflow_id in sorted(free, key=lambda one: held[one].accepted_at_s):
+            run = held[workflow_id]
+            if self._runs.get(workflow_id) is not run or not run.is_held:
+                continue
+            if statuses.get(workflow_id) in UNFINISHED:  # or is late, which it fails of when it begins
+                run.is_held = False
+                self._enter(run)
+            else:
+                self._leave(run, None)  # it can never begin, and has failed
+
     async def _take_orphans(self) -> None:
         for workflow_id in await self.resume_interrupted():
             log.info("workflow_taken_over", workflow_id=workflow_id)
@@ -325,11 +356,14 @@ class SqlRunEngine:
         priority: int = 0,
         not_before_s: float | None = None,
         deadline_s: float | None = None,
+        after: Sequence[str] = (),
+        after_any_end: bool = False,
     ) -> bool:
         """See RunEngine. A caller that is cancelled meanwhile leaves the workflow whole: accepted or not.
 
         Raises:
             InvalidInput: the priority is out of range.
+            NotFound: one of those that it is to begin after is not there.
             Unavailable: the database cannot be used now.
         """
         check_priority(priority)
@@ -337,6 +371,12 @@ class SqlRunEngine:
         assert name in self._workflows, name
         assert "." not in workflow_id, workflow_id
         text = encoded(payload)
+        try:
+            unmet = await self._unmet(tenant, after, after_any_end)
+        except NotFound:
+            if await self.get(workflow_id) is None:
+                raise
+            return False  # accepted before, and what it waited for has been removed since
         while (other := self._accepting.get(workflow_id)) is not None:
             await asyncio.wait([other])
             self._check_open()
@@ -348,16 +388,20 @@ class SqlRunEngine:
         run = Run(workflow_id, name, tenant, priority, text, fence, self.clock.time_s(), is_new=True)
         run.deadline_s = deadline_s
         if queue is not None:
-            accept = Accept(
-                row_of(run), {"queue": queue, "not_before_s": not_before_s, "deadline_s": deadline_s}
-            )
-            return await self._queue(workflow_id, accept)
+            queued = {"queue": queue, "not_before_s": not_before_s, "deadline_s": deadline_s}
+            return await self._queue(workflow_id, Accept(row_of(run), queued, unmet, after_any_end))
+        run.is_held = bool(unmet)
         self._enter(run)
         run.starts_at_once = run.has_place  # stored as running: no second write when it begins
-        accepting = self._write(Accept(row_of(run)))
+        accepting = self._write(Accept(row_of(run), None, unmet, after_any_end))
         self._accepting[workflow_id] = accepting
         accepting.add_done_callback(lambda _: self._accepted(run, accepting))
         return bool(await asyncio.shield(accepting))
+
+    async def _unmet(self, tenant: str, after: Sequence[str], any_end: bool) -> list[str]:
+        if not after:
+            return []
+        return await asyncio.to_thread(self._dependencies.unmet, tenant, after, any_end=any_end)
 
     async def _queue(self, workflow_id: str, accept: Accept) -> bool:
         accepting = self._write(accept)
@@ -592,6 +636,7 @@ class SqlRunEngine:
             await self._left(workflow_id, "lost")  # what another process had taken over from us
             run = run_of(claim, is_new=False)
             self._set_paused(run, bool(await asyncio.to_thread(self._pauses.among, [workflow_id])))
+            run.is_held = bool(await asyncio.to_thread(self._dependencies.waiting_among, [workflow_id]))
             self._enter(run)
             return True
         except Unavailable:
@@ -622,8 +667,9 @@ class SqlRunEngine:
 
     def _enter(self, run: Run) -> None:
         self._runs[run.workflow_id] = run
-        self._places.ask(run)
-        self._admit()
+        if not run.is_held:
+            self._places.ask(run)
+            self._admit()
 
     def _admit(self) -> None:
         for admitted in self._places.admit():

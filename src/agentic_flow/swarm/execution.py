@@ -60,6 +60,7 @@ class Run:
     unpaused: asyncio.Event | None = None
     starts_at_once: bool = False
     is_ending: bool = False
+    is_held: bool = False
     deadline_s: float | None = None
     queue: str | None = None
     ended: asyncio.Future[WorkflowRecord | None] = field(

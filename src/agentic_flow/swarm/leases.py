@@ -1,6 +1,6 @@
 """The run database: who owns which workflow, and what the store says about it.
 
-Seven tables, in SQLite or PostgreSQL:
+Eight tables, in SQLite or PostgreSQL:
 
     af_executors  one row per process, with its last heartbeat
     af_workflows  one row per workflow. A top-level one carries its owner, and an epoch that grows when it
@@ -10,6 +10,7 @@ Seven tables, in SQLite or PostgreSQL:
     af_inbox      one row per message to a top-level workflow, numbered in it (`inbox`)
     af_paused     one row per top-level workflow that is paused (`pauses`)
     af_queued     one row per top-level workflow that was put into a shared queue (`queues`)
+    af_after      one row per top-level workflow that another one waits for (`dependencies`)
 
 An owner is alive while its heartbeat is fresh and, on SQLite, while it holds the lock on its lock file: the
 operating system drops that at once when the process dies, which makes `kill -9` visible without waiting. What
@@ -36,7 +37,7 @@ from agentic_flow.core.sql import Connection, SqlDatabase, execute
 from agentic_flow.swarm.dbos_import import import_runs
 from agentic_flow.swarm.event_log import append, create_events, event, written_down
 from agentic_flow.swarm.locks import hold_lock, is_locked, lock_path
-from agentic_flow.swarm.queue_rows import CREATE_QUEUED, enqueue, notify, set_state
+from agentic_flow.swarm.queue_rows import CREATE_AFTER, CREATE_QUEUED, enqueue, make_ready, notify, set_state
 from agentic_flow.swarm.scheduling import (
     DEFAULT_QUEUE,
     QUEUED_BY,
@@ -78,6 +79,7 @@ _CREATE = (
     """CREATE TABLE IF NOT EXISTS af_paused (
         root_id TEXT PRIMARY KEY, at_s DOUBLE PRECISION NOT NULL, sender TEXT NOT NULL)""",
     *CREATE_QUEUED,
+    *CREATE_AFTER,
     "CREATE INDEX IF NOT EXISTS af_workflows_unfinished ON af_workflows (executor_id, accepted_at_s) "
     f"WHERE parent_id IS NULL AND {_UNFINISHED}",
     "CREATE INDEX IF NOT EXISTS af_workflows_by_tenant ON af_workflows (tenant, name, accepted_at_s) "
@@ -376,7 +378,6 @@ class Leases:
         if executor_id != QUEUED_BY:
             set_state(connection, [workflow_id], "taken", now_s)
             return
-        set_state(connection, [workflow_id], "ready", now_s)
         enqueue(  # one that was accepted without a queue
             connection,
             workflow_id,
@@ -387,6 +388,7 @@ class Leases:
             version=str(row[4]),
             at_s=now_s,
         )
+        make_ready(connection, [workflow_id], now_s)
         if not self._database.is_sqlite:
             notify(connection)
 
@@ -485,7 +487,7 @@ class Leases:
                 bindings = tree_of(str(root))
                 execute(connection, f"DELETE FROM af_steps WHERE workflow_id IN ({tree})", **bindings)
                 execute(connection, f"DELETE FROM af_workflows WHERE {TREE}", **bindings)
-                for table in ("af_events", "af_inbox", "af_paused", "af_queued"):
+                for table in ("af_events", "af_inbox", "af_paused", "af_queued", "af_after"):
                     execute(connection, f"DELETE FROM {table} WHERE root_id = :id", id=root)
         return len(roots)
 

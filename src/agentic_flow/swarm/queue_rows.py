@@ -2,6 +2,7 @@
 
 One row per run that was put into a shared queue, for as long as the run is kept:
 
+    held      it waits for other runs (`dependencies`)
     delayed   it may not begin yet
     ready     it waits to be taken
     taken     a process has taken it, or it ended while it waited
@@ -24,8 +25,14 @@ CHANNEL = "af_queued"
 """Of PostgreSQL's notifications: something may be ready."""
 _RANK_DIGITS = 3
 
-QueueState = Literal["delayed", "ready", "taken"]
+QueueState = Literal["held", "delayed", "ready", "taken"]
 
+CREATE_AFTER = (
+    """CREATE TABLE IF NOT EXISTS af_after (
+        root_id TEXT NOT NULL, needed_id TEXT NOT NULL, any_end INTEGER NOT NULL,
+        PRIMARY KEY (root_id, needed_id))""",
+    "CREATE INDEX IF NOT EXISTS af_after_needed ON af_after (needed_id)",
+)
 CREATE_QUEUED = (
     """CREATE TABLE IF NOT EXISTS af_queued (
         root_id TEXT PRIMARY KEY, queue TEXT NOT NULL, priority INTEGER NOT NULL, tenant TEXT NOT NULL,
@@ -76,6 +83,7 @@ def enqueue(
     at_s: float,
     not_before_s: float | None = None,
     deadline_s: float | None = None,
+    held: bool = False,
 ) -> None:
     """Put a run into a queue, unless it has one. The caller's transaction holds its top-level row.
 
@@ -90,7 +98,9 @@ def enqueue(
         at_s: Since when it waits, in seconds since 1970.
         not_before_s: It is not taken before.
         deadline_s: From then on it is not begun.
+        held: It waits for other runs.
     """
+    state: QueueState = "ready" if not_before_s is None or not_before_s <= at_s else "delayed"
     execute(
         connection,
         "INSERT INTO af_queued (root_id, queue, priority, tenant, name, version, line, state, at_s, "
@@ -103,7 +113,7 @@ def enqueue(
         name=name,
         version=version,
         line=line_of(priority, tenant),
-        state="ready" if not_before_s is None or not_before_s <= at_s else "delayed",
+        state="held" if held else state,
         at_s=at_s,
         not_before_s=not_before_s,
         deadline_s=deadline_s,
@@ -130,6 +140,45 @@ def set_state(
         state=state,
         ids=list(roots),
         **({"at": taken_at_s} if took else {}),
+    )
+
+
+def wait_for(connection: Connection, root_id: str, needed: Sequence[str], *, any_end: bool) -> None:
+    """Note that a run waits for others. The caller's transaction has just stored it.
+
+    Args:
+        connection: In a transaction.
+        root_id: The run.
+        needed: The others.
+        any_end: Whether it is enough that they have ended.
+    """
+    for needed_id in needed:
+        execute(
+            connection,
+            "INSERT INTO af_after (root_id, needed_id, any_end) VALUES (:id, :needed, :any_end)",
+            id=root_id,
+            needed=needed_id,
+            any_end=int(any_end),
+        )
+
+
+def make_ready(connection: Connection, roots: Sequence[str], now_s: float) -> None:
+    """Let those of these runs that have a row be taken from their queue, unless they wait for other runs.
+
+    Args:
+        connection: In a transaction.
+        roots: The runs.
+        now_s: Since when they wait for a worker. One that may not begin yet is delayed.
+    """
+    if not roots:
+        return
+    execute(
+        connection,
+        "UPDATE af_queued SET state = CASE WHEN EXISTS (SELECT 1 FROM af_after a "
+        "WHERE a.root_id = af_queued.root_id) THEN 'held' WHEN not_before_s > :now THEN 'delayed' "
+        "ELSE 'ready' END, at_s = CASE WHEN state = 'held' THEN :now ELSE at_s END WHERE root_id IN :ids",
+        now=now_s,
+        ids=list(roots),
     )
 
 

@@ -277,7 +277,8 @@ class RunQueues:
                 str(row[0]): [int(row[1]), max(0.0, now_s - float(row[2])), 0, 0] for row in waiting
             }
             delayed = execute(
-                connection, "SELECT queue, COUNT(*) FROM af_queued WHERE state = 'delayed' GROUP BY queue"
+                connection,
+                "SELECT queue, COUNT(*) FROM af_queued WHERE state IN ('delayed', 'held') GROUP BY queue",
             )
             for row in delayed:
                 found.setdefault(str(row[0]), [0, 0.0, 0, 0])[2] = int(row[1])

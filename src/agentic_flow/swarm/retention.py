@@ -99,7 +99,12 @@ class Retention:
 
     def _named_by_unfinished(self, tenant: str) -> set[str]:
         """Everything that the inputs of the tenant's unfinished runs name, and that may be a run's id."""
-        found, last = set[str](), ""
+        waited_for = self._database.rows(
+            "SELECT a.needed_id FROM af_after a JOIN af_workflows d ON d.workflow_id = a.root_id "
+            "WHERE d.tenant = :tenant AND d.status IN ('queued', 'running')",
+            tenant=tenant,
+        )
+        found, last = {str(row[0]) for row in waited_for}, ""
         while True:
             rows = self._database.rows(
                 f"SELECT workflow_id, payload FROM af_workflows WHERE {_UNFINISHED} AND tenant = :tenant "
@@ -197,7 +202,7 @@ class Retention:
                 return []
             trees = f"SELECT t.workflow_id FROM ({_TREES}) t"
             execute(connection, f"DELETE FROM af_steps WHERE workflow_id IN ({trees})", ids=ids)
-            for table in ("af_events", "af_inbox", "af_paused", "af_queued"):
+            for table in ("af_events", "af_inbox", "af_paused", "af_queued", "af_after"):
                 execute(connection, f"DELETE FROM {table} WHERE root_id IN :ids", ids=ids)
             below = "DELETE FROM af_workflows WHERE parent_id IS NOT NULL AND root_id IN :ids"
             execute(connection, below, ids=ids)

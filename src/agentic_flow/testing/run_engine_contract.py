@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from agentic_flow.core.errors import AgenticFlowError, Conflict, DeadlineExceeded, ProviderFailed, Unavailable
 from agentic_flow.core.messages import JsonObject
 from agentic_flow.core.ports import EventRecord, StepContext, Workflow, WorkflowContext
+from agentic_flow.testing.run_engine_after_contract import AFTER_CHECKS
 from agentic_flow.testing.run_engine_case import (
     TENANT,
     TIMEOUT_S,
@@ -685,4 +686,5 @@ CHECKS: tuple[Callable[[RunEngineCase], Awaitable[None]], ...] = (
     *RETENTION_CHECKS,
     *RETRY_CHECKS,
     *QUEUE_CHECKS,
+    *AFTER_CHECKS,
 )
