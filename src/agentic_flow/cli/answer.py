@@ -50,8 +50,9 @@ def _print_table(result: RunResult) -> None:
     headers = ("agent", "role", "state", "steps", "tool calls", "tokens", "cost", "time")
     print_table(headers, [*rows, total])
     queue = f", queue {result.queue}" if result.queue is not None else ""
+    after = f", after {', '.join(result.after)}" if result.after else ""
     sys.stdout.write(
-        f"run {result.run_id} ({result.state}), {result.topology}, model {result.model}{queue}\n"
+        f"run {result.run_id} ({result.state}), {result.topology}, model {result.model}{queue}{after}\n"
     )
     if result.ingest is not None:
         report = result.ingest

@@ -134,6 +134,18 @@ def register(app: typer.Typer) -> None:
             int,
             typer.Option("--priority", min=-100, max=100, help="High ones go first.", metavar="N"),
         ] = 0,
+        after: Annotated[
+            list[str] | None,
+            typer.Option(
+                "--after",
+                help="Begin when this run has completed, fail when it does not; may be repeated.",
+                metavar="ID",
+            ),
+        ] = None,
+        after_any_end: Annotated[
+            bool,
+            typer.Option("--after-any-end", help="With --after: it is enough that they have ended."),
+        ] = False,
         deadline_s: Annotated[
             float | None, typer.Option("--deadline-s", help="Longest time of the run.", metavar="SECONDS")
         ] = None,
@@ -169,6 +181,8 @@ def register(app: typer.Typer) -> None:
             "board": board,
             "queue": queue,
             "priority": priority or None,
+            "after": tuple(after) if after else None,
+            "after_any_end": after_any_end or None,
             "deadline_s": deadline_s,
             "steps_max": steps_max,
             "tokens_max": tokens_max,

@@ -80,6 +80,18 @@ def run(
     priority: Annotated[
         int, typer.Option("--priority", min=-100, max=100, help="High ones go first.", metavar="N")
     ] = 0,
+    after: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--after",
+            help="Begin when this run has completed, fail when it does not; may be repeated.",
+            metavar="ID",
+        ),
+    ] = None,
+    after_any_end: Annotated[
+        bool,
+        typer.Option("--after-any-end", help="With --after: it is enough that they have ended."),
+    ] = False,
 ) -> None:
     """Run a workflow file and print its outputs.
 
@@ -95,7 +107,13 @@ def run(
 
     async def submit(client: AsyncClient) -> str:
         return await client.workflows.submit(
-            file, inputs, idempotency_key=idempotency_key, queue=queue, priority=priority
+            file,
+            inputs,
+            idempotency_key=idempotency_key,
+            queue=queue,
+            priority=priority,
+            after=after or (),
+            after_any_end=after_any_end,
         )
 
     follow(session, submit)

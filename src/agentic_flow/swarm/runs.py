@@ -25,6 +25,7 @@ TopologyName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,
 Count = Annotated[int, Field(ge=1)]
 QueueName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 Priority = Annotated[int, Field(ge=-100, le=100)]
+After = Annotated[tuple[Id, ...], Field(max_length=64)]
 AgentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 
 
@@ -66,7 +67,8 @@ class RunSpec(Frozen):
     "topology" gives a blackboard to the agents who may speak to each other anyway, "all" one to everybody.
 
     `queue`: the shared queue from which a worker takes it; None: who accepts it does it, if it does any. A
-    high `priority` goes first.
+    high `priority` goes first. It begins when all runs of `after` have completed, and fails when one of them
+    does not; with `after_any_end` it begins when all have ended, in whichever way.
 
     Limits, each within the setting of that name: `deadline_s` from acceptance to the end, `steps_max` and
     `tool_calls_max` of one agent, `tokens_max` of the run, `output_tokens_max` of one model call.
@@ -94,6 +96,8 @@ class RunSpec(Frozen):
     board: Literal["none", "topology", "all"] = "none"
     queue: QueueName | None = None
     priority: Priority = 0
+    after: After = ()
+    after_any_end: bool = False
     deadline_s: Annotated[float, Field(gt=0)] | None = None
     steps_max: Count | None = None
     tool_calls_max: Count | None = None
@@ -200,7 +204,8 @@ class WorkflowReport(Frozen):
 class RunResult(Frozen):
     """A run as the store has it; the one object that `agentic-flow run --json` prints.
 
-    `queue` is the shared queue it was put into, `deadline_at_s` when it is too late for it to begin.
+    `queue` is the shared queue it was put into, `after` the runs it was to begin after, `deadline_at_s` when
+    it is too late for it to begin.
     """
 
     run_id: str
@@ -221,6 +226,7 @@ class RunResult(Frozen):
     error: JsonObject | None = None
     queue: str | None = None
     priority: int = 0
+    after: tuple[str, ...] = ()
     deadline_at_s: float | None = None
     created_at_s: float = 0.0
     updated_at_s: float = 0.0

@@ -194,6 +194,8 @@ class Swarm:
             queue=spec.queue,
             priority=spec.priority,
             deadline_s=None if spec.deadline_s is None else payload.started_at_s + spec.deadline_s,
+            after=spec.after,
+            after_any_end=spec.after_any_end,
         )
         if not accepted:
             record = await self._record(principal, run_id)
@@ -223,12 +225,17 @@ class Swarm:
             queue=request.queue,
             priority=request.priority,
             deadline_s=None if deadline_s is None else payload.run.started_at_s + deadline_s,
+            after=request.after,
+            after_any_end=request.after_any_end,
         )
         if not accepted:
             record = await self._record(principal, run_id)
             if record.name != WORKFLOW or any(
                 record.payload[part] != data[part] for part in ("workflow", "inputs")
             ):
+                raise _other_run(idempotency_key, run_id)
+            known = _run_payload(record).spec
+            if (known.after, known.after_any_end) != (request.after, request.after_any_end):
                 raise _other_run(idempotency_key, run_id)
         return run_id
 
@@ -528,6 +535,7 @@ def summary_of(record: WorkflowRecord) -> RunResult:
             "retry_of": run.get("retry_of"),
             "queue": record.queue,
             "priority": record.priority,
+            "after": tuple(run.get("spec", {}).get("after", ())),
             "deadline_at_s": record.deadline_s,
             "created_at_s": record.created_at_s,
             "updated_at_s": record.updated_at_s,

@@ -106,7 +106,8 @@ class WorkflowAdmission:
         if spec is None:
             raise refusal(problems)
         inputs = given_inputs(spec, request.inputs)
-        whole = account_of(spec, _folders(spec, inputs))
+        begins = {"after": request.after, "after_any_end": request.after_any_end}
+        whole = account_of(spec, _folders(spec, inputs)).model_copy(update=begins)
         self._permit(principal, whole)
         folder = await asyncio.to_thread(Folder.of, whole) if whole.inputs else None
         default = await self._completer.resolve(spec.model, principal=principal)

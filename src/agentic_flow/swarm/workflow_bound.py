@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -63,6 +63,8 @@ class BoundWorkflows:
         idempotency_key: str | None = None,
         queue: str | None = None,
         priority: int = 0,
+        after: Sequence[str] = (),
+        after_any_end: bool = False,
     ) -> str:
         """Accept a workflow durably and return the id of its run; follow it as any run (`client.runs`).
 
@@ -72,6 +74,8 @@ class BoundWorkflows:
             idempotency_key: The same key, workflow and inputs give the same run.
             queue: The shared queue from which a worker takes it.
             priority: -100 to 100; high ones go first.
+            after: Runs that must have completed before it begins; it fails when one does not.
+            after_any_end: It is enough that they have ended.
 
         Raises:
             InvalidInput: the workflow or an input is wrong; `details["problems"]` has all that is.
@@ -85,6 +89,8 @@ class BoundWorkflows:
         }
         if queue is not None or priority:
             fields |= {"queue": queue, "priority": priority}
+        if after:
+            fields |= {"after": tuple(after), "after_any_end": after_any_end}
         try:
             request = WorkflowRequest(**fields)
         except ValidationError as error:

@@ -37,6 +37,8 @@ _OURS = (
     "refines",
     "queue",
     "priority",
+    "after",
+    "after_any_end",
 )
 """Fields of a run that, within a workflow, are the workflow's."""
 _LATER = ("approve", "ask", "schedule", "signal", "wait", "sleep", "cron", "question")

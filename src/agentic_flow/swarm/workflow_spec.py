@@ -16,7 +16,7 @@ from agentic_flow.core.errors import InvalidInput
 from agentic_flow.core.messages import Frozen, JsonObject
 from agentic_flow.core.settings import SwarmSettings
 from agentic_flow.swarm.questions import OPTIONS_MAX, check_question
-from agentic_flow.swarm.runs import AgentName, Count, Priority, QueueName, RunSpec, StepKind
+from agentic_flow.swarm.runs import After, AgentName, Count, Priority, QueueName, RunSpec, StepKind
 from agentic_flow.swarm.topology import Role
 from agentic_flow.swarm.workflow_file import Document, Format, bounded_document, parse_document
 from agentic_flow.swarm.workflow_text import SOURCE_CHARS_MAX
@@ -268,11 +268,13 @@ class WorkflowSource(Frozen):
 
 
 class WorkflowRequest(WorkflowSource):
-    """A workflow to run, with its inputs; `queue` and `priority` as in RunSpec."""
+    """A workflow to run, with its inputs; `queue`, `priority`, `after` and `after_any_end` as in RunSpec."""
 
     inputs: JsonObject = Field(default_factory=dict[str, Any])
     queue: QueueName | None = None
     priority: Priority = 0
+    after: After = ()
+    after_any_end: bool = False
 
 
 @dataclass(frozen=True, slots=True)

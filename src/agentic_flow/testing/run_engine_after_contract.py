@@ -35,10 +35,15 @@ def noting(journal: Journal) -> Workflow:
 
 
 async def _put(
-    case: RunEngineCase, engine: RunEngine, name: str, payload: JsonObject | None = None, /, **more: Any
+    case: RunEngineCase,
+    engine: RunEngine,
+    name: str,
+    payload: JsonObject | None = None,
+    tenant: str = TENANT,
+    **more: Any,
 ) -> str:
     run = case.id(name)
-    put = await engine.start(case.id("flow"), run, payload or {}, **{"tenant": TENANT} | more)
+    put = await engine.start(case.id("flow"), run, payload or {}, tenant=tenant, **more)
     assert put, run
     return run
 
