@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from agentic_flow.runtime.build import Runtime
     from agentic_flow.swarm.questions import Question
     from agentic_flow.swarm.runs import Purged, RunEvent, RunResult, RunService, RunSpec, RunStep
+    from agentic_flow.swarm.schedule_bound import BoundSchedules, WaitedSchedules
+    from agentic_flow.swarm.schedules import ScheduleService
     from agentic_flow.swarm.tries import SeveralTries
     from agentic_flow.swarm.workflow_bound import BoundWorkflows, WaitedWorkflows
 
@@ -187,6 +189,21 @@ class AsyncClient:
             return swarm, runtime.principal
 
         return BoundWorkflows(opened)
+
+    @functools.cached_property
+    def schedules(self) -> BoundSchedules:
+        """Workflow files that run by themselves: add, list, show, pause, resume, remove."""
+        from agentic_flow.swarm.schedule_bound import BoundSchedules
+
+        async def opened() -> tuple[ScheduleService, Principal]:
+            runtime, swarm = await self._swarm()
+            return swarm.schedules, runtime.principal
+
+        async def looked_at() -> tuple[ScheduleService, Principal]:
+            runtime, runs = await self._records()
+            return runs.schedules, runtime.principal
+
+        return BoundSchedules(opened, looked_at)
 
     async def matts(self, goal: str, *, k: int = 3, sequential: bool = False, **options: Any) -> SeveralTries:
         """Run a goal several times, compare the runs, and keep what that teaches.
@@ -568,6 +585,13 @@ class Client:
         from agentic_flow.memory.bound import WaitedMemory
 
         return WaitedMemory(self._async.memory, self._call)
+
+    @functools.cached_property
+    def schedules(self) -> WaitedSchedules:
+        """See `AsyncClient.schedules`."""
+        from agentic_flow.swarm.schedule_bound import WaitedSchedules
+
+        return WaitedSchedules(self._async.schedules, self._call)
 
     @functools.cached_property
     def workflows(self) -> WaitedWorkflows:

@@ -49,6 +49,7 @@ BODIES: dict[tuple[str, str], Any] = {
     ("PATCH", "/v1/memory/items/{item_id}"): {"title": "common"},
     ("POST", "/v1/runs"): {"goal": "a common word", "topology": "nothing"},
     ("POST", "/v1/workflows"): {"workflow": {"name": "wrong", "steps": []}},
+    ("POST", "/v1/schedules"): {"workflow": {"name": "wrong", "steps": []}},
     ("POST", "/v1/workflows/validate"): {"workflow": {"name": "wrong", "steps": []}},
 }
 """Of routes that no document describes; those without an id need only not answer with what is another's."""
@@ -61,6 +62,8 @@ UNCHANGED = (
     "/v1/namespaces/{namespace}/export",
     "/v1/keys",
     "/v1/runs",
+    "/v1/schedules",
+    "/v1/schedules/{schedule}",
 )
 """What a tenant sees of its own, compared before and after the strangers' attempts."""
 
@@ -173,6 +176,10 @@ async def furnish(at: Platform, owner: Owner) -> None:
         owner, "/v1/workflows", {"workflow": {**FLOW, "name": f"waits-{mark}"}, "inputs": {"mark": mark}}
     )
     ids["run_id"] = run["run_id"]
+    ids["schedule"] = f"s-{hashlib.sha256(mark.encode()).hexdigest()[:12]}"
+    flow = {**FLOW, "name": f"waits-{mark}", "schedule": {"every_s": 86_400}}
+    asked = {"name": ids["schedule"], "workflow": flow, "inputs": {"mark": mark}}
+    await at.make(owner, "/v1/schedules", asked)
     for _ in range(600):  # until it asks
         _, text = await at.ask(owner, "GET", f"/v1/runs/{ids['run_id']}/questions")
         if mark in text:

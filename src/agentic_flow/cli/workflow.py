@@ -102,7 +102,7 @@ def run(
     from agentic_flow.client import AsyncClient
     from agentic_flow.swarm.workflow_bound import parsed_inputs, source_of, workflow_of
 
-    words = _words(input or ())
+    words = words_of(input or ())
     inputs = parsed_inputs(workflow_of(source_of(file)), words)
 
     async def submit(client: AsyncClient) -> str:
@@ -132,7 +132,12 @@ def show(session: Session, file: File) -> None:
     session.show(spec.model_dump(mode="json", exclude_unset=True), lambda: _draw(spec))
 
 
-def _words(given: list[str] | tuple[str, ...]) -> dict[str, str]:
+def words_of(given: list[str] | tuple[str, ...]) -> dict[str, str]:
+    """Inputs as they were written: name → text.
+
+    Raises:
+        InvalidInput: one has no value, or is given twice.
+    """
     from agentic_flow.core.errors import InvalidInput
 
     words: dict[str, str] = {}

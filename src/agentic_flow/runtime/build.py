@@ -329,11 +329,14 @@ class Runtime:
             await self._stack.enter_async_context(twin)
             return twin
         await imported("agentic_flow.swarm.service", "agentic_flow.swarm.engine")
+        from agentic_flow.core.clock import SYSTEM_CLOCK
         from agentic_flow.swarm.engine import SqlRunEngine
+        from agentic_flow.swarm.schedule_store import ScheduleStore
         from agentic_flow.swarm.service import Swarm
 
         settings = self.settings
         own = settings.swarm
+        url = own.database_url.get_secret_value() if own.database_url else None
         return Swarm(
             own,
             completer=await self.completer(),
@@ -342,7 +345,7 @@ class Runtime:
             memory_enabled=settings.memory.enabled,
             toolbox=await self.toolbox(),
             engine=SqlRunEngine(
-                own.database_url.get_secret_value() if own.database_url else None,
+                url,
                 settings.data_dir,
                 lease_s=own.lease_s,
                 runs_parallel_max=own.runs_parallel_max,
@@ -350,6 +353,7 @@ class Runtime:
                 tenant_runs_max=own.tenant_runs_max,
             ),
             catalog=await asyncio.to_thread(definition_catalog, settings),
+            schedules=ScheduleStore(url, settings.data_dir, SYSTEM_CLOCK),
             ingest_settings=settings.agentdb,
             stream=settings.gateway.stream,
             tool_timeout_s=settings.tools.timeout_s,

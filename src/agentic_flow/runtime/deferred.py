@@ -21,6 +21,7 @@ from agentic_flow.swarm.dependencies import Dependencies
 from agentic_flow.swarm.leases import Leases, RunDatabase
 from agentic_flow.swarm.queue_metrics import QueueMetrics
 from agentic_flow.swarm.queues import RunQueues
+from agentic_flow.swarm.schedule_rows import is_any_due
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger("agentic_flow.serve")
 
@@ -64,7 +65,8 @@ class DeferredRoutes(BaseRoute):
 class RunWatch:
     """Looks for runs that nobody executes, with a cheap question and without the run engine.
 
-    They are interrupted, or wait in a shared queue that this process works for. It measures the queues, too.
+    They are interrupted, wait in a shared queue that this process works for, or are to be made by a schedule.
+    It measures the queues, too.
 
     Args:
         settings: The section `swarm`.
@@ -132,7 +134,12 @@ class RunWatch:
         return self._begun()
 
     def _has_work(self) -> bool:
-        return self._leases.has_orphans() or self._queues.has_work(self._names) or self._dependencies.is_due()
+        return (
+            self._leases.has_orphans()
+            or self._queues.has_work(self._names)
+            or self._dependencies.is_due()
+            or is_any_due(self._database, SYSTEM_CLOCK)
+        )
 
     async def _keep_looking(self) -> None:
         while True:

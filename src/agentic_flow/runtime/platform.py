@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from agentic_flow.core.remote_auth import RemoteAuthenticator
 
 PROBE_TIMEOUT_S = 2.0
-RUN_ROOTS = ("/v1/runs", "/v1/workflows")
+RUN_ROOTS = ("/v1/runs", "/v1/workflows", "/v1/schedules")
 MEMORY_DOCUMENT_PATH = "/v1/memory/openapi.json"  # of memory.routes, which is loaded when it is asked for
 MEMORY_ROOTS = ("/v1/namespaces", "/v1/namespace-stats", "/v1/tenants-with", "/v1/memory")
 

@@ -1,6 +1,6 @@
 """The run database: who owns which workflow, and what the store says about it.
 
-Eight tables, in SQLite or PostgreSQL:
+Nine tables, in SQLite or PostgreSQL:
 
     af_executors  one row per process, with its last heartbeat
     af_workflows  one row per workflow. A top-level one carries its owner, and an epoch that grows when it
@@ -11,6 +11,7 @@ Eight tables, in SQLite or PostgreSQL:
     af_paused     one row per top-level workflow that is paused (`pauses`)
     af_queued     one row per top-level workflow that was put into a shared queue (`queues`)
     af_after      one row per top-level workflow that another one waits for (`dependencies`)
+    af_schedules  one row per schedule, which makes top-level workflows (`schedule_store`)
 
 An owner is alive while its heartbeat is fresh and, on SQLite, while it holds the lock on its lock file: the
 operating system drops that at once when the process dies, which makes `kill -9` visible without waiting. What
@@ -37,7 +38,15 @@ from agentic_flow.core.sql import Connection, SqlDatabase, execute
 from agentic_flow.swarm.dbos_import import import_runs
 from agentic_flow.swarm.event_log import append, create_events, event, written_down
 from agentic_flow.swarm.locks import hold_lock, is_locked, lock_path
-from agentic_flow.swarm.queue_rows import CREATE_AFTER, CREATE_QUEUED, enqueue, make_ready, notify, set_state
+from agentic_flow.swarm.queue_rows import (
+    CREATE_AFTER,
+    CREATE_QUEUED,
+    enqueue,
+    make_ready,
+    notify,
+    set_state,
+)
+from agentic_flow.swarm.schedule_rows import CREATE_SCHEDULES
 from agentic_flow.swarm.scheduling import (
     DEFAULT_QUEUE,
     QUEUED_BY,
@@ -80,6 +89,7 @@ _CREATE = (
         root_id TEXT PRIMARY KEY, at_s DOUBLE PRECISION NOT NULL, sender TEXT NOT NULL)""",
     *CREATE_QUEUED,
     *CREATE_AFTER,
+    *CREATE_SCHEDULES,
     "CREATE INDEX IF NOT EXISTS af_workflows_unfinished ON af_workflows (executor_id, accepted_at_s) "
     f"WHERE parent_id IS NULL AND {_UNFINISHED}",
     "CREATE INDEX IF NOT EXISTS af_workflows_by_tenant ON af_workflows (tenant, name, accepted_at_s) "
@@ -473,6 +483,8 @@ class Leases:
         if not self._has_runs():
             return 0
         self._database.create()  # what an older build has made lacks tables
+        with self._database.transaction() as connection:  # first, so that none makes a new run meanwhile
+            execute(connection, "DELETE FROM af_schedules WHERE tenant = :tenant", tenant=tenant)
         roots = self._database.rows(
             "SELECT workflow_id FROM af_workflows WHERE tenant = :tenant AND parent_id IS NULL", tenant=tenant
         )

@@ -15,6 +15,7 @@ from agentic_flow.core.http_twin import HttpTwin
 from agentic_flow.core.ports import RunState
 from agentic_flow.swarm.questions import Question
 from agentic_flow.swarm.runs import Purged, PurgeRequest, RunEvent, RunResult, RunSpec, RunStep
+from agentic_flow.swarm.schedules import Schedule, ScheduleRequest
 from agentic_flow.swarm.workflow_spec import Validation, WorkflowRequest, WorkflowSource
 
 _ENDED = frozenset({"completed", "failed", "cancelled"})
@@ -23,6 +24,11 @@ _RECONNECT_PAUSE_S = 0.5
 
 class RemoteSwarm(HttpTwin):
     """RunService over HTTP; constructed like any HttpTwin."""
+
+    @property
+    def schedules(self) -> RemoteSchedules:
+        """See RunService."""
+        return RemoteSchedules(self)
 
     async def submit(self, principal: Principal, spec: RunSpec, *, idempotency_key: str | None = None) -> str:
         """See RunService. Without a key of the caller's it makes one, so that a retry cannot run twice."""
@@ -167,6 +173,48 @@ class RemoteSwarm(HttpTwin):
                 if failures >= self._attempts:
                     raise
             await asyncio.sleep(_RECONNECT_PAUSE_S)
+
+
+class RemoteSchedules:
+    """ScheduleService over HTTP.
+
+    Args:
+        twin: Makes the calls.
+    """
+
+    def __init__(self, twin: HttpTwin) -> None:
+        self._twin = twin
+
+    async def add(self, principal: Principal, request: ScheduleRequest) -> Schedule:
+        """See ScheduleService. Not repeated by itself: a second time there is one of the name."""
+        body = request.model_dump(mode="json", exclude_unset=True)
+        return Schedule.model_validate(
+            await self._twin.call("POST", "/v1/schedules", body=body, principal=principal)
+        )
+
+    async def every(self, principal: Principal) -> list[Schedule]:
+        answer = await self._twin.call("GET", "/v1/schedules", principal=principal)
+        return [Schedule.model_validate(one) for one in answer["schedules"]]
+
+    async def show(self, principal: Principal, name: str) -> Schedule:
+        return Schedule.model_validate(await self._twin.call("GET", _schedule(name), principal=principal))
+
+    async def pause(self, principal: Principal, name: str) -> bool:
+        return bool((await self._post(principal, name, "pause"))["paused"])
+
+    async def resume(self, principal: Principal, name: str) -> bool:
+        return bool((await self._post(principal, name, "resume"))["resumed"])
+
+    async def remove(self, principal: Principal, name: str) -> None:
+        await self._twin.call("DELETE", _schedule(name), principal=principal, idempotent=False)
+
+    async def _post(self, principal: Principal, name: str, what: str) -> Any:
+        path = f"{_schedule(name)}/{what}"
+        return await self._twin.call("POST", path, principal=principal, idempotent=True)
+
+
+def _schedule(name: str) -> str:
+    return f"/v1/schedules/{quote(name, safe='')}"
 
 
 def _path(run_id: str) -> str:

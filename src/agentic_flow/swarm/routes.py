@@ -17,16 +17,18 @@ from agentic_flow.core.web import event_stream, json_response, parse, require
 from agentic_flow.swarm.picture import picture
 from agentic_flow.swarm.questions import AnswerRequest
 from agentic_flow.swarm.runs import PurgeRequest, RetryRequest, RunService, RunSpec, SignalRequest
+from agentic_flow.swarm.schedules import ScheduleRequest
 from agentic_flow.swarm.workflow_spec import WorkflowRequest, WorkflowSource
 
 _LIST_MAX = 500
 
 
 def build_routes(runs: RunService) -> list[Route]:
-    """`/v1/runs` and `/v1/workflows` over a run service.
+    """`/v1/runs`, `/v1/workflows` and `/v1/schedules` over a run service.
 
     POST /v1/runs takes a RunSpec and an optional `Idempotency-Key` header and answers 202 with the id; POST
-    /v1/workflows does with a WorkflowRequest. POST /v1/workflows/validate takes a WorkflowSource.
+    /v1/workflows does with a WorkflowRequest. POST /v1/workflows/validate takes a WorkflowSource, POST
+    /v1/schedules a ScheduleRequest.
     """
 
     async def submit(request: Request) -> Response:
@@ -112,6 +114,32 @@ def build_routes(runs: RunService) -> list[Route]:
         principal = require(request, "runs:write")
         return json_response(await runs.purge(principal, await parse(request, PurgeRequest)))
 
+    async def add_schedule(request: Request) -> Response:
+        principal = require(request, "runs:write")
+        added = await runs.schedules.add(principal, await parse(request, ScheduleRequest))
+        return json_response(added, 201, headers={"location": f"/v1/schedules/{added.name}"})
+
+    async def list_schedules(request: Request) -> Response:
+        principal = require(request, "runs:read")
+        return json_response({"schedules": await runs.schedules.every(principal)})
+
+    async def show_schedule(request: Request) -> Response:
+        principal = require(request, "runs:read")
+        return json_response(await runs.schedules.show(principal, _schedule(request)))
+
+    async def pause_schedule(request: Request) -> Response:
+        principal = require(request, "runs:write")
+        return json_response({"paused": await runs.schedules.pause(principal, _schedule(request))})
+
+    async def resume_schedule(request: Request) -> Response:
+        principal = require(request, "runs:write")
+        return json_response({"resumed": await runs.schedules.resume(principal, _schedule(request))})
+
+    async def remove_schedule(request: Request) -> Response:
+        principal = require(request, "runs:write")
+        await runs.schedules.remove(principal, _schedule(request))
+        return json_response({"removed": True})
+
     async def events(request: Request) -> Response:
         principal = require(request, "runs:read")
         last = request.headers.get("last-event-id")
@@ -136,6 +164,12 @@ def build_routes(runs: RunService) -> list[Route]:
         Route("/v1/runs/{run_id}/signals/{name}", signal, methods=["POST"]),
         Route("/v1/runs/{run_id}/retry", retry, methods=["POST"]),
         Route("/v1/runs/{run_id}/resume", resume, methods=["POST"]),
+        Route("/v1/schedules", add_schedule, methods=["POST"]),
+        Route("/v1/schedules", list_schedules, methods=["GET"]),
+        Route("/v1/schedules/{schedule}", show_schedule, methods=["GET"]),
+        Route("/v1/schedules/{schedule}", remove_schedule, methods=["DELETE"]),
+        Route("/v1/schedules/{schedule}/pause", pause_schedule, methods=["POST"]),
+        Route("/v1/schedules/{schedule}/resume", resume_schedule, methods=["POST"]),
     ]
 
 
@@ -148,6 +182,10 @@ async def _events(
 
 def _id(request: Request) -> str:
     return str(request.path_params["run_id"])
+
+
+def _schedule(request: Request) -> str:
+    return str(request.path_params["schedule"])
 
 
 def _states(raw: str) -> tuple[RunState, ...]:

@@ -17,6 +17,7 @@ from agentic_flow.swarm.topology import Role
 
 if TYPE_CHECKING:
     from agentic_flow.swarm.questions import Question
+    from agentic_flow.swarm.schedules import ScheduleService
     from agentic_flow.swarm.workflow_spec import Validation, WorkflowRequest, WorkflowSource
 
 TEAM_LEVELS_MAX = 3
@@ -333,6 +334,11 @@ class RunService(Protocol):
 
     Every method answers for the principal's tenant only: a run of another tenant does not exist (NotFound).
     """
+
+    @property
+    def schedules(self) -> ScheduleService:
+        """What makes runs by itself."""
+        ...
 
     async def submit(self, principal: Principal, spec: RunSpec, *, idempotency_key: str | None = None) -> str:
         """Accept a run durably and return its id; the same key and spec give the same run.

@@ -34,6 +34,7 @@ from agentic_flow.swarm.agent_loop import AgentLoop, PydanticAgentLoop
 from agentic_flow.swarm.blackboard import clear_boards
 from agentic_flow.swarm.definitions import AgentDefinition, DefinitionCatalog
 from agentic_flow.swarm.experience import RunExperience, Shown, memory_of
+from agentic_flow.swarm.heartbeat import keep
 from agentic_flow.swarm.inputs import Folder, Inputs
 from agentic_flow.swarm.member import Budgets, Members
 from agentic_flow.swarm.payloads import RUN, Brief, RunPayload, from_record
@@ -51,10 +52,12 @@ from agentic_flow.swarm.runs import (
     RunStep,
     RunUsage,
 )
+from agentic_flow.swarm.schedule_store import ScheduleStore
+from agentic_flow.swarm.scheduler import Scheduler
 from agentic_flow.swarm.team import DEFAULT_TOOLS, Team
 from agentic_flow.swarm.topology import Assignment, Role
 from agentic_flow.swarm.workflow_admission import WorkflowAdmission
-from agentic_flow.swarm.workflow_run import WORKFLOW, Workflows
+from agentic_flow.swarm.workflow_run import WORKFLOW, WorkflowPayload, Workflows
 from agentic_flow.swarm.workflow_spec import Validation, WorkflowRequest, WorkflowSource
 
 PLAYED_BY: dict[Role, str] = {
@@ -67,6 +70,7 @@ PLAYED_BY: dict[Role, str] = {
 
 _ENDED: frozenset[RunState] = frozenset({"completed", "failed", "cancelled"})
 _POLL_S = 0.25
+_SCHEDULES_S = 1.0
 _INGEST_EVENT_INTERVAL_S = 0.1
 
 
@@ -82,6 +86,7 @@ class Swarm:
         toolbox: Tools of the agents.
         engine: Durable workflows; this service registers its own with it.
         catalog: Agent definitions.
+        schedules: Where the schedules are.
         ingest_settings: The `agentdb` section: how folders are read.
         stream: Whether agents' model calls use the provider's streaming format.
         tool_timeout_s: Deadline of one tool call.
@@ -98,6 +103,7 @@ class Swarm:
         toolbox: ToolBox,
         engine: RunEngine,
         catalog: DefinitionCatalog,
+        schedules: ScheduleStore,
         ingest_settings: AgentDBSettings,
         memory_enabled: bool = True,
         stream: bool = True,
@@ -110,6 +116,7 @@ class Swarm:
         self._store = store
         self._catalog = catalog
         self._experience = RunExperience(memory, engine, enabled=memory_enabled)
+        self._firing: asyncio.Task[None] | None = None
         self._ingest_progress: dict[str, tuple[int, int]] = {}
         self._toolbox = toolbox
         budgets = Budgets(settings, completer, engine)
@@ -142,6 +149,10 @@ class Swarm:
             brief=self._brief,
             permit=self._check_inputs,
         )
+        self._schedule_store = schedules
+        self.schedules = Scheduler(
+            schedules, admit=self._admission.admit, submit=self.submit_workflow, state_of=self._state_of
+        )
         self._team = Team(
             settings,
             engine=engine,
@@ -156,14 +167,29 @@ class Swarm:
     async def open(self, *, takeover: bool = False) -> AsyncGenerator[Swarm]:
         """Start working.
 
-        With `takeover` it continues interrupted runs, now and whenever one appears, and takes runs from the
-        shared queues of the setting `swarm.queues`.
+        With `takeover` it continues interrupted runs, now and whenever one appears, takes runs from the
+        shared queues of the setting `swarm.queues`, and makes the runs of schedules.
         """
         async with self._engine.open(takeover=takeover, queues=self._settings.queues if takeover else ()):
-            yield self
+            if not takeover:
+                yield self
+                return
+            with self._schedule_store.open():
+                self._firing = keep(_SCHEDULES_S, self.schedules.fire_due)
+                try:
+                    yield self
+                finally:
+                    await self._fire_no_more()
+
+    async def _fire_no_more(self) -> None:
+        if (firing := self._firing) is not None:
+            self._firing = None
+            firing.cancel()
+            await asyncio.wait([firing])
 
     async def drain(self, timeout_s: float) -> int:
         """Begin no more runs and let those at work end; how many are left to others. See RunEngine."""
+        await self._fire_no_more()
         return await self._engine.drain(timeout_s)
 
     async def submit(self, principal: Principal, spec: RunSpec, *, idempotency_key: str | None = None) -> str:
@@ -230,12 +256,12 @@ class Swarm:
         )
         if not accepted:
             record = await self._record(principal, run_id)
-            if record.name != WORKFLOW or any(
-                record.payload[part] != data[part] for part in ("workflow", "inputs")
-            ):
+            if record.name != WORKFLOW:
                 raise _other_run(idempotency_key, run_id)
-            known = _run_payload(record).spec
-            if (known.after, known.after_any_end) != (request.after, request.after_any_end):
+            known = WorkflowPayload.model_validate(record.payload)
+            before = (known.run.spec.after, known.run.spec.after_any_end)
+            same = before == (request.after, request.after_any_end)
+            if not same or (known.workflow, known.inputs) != (payload.workflow, payload.inputs):
                 raise _other_run(idempotency_key, run_id)
         return run_id
 
@@ -381,6 +407,10 @@ class Swarm:
         if found.runs and not request.dry_run:
             cleared = await clear_boards(self._store, tenant, self._is_gone)
         return Purged(tenant=tenant, board_entries=cleared, **asdict(found))
+
+    async def _state_of(self, run_id: str) -> RunState | None:
+        record = await self._engine.get(run_id)
+        return None if record is None else record.state
 
     async def _is_gone(self, run_id: str) -> bool:
         return await self._engine.get(run_id) is None

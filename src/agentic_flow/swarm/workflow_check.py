@@ -178,7 +178,7 @@ class _Check:
         if key in _LATER:
             self.say(
                 place,
-                f"{key!r} is not offered: workflows have approvals and wait_for, but no schedules",
+                f"{key!r} is not offered: workflows have approvals, wait_for and a schedule as a whole",
                 "take it out; where somebody must decide, use `approval`, and for events `wait_for`",
             )
             return

@@ -17,6 +17,7 @@ from agentic_flow.core.messages import Frozen, JsonObject
 from agentic_flow.core.settings import SwarmSettings
 from agentic_flow.swarm.questions import OPTIONS_MAX, check_question
 from agentic_flow.swarm.runs import After, AgentName, Count, Priority, QueueName, RunSpec, StepKind
+from agentic_flow.swarm.schedule_rule import ScheduleRule
 from agentic_flow.swarm.topology import Role
 from agentic_flow.swarm.workflow_file import Document, Format, bounded_document, parse_document
 from agentic_flow.swarm.workflow_text import SOURCE_CHARS_MAX
@@ -183,8 +184,8 @@ class WorkflowSpec(Frozen):
 
     `folders` (templates) are what tools and agents may touch, within `paths_allowed` and `paths_forbidden`.
     `budget_usd`, `tokens_max` and `deadline_s` (from acceptance) hold for all steps together. `parallel_max`
-    bounds what works at once. `outputs` are templates over the steps; without any, the outputs of the final
-    steps are the result.
+    bounds what works at once. `schedule` says when it runs by itself, for `agentic-flow schedules add`.
+    `outputs` are templates over the steps; without any, the outputs of the final steps are the result.
     """
 
     name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
@@ -201,6 +202,7 @@ class WorkflowSpec(Frozen):
     tokens_max: Count | None = None
     deadline_s: Annotated[float, Field(gt=0)] | None = None
     parallel_max: Annotated[int, Field(ge=1, le=64)] = 16
+    schedule: ScheduleRule | None = None
     steps: Annotated[tuple[Step, ...], Field(min_length=1, max_length=STEPS_MAX)]
     outputs: Annotated[dict[Id, Any], Field(max_length=OUTPUTS_MAX)] = Field(default_factory=dict[str, Any])
 

@@ -204,11 +204,11 @@ async def holds_in_the_queue(case: RunEngineCase) -> None:
 async def expires_while_it_waits(case: RunEngineCase) -> None:
     """A deadline that passes while a run waits for another fails it, in a queue and without one."""
     journal = Journal()
-    more = {"deadline_s": time.time() + 0.2}
+    soon_s = time.time() + 0.2
     async with case.engine(flow=noting(journal)) as engine, case.worker(flow=noting(journal)):
         first = await _put(case, engine, "first", {"hold": True})
         for name, queue in (("here", None), ("queued", case.id("queue"))):
-            run = await _put(case, engine, name, after=[first], queue=queue, **more)
+            run = await _put(case, engine, name, after=[first], queue=queue, deadline_s=soon_s)
             record = await _ended(engine, run)
             assert (record.error or {})["code"] == "deadline_exceeded", record
         journal.gate.set()
