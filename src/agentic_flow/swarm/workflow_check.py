@@ -639,9 +639,11 @@ def _keys_at(place: Place) -> list[str]:
 
 def _models() -> dict[str, Any]:
     from agentic_flow.swarm.runs import RunSpec
+    from agentic_flow.swarm.schedule_rule import ScheduleRule
     from agentic_flow.swarm.workflow_spec import AgentWork, ApprovalWork, FanOut, Retry, SignalWork, ToolWork
 
     return {
+        "schedule": ScheduleRule,
         "steps": Step,
         "agent": AgentWork,
         "team": RunSpec,
