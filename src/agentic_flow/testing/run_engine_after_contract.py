@@ -194,6 +194,12 @@ async def holds_in_the_queue(case: RunEngineCase) -> None:
         depth = next(one for one in await submitter.queue_depths() if one.queue == queue)
         assert (depth.waiting, depth.delayed, depth.running) == (0, 3, 1)
         assert await state_of(submitter, after) == "queued"
+        other = await _put(case, submitter, "other", after=[first], queue=queue)
+        assert await submitter.cancel(other)
+        assert await submitter.resume(other)  # it waits on
+        depth = next(one for one in await submitter.queue_depths() if one.queue == queue)
+        assert (depth.waiting, depth.delayed, depth.running) == (0, 4, 1)
+        assert await submitter.cancel(other)
         journal.gate.set()
         assert (await _ended(submitter, after)).state == "completed"
         assert (await _ended(submitter, never)).error is not None
