@@ -32,6 +32,7 @@ BESIDE = {
     "priority",
     "deadline_at_s",
     "retry_of",
+    "after",
 }
 QUESTION = "What switches the kettle off when the temperature reaches the limit?"
 

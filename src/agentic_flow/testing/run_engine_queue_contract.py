@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from agentic_flow.core.errors import InvalidInput
 from agentic_flow.core.messages import JsonObject
@@ -34,7 +35,7 @@ def noting(journal: Journal) -> Workflow:
 
 
 async def _put(
-    case: RunEngineCase, engine: RunEngine, name: str, tenant: str = TENANT, /, **more: int
+    case: RunEngineCase, engine: RunEngine, name: str, tenant: str = TENANT, /, **more: Any
 ) -> str:
     run = case.id(name)
     put = await engine.start(case.id("flow"), run, {}, tenant=tenant, queue=case.id("queue"), **more)
