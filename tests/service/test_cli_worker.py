@@ -4,9 +4,14 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import socket
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 from cli_process import Place
 from scripted_team import GOAL, make_folder, team
@@ -88,6 +93,77 @@ def test_a_worker_that_leaves_hands_back(tmp_path: Path) -> None:
                 assert client.runs.wait(run).state == "completed"
         plans = sum("Split it into at most" in request.last_text for request in provider.requests)
     assert plans == 1
+
+
+def until_ready(url: str, status: int) -> dict[str, Any]:
+    """What `/health/ready` says once it answers with this status."""
+    while True:
+        answered, text = get(f"{url}/health/ready")
+        if answered == status:
+            return json.loads(text)
+
+
+def test_a_worker_tells_how_it_is(tmp_path: Path) -> None:
+    """Catches a readiness that is always yes: without a sign of life in the store, or while it drains."""
+    folder = make_folder(tmp_path)
+    asked, goes_on = Event(), Event()
+
+    def script(request: SeenRequest) -> Reply:
+        if "Split it into at most" not in request.last_text:
+            asked.set()
+            goes_on.wait(60)
+        return team(request)
+
+    with FakeProvider(script) as provider:
+        place = Place(
+            tmp_path,
+            OPENAI_BASE_URL=provider.openai_url,
+            OPENAI_API_KEY="test-key",
+            AGENTIC_FLOW_GATEWAY__MODEL="openai:some-model",
+            AGENTIC_FLOW_SWARM__LEASE_S="1",
+        )
+        with place.start("worker", "--queue", "gpu", "--places", "3", "--port", "0", "--json") as worker:
+            url = worker.addresses(1)["worker"]
+            assert until_ready(url, 200)["checks"] == {
+                "accepting": True,
+                "taking runs": True,
+                "run database": True,
+                "heartbeat": True,
+            }
+            assert get(f"{url}/v1/runs")[0] == 401, "it has no routes of its own"
+            with closing(sqlite3.connect(place.data_dir / "runs" / "runs.db", isolation_level=None)) as other:
+                other.execute("BEGIN IMMEDIATE")  # nobody else can write, the heartbeat neither
+                assert until_ready(url, 503)["failing"] == ["heartbeat"]
+                assert get(f"{url}/health/live")[0] == 200
+                other.execute("ROLLBACK")
+            until_ready(url, 200)
+            submitted = place.start("run", GOAL, "--input", folder, "--agents", "2", "--queue", "gpu")
+            with submitted:
+                assert asked.wait(60)
+                metrics = ""
+                while 'agentic_flow_queue_running_runs{queue="gpu"} 1.0' not in metrics:
+                    metrics = get(f"{url}/metrics")[1]  # measured again every two seconds
+                assert "agentic_flow_worker_places 3.0" in metrics
+                assert "agentic_flow_worker_runs 1.0" in metrics
+                worker.signal(signal.SIGTERM)
+                assert until_ready(url, 503)["failing"] == ["taking runs"]
+                assert get(f"{url}/health/live")[0] == 200
+                goes_on.set()
+                done = worker.end()
+                assert done.code == 0, done.err
+                assert done.data == {"working": {"queues": ["gpu"], "places": 3, "listening": url}}
+                assert submitted.end().code == 0
+
+
+def test_a_worker_says_that_its_port_is_taken(tmp_path: Path) -> None:
+    """Catches a worker that works on without the port that it is probed at."""
+    place = Place(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        refused = place.run("worker", "--port", str(taken.getsockname()[1]))
+    assert refused.code != 0
+    assert "the port is in use" in refused.problem
+    assert "AGENTIC_FLOW_SERVE__WORKER_PORT" in refused.err
+    assert not (place.data_dir / "runs").exists()
 
 
 def test_a_worker_with_nothing_to_do_is_refused(tmp_path: Path) -> None:

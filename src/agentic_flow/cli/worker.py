@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
         "worker",
         examples=(
             "agentic-flow worker",
-            "agentic-flow worker --queue nightly --queue default --places 4",
+            "agentic-flow worker --queue nightly --queue default --places 4 --port 9001",
             "AGENTIC_FLOW_SWARM__DATABASE_URL=postgresql://db/runs agentic-flow worker --queue gpu --json",
         ),
     )
@@ -49,6 +49,16 @@ def register(app: typer.Typer) -> None:
                 metavar="SECONDS",
             ),
         ] = None,
+        port: Annotated[
+            int | None,
+            typer.Option(
+                "--port",
+                min=0,
+                max=65535,
+                help="Answer /health/live, /health/ready and /metrics there; 0 takes any free one. "
+                "[default: setting serve.worker_port, unset: no port]",
+            ),
+        ] = None,
     ) -> None:
         """Take runs from shared queues and do them, until SIGTERM or Ctrl-C.
 
@@ -68,6 +78,7 @@ def register(app: typer.Typer) -> None:
         session.flags["swarm.queues"] = tuple(queue) if queue else None
         session.flags["swarm.runs_parallel_max"] = places
         session.flags["swarm.drain_s"] = drain_s
+        session.flags["serve.worker_port"] = port
         if session.as_json:
             session.flags["telemetry.log_format"] = "json"
         own = session.start().swarm
@@ -76,18 +87,28 @@ def register(app: typer.Typer) -> None:
                 f"a worker with {own.runs_parallel_max!r} places for {list(own.queues)!r} does nothing",
                 hint="give it --places and --queue",
             )
-        about = {"queues": list(own.queues), "places": own.runs_parallel_max}
+        about: dict[str, Any] = {"queues": list(own.queues), "places": own.runs_parallel_max}
 
         def ready() -> None:
             if session.as_json:
                 print_json({"working": about})
             talk(f"takes runs from {', '.join(own.queues)}, {own.runs_parallel_max} at a time")
 
+        def listening(url: str) -> None:
+            about["listening"] = url
+            talk(f"worker listens on {url}")
+
         def drain() -> None:
             talk(f"takes no more runs; finishes for up to {own.drain_s:g} s")
 
         async def main() -> int:
-            return await work(session.settings, on_ready=ready, on_drain=drain, stop=asyncio.Event())
+            return await work(
+                session.settings,
+                on_ready=ready,
+                on_drain=drain,
+                stop=asyncio.Event(),
+                on_listening=listening,
+            )
 
         left = run(main())
         talk(f"left, {left} unfinished runs handed back" if left else "left, all done")

@@ -462,6 +462,19 @@ class QueueDepth:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineHealth:
+    """How a process that executes workflows is.
+
+    Args:
+        database: Whether the run database answers now.
+        heartbeat: Whether the database has a sign of life of this process that is younger than its lease.
+    """
+
+    database: bool
+    heartbeat: bool
+
+
+@dataclass(frozen=True, slots=True)
 class PurgeReport:
     """What was removed of ended workflows, or would be (`dry_run`).
 
@@ -546,6 +559,15 @@ class RunEngine(Protocol):
         Args:
             timeout_s: So long it may take.
         """
+        ...
+
+    @property
+    def working(self) -> int:
+        """Top-level workflows that have a place in this process now."""
+        ...
+
+    async def health(self) -> EngineHealth:
+        """How this process is; answered within seconds also when the database is away."""
         ...
 
     async def queue_depths(self) -> list[QueueDepth]:

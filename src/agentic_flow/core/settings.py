@@ -53,6 +53,9 @@ class ServeSettings(Section):
     platform_port: Port = Field(default=3000, description="Platform: runs API, gateway, identity.")
     agentdb_port: Port = Field(default=5432, description="AgentDB.")
     swarm_port: Port = Field(default=9000, description="Swarm coordinator.")
+    worker_port: Port | None = Field(
+        default=None, description="Health and metrics of `agentic-flow worker`. Unset: it has no port."
+    )
     drain_timeout_s: Positive = Field(
         default=10.0, description="Seconds given to requests in flight after SIGTERM."
     )

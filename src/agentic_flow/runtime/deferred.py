@@ -18,6 +18,7 @@ from agentic_flow.core.clock import SYSTEM_CLOCK
 from agentic_flow.core.errors import AgenticFlowError
 from agentic_flow.core.settings import SwarmSettings
 from agentic_flow.swarm.dependencies import Dependencies
+from agentic_flow.swarm.heartbeat import answers
 from agentic_flow.swarm.leases import Leases, RunDatabase
 from agentic_flow.swarm.queue_metrics import QueueMetrics
 from agentic_flow.swarm.queues import RunQueues
@@ -89,7 +90,7 @@ class RunWatch:
         self._queues = RunQueues(self._database, SYSTEM_CLOCK, queue_runs_max={}, tenant_runs_max=None)
         self._dependencies = Dependencies(self._database, SYSTEM_CLOCK)
         self._names = settings.queues if settings.runs_parallel_max else ()
-        self.metrics = QueueMetrics(self._queues.depths, settings.queues)
+        self.metrics = QueueMetrics(lambda: asyncio.to_thread(self._queues.depths), settings.queues)
         """How the shared queues stand, for `/metrics`; there are figures once `start` was called."""
         self._interval_s = settings.lease_s / 2
         self._begun = begun
@@ -111,11 +112,7 @@ class RunWatch:
 
     async def works(self) -> bool:
         """Whether the run database can be read."""
-        try:
-            await asyncio.to_thread(self._database.rows, "SELECT COUNT(*) FROM af_executors")
-        except AgenticFlowError:
-            return False
-        return True
+        return await answers(self._database)
 
     async def close(self) -> None:
         """Look no more. Idempotent."""

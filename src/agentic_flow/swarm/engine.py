@@ -35,6 +35,7 @@ from agentic_flow.core.errors import (
 )
 from agentic_flow.core.messages import JsonObject
 from agentic_flow.core.ports import (
+    EngineHealth,
     EventRecord,
     MessageRecord,
     PurgeReport,
@@ -61,7 +62,7 @@ from agentic_flow.swarm.execution import (
     row_of,
     run_of,
 )
-from agentic_flow.swarm.heartbeat import Heartbeat, keep, unbroken
+from agentic_flow.swarm.heartbeat import Heartbeat, answers, keep, unbroken
 from agentic_flow.swarm.inbox import Inbox, Waiters, oldest_patiently, woken_before
 from agentic_flow.swarm.leases import NOBODY, Claim, Leases, RunDatabase, root_of
 from agentic_flow.swarm.pauses import Pauses
@@ -259,6 +260,20 @@ class SqlRunEngine:
                     self._place_given_back.clear()
                     await self._place_given_back.wait()
         return len(self._runs)
+
+    @property
+    def working(self) -> int:
+        """See RunEngine."""
+        return sum(run.has_place for run in self._runs.values())
+
+    async def health(self) -> EngineHealth:
+        """See RunEngine."""
+        self._check_open()
+        assert self._heartbeat is not None
+        return EngineHealth(
+            database=await answers(self._database),
+            heartbeat=self._heartbeat.is_fresh(self._lease_s),
+        )
 
     # ---- what runs beside the workflows ------------------------------------------------------------------
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import structlog
 
 from agentic_flow.core.errors import AgenticFlowError
-from agentic_flow.swarm.leases import Leases
+from agentic_flow.swarm.leases import Leases, RunDatabase
 
 T = TypeVar("T")
+_ANSWER_S = 2.0
 log: structlog.stdlib.BoundLogger = structlog.get_logger("agentic_flow.engine")
 
 
@@ -24,26 +26,46 @@ class Heartbeat:
         self._executor_id = executor_id
         self._interval_s = interval_s
         self.has_begun = False
+        self._written_s = 0.0
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="run-engine-heartbeat", daemon=True)
 
     def start(self) -> None:
         """Beat once now, so that others see this process, and then regularly."""
-        self._leases.beat(self._executor_id)
+        self._beat()
         self.has_begun = True
         self._thread.start()
+
+    def is_fresh(self, lease_s: float) -> bool:
+        """Whether the store has a sign of life of this process that is younger than a lease."""
+        return self.has_begun and time.monotonic() - self._written_s < lease_s
 
     def stop(self) -> None:
         self._end.set()
         if self._thread.is_alive():
             self._thread.join()
 
+    def _beat(self) -> None:
+        began_s = time.monotonic()  # what is stored is not younger than this
+        self._leases.beat(self._executor_id)
+        self._written_s = began_s
+
     def _run(self) -> None:
         while not self._end.wait(self._interval_s):
             try:
-                self._leases.beat(self._executor_id)
+                self._beat()
             except AgenticFlowError as error:
                 log.warning("heartbeat_failed", error=error.message)
+
+
+async def answers(database: RunDatabase) -> bool:
+    """Whether a run database answers a question within two seconds."""
+    try:
+        async with asyncio.timeout(_ANSWER_S):
+            await asyncio.to_thread(database.rows, "SELECT COUNT(*) FROM af_executors")
+    except (AgenticFlowError, TimeoutError):
+        return False
+    return True
 
 
 def keep(interval_s: float, action: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 import structlog
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -25,11 +25,11 @@ class QueueMetrics(Collector):
     A look that fails keeps the figures before it, and says so: `agentic_flow_queue_read_failures` grows.
 
     Args:
-        read: Looks; it may block.
+        read: Looks.
         always: Queues that are shown also when nothing is in them.
     """
 
-    def __init__(self, read: Callable[[], Sequence[QueueDepth]], always: Sequence[str]) -> None:
+    def __init__(self, read: Callable[[], Awaitable[Sequence[QueueDepth]]], always: Sequence[str]) -> None:
         self._read = read
         self._always = tuple(always)
         self._depths: Sequence[QueueDepth] | None = None
@@ -39,7 +39,7 @@ class QueueMetrics(Collector):
         """Look now and then, until cancelled."""
         while True:
             try:
-                self._depths = await asyncio.to_thread(self._read)
+                self._depths = await self._read()
             except AgenticFlowError as error:
                 self._failures += 1
                 log.warning("queue_metrics_failed", error=error.message)

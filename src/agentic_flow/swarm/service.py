@@ -17,7 +17,9 @@ from agentic_flow.core.errors import Conflict, Forbidden, InvalidInput, NotFound
 from agentic_flow.core.messages import Completion, JsonObject, ModelInfo
 from agentic_flow.core.ports import (
     Completer,
+    EngineHealth,
     EventRecord,
+    QueueDepth,
     RunEngine,
     RunState,
     StepRecord,
@@ -191,6 +193,19 @@ class Swarm:
         """Begin no more runs and let those at work end; how many are left to others. See RunEngine."""
         await self._fire_no_more()
         return await self._engine.drain(timeout_s)
+
+    @property
+    def working(self) -> int:
+        """How many runs have a place in this process now. See RunEngine."""
+        return self._engine.working
+
+    async def health(self) -> EngineHealth:
+        """How this process is. See RunEngine."""
+        return await self._engine.health()
+
+    async def queue_depths(self) -> list[QueueDepth]:
+        """How the shared queues stand. See RunEngine."""
+        return await self._engine.queue_depths()
 
     async def submit(self, principal: Principal, spec: RunSpec, *, idempotency_key: str | None = None) -> str:
         """See RunService. Everything that can be refused is refused before anything is stored."""
