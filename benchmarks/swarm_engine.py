@@ -1,9 +1,9 @@
-"""The run engine beside LangGraph's SQLite checkpointers and raw DBOS, alternated in one run.
+"""The run engine beside LangGraph's checkpointers and raw DBOS, alternated in one run, on both stores.
 
 An agent of three steps that do nothing, each on disk before the next begins: SQLite in WAL mode with
-`synchronous=FULL` for all. A run is accepted, executed and waited for; 1, 8 or 64 at a time. Each system has
-a process of its own, which is told when its turn is. The peers live in `.venv-bench-langgraph`
-(`make bench-swarm-peers`).
+`synchronous=FULL` for all, or a database each on one PostgreSQL. A run is accepted, executed and waited for;
+1, 8 or 64 at a time. Each system has a process of its own, which is told when its turn is. The peers live in
+`.venv-bench-langgraph` (`make bench-swarm-peers`).
 
 Usage: python benchmarks/swarm_engine.py [--rounds N] [--json]
 """
@@ -31,12 +31,22 @@ STEPS = 3
 CONCURRENCY = (1, 8, 64)
 RUNS = {1: 64, 8: 128, 64: 192}
 AGENTS, AGENT_STEPS, QUEUED, STARTS = 1000, 5, 10_000, 300
-SYSTEMS: dict[str, str] = {
-    "agentic-flow": "agentic-flow",
-    "langgraph-async": "LangGraph, AsyncSqliteSaver",
-    "langgraph-threads": "LangGraph, SqliteSaver in threads",
-    "dbos": "DBOS",
+SYSTEMS: dict[str, dict[str, str]] = {
+    "SQLite": {
+        "agentic-flow": "agentic-flow",
+        "langgraph-async": "LangGraph, AsyncSqliteSaver",
+        "langgraph-threads": "LangGraph, SqliteSaver in threads",
+        "dbos": "DBOS",
+    },
+    "PostgreSQL": {
+        "agentic-flow": "agentic-flow",
+        "langgraph-postgres": "LangGraph, AsyncPostgresSaver",
+        "dbos": "DBOS",
+    },
 }
+"""Store → system → its name in the table."""
+POOL = 10
+"""Connections of a process to PostgreSQL, where a system lets one choose."""
 sys.path.insert(0, str(ROOT / "src"))
 
 RunOne = Callable[[int], Awaitable[None]]
@@ -46,13 +56,13 @@ RunOne = Callable[[int], Awaitable[None]]
 
 
 @contextlib.asynccontextmanager
-async def agentic_flow(place: Path) -> Any:
+async def agentic_flow(place: Path, url: str) -> Any:
     """Ours: `start` and `wait`."""
     from agentic_flow.core.messages import JsonObject
     from agentic_flow.core.ports import StepContext, WorkflowContext
     from agentic_flow.swarm.engine import SqlRunEngine
 
-    engine = SqlRunEngine(None, place, lease_s=10.0, runs_parallel_max=max(CONCURRENCY))
+    engine = SqlRunEngine(url or None, place, lease_s=10.0, runs_parallel_max=max(CONCURRENCY))
 
     async def nothing(_: StepContext) -> JsonObject:
         return {"n": 1}
@@ -94,25 +104,29 @@ def _graph(saver: Any) -> Any:
     return graph.compile(checkpointer=saver)
 
 
+def _invoking(graph: Any) -> RunOne:
+    """One run of a graph on the event loop."""
+
+    async def one(number: int) -> None:
+        config = {"configurable": {"thread_id": f"run-{number}"}}
+        assert await graph.ainvoke({"n": number}, config, durability="sync") == {"n": 1}
+
+    return one
+
+
 @contextlib.asynccontextmanager
-async def langgraph_async(place: Path) -> Any:
+async def langgraph_async(place: Path, _url: str) -> Any:
     """LangGraph on the event loop."""
     from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 
     async with AsyncSqliteSaver.from_conn_string(str(place / "checkpoints.db")) as saver:
         await saver.setup()
         await saver.conn.execute("PRAGMA synchronous=FULL")
-        graph = _graph(saver)
-
-        async def one(number: int) -> None:
-            config = {"configurable": {"thread_id": f"run-{number}"}}
-            assert await graph.ainvoke({"n": number}, config, durability="sync") == {"n": 1}
-
-        yield one
+        yield _invoking(_graph(saver))
 
 
 @contextlib.asynccontextmanager
-async def langgraph_threads(place: Path) -> Any:
+async def langgraph_threads(place: Path, _url: str) -> Any:
     """LangGraph in threads, as its synchronous interface is used."""
     from langgraph.checkpoint.sqlite import SqliteSaver
 
@@ -135,14 +149,25 @@ async def langgraph_threads(place: Path) -> Any:
 
 
 @contextlib.asynccontextmanager
-async def dbos(place: Path) -> Any:
-    """DBOS by its public interface, on connections in WAL mode."""
+async def langgraph_postgres(_place: Path, url: str) -> Any:
+    """LangGraph on the event loop, with a pool of connections as its documentation has it."""
+    from langgraph.checkpoint.postgres.aio import AsyncPostgresSaver
+    from psycopg.rows import dict_row
+    from psycopg_pool import AsyncConnectionPool
+
+    options = {"autocommit": True, "prepare_threshold": 0, "row_factory": dict_row}
+    async with AsyncConnectionPool(url, max_size=POOL, kwargs=options) as pool:
+        saver = AsyncPostgresSaver(pool)
+        await saver.setup()
+        yield _invoking(_graph(saver))
+
+
+def _dbos_on_sqlite(file: Path) -> Any:
+    """An engine whose connections are in WAL mode, which DBOS by itself does not set."""
     import sqlite3
 
     import sqlalchemy as sa
-    from dbos import DBOS, SetWorkflowID
 
-    file = place / "dbos.db"
     with contextlib.closing(sqlite3.connect(file)) as connection:
         connection.execute("PRAGMA journal_mode=WAL")
     engine = sa.create_engine(f"sqlite:///{file}")
@@ -153,14 +178,19 @@ async def dbos(place: Path) -> Any:
             connection.execute(f"PRAGMA {pragma}")
 
     sa.event.listen(engine, "connect", prepare)
-    DBOS(
-        config={
-            "name": "benchmark",
-            "system_database_url": f"sqlite:///{file}",
-            "system_database_engine": engine,
-            "log_level": "ERROR",
-        }
-    )
+    return engine
+
+
+@contextlib.asynccontextmanager
+async def dbos(place: Path, url: str) -> Any:
+    """DBOS by its public interface."""
+    from dbos import DBOS, SetWorkflowID
+
+    config: dict[str, Any] = {"name": "benchmark", "system_database_url": url, "log_level": "ERROR"}
+    if not url:
+        config["system_database_url"] = f"sqlite:///{place / 'dbos.db'}"
+        config["system_database_engine"] = _dbos_on_sqlite(place / "dbos.db")
+    DBOS(config=config)  # type: ignore[arg-type]
 
     @DBOS.step()
     async def nothing() -> int:
@@ -183,18 +213,19 @@ async def dbos(place: Path) -> Any:
         DBOS.destroy()
 
 
-PLACES: dict[str, Callable[[Path], Any]] = {
+PLACES: dict[str, Callable[[Path, str], Any]] = {
     "agentic-flow": agentic_flow,
     "langgraph-async": langgraph_async,
     "langgraph-threads": langgraph_threads,
+    "langgraph-postgres": langgraph_postgres,
     "dbos": dbos,
 }
 
 
-async def serve(system: str, place: Path) -> None:
+async def serve(system: str, place: Path, url: str) -> None:
     """Execute rounds as they are told on standard input: how many runs, and how many at a time."""
     number = 0
-    async with PLACES[system](place) as one:
+    async with PLACES[system](place, url) as one:
         for _ in range(8):
             await one(-1 - number)
             number += 1
@@ -315,13 +346,13 @@ def measure_load() -> dict[str, float]:
 
 
 class System:
-    """The process of one system."""
+    """The process of one system, on SQLite where there is no URL."""
 
-    def __init__(self, name: str, place: Path) -> None:
+    def __init__(self, name: str, place: Path, url: str) -> None:
         python = sys.executable if name == "agentic-flow" else str(PEERS)
         place.mkdir()
         self._process = subprocess.Popen(
-            [python, __file__, "--serve", name, str(place)],
+            [python, __file__, "--serve", name, str(place), url],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -346,14 +377,24 @@ class System:
         self._process.wait(60)
 
 
-def measure(rounds: int = 3) -> dict[str, dict[int, dict[str, float]]]:
-    """System → concurrency → medians of CPU milliseconds per step and of runs per second."""
-    names = [name for name in SYSTEMS if name == "agentic-flow" or PEERS.exists()]
+Figures = dict[str, dict[int, dict[str, float]]]
+"""System → concurrency → medians of CPU milliseconds per step and of runs per second."""
+
+
+def measure(store: str, new_url: Callable[[], str], rounds: int = 3) -> Figures:
+    """The systems of one store, alternated.
+
+    Args:
+        store: A key of `SYSTEMS`.
+        new_url: Makes a database of PostgreSQL; an empty text for SQLite.
+        rounds: Turns of each system at each concurrency.
+    """
+    names = [name for name in SYSTEMS[store] if name == "agentic-flow" or PEERS.exists()]
     found: dict[str, dict[int, list[dict[str, float]]]] = {n: {c: [] for c in CONCURRENCY} for n in names}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         systems = {}
         for name in names:
-            systems[name] = System(name, Path(folder) / name)
+            systems[name] = System(name, Path(folder) / name, new_url())
             stack.callback(systems[name].close)
         for _ in range(rounds):
             for concurrency in CONCURRENCY:
@@ -368,26 +409,40 @@ def measure(rounds: int = 3) -> dict[str, dict[int, dict[str, float]]]:
     }
 
 
-def table(figures: dict[str, dict[int, dict[str, float]]]) -> str:
-    """The figures as a Markdown table."""
+def measure_stores(rounds: int = 3) -> dict[str, Figures]:
+    """Store → its systems' figures: SQLite, and PostgreSQL where the wheel of the tests is installed."""
+    figures = {"SQLite": measure("SQLite", str, rounds)}
+    with contextlib.suppress(ImportError):
+        sys.path.insert(0, str(ROOT / "tests"))
+        from postgres_server import new_database, postgres_server
+
+        with tempfile.TemporaryDirectory() as folder, postgres_server(Path(folder)) as server:
+            figures["PostgreSQL"] = measure("PostgreSQL", lambda: new_database(server), rounds)
+    return figures
+
+
+def table(store: str, figures: Figures) -> str:
+    """The figures of one store as a Markdown table."""
     head = [f"{what}, {c} at a time" for what in ("CPU ms per step", "runs/s") for c in CONCURRENCY]
-    lines = [f"| system | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
+    lines = [f"| {store} | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
     for name, each in figures.items():
         cells = [f"{each[c]['cpu_ms_per_step']:.2f}" for c in CONCURRENCY]
         cells += [f"{each[c]['runs_per_s']:.0f}" for c in CONCURRENCY]
-        lines.append(f"| {SYSTEMS[name]} | {' | '.join(cells)} |")
+        lines.append(f"| {SYSTEMS[store][name]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def section() -> str:
     """The section of RESULTS.md."""
     about = (
-        "An agent of three steps that do nothing; every step is on disk before the next (SQLite, WAL, "
-        '`synchronous=FULL`; LangGraph with `durability="sync"`). A step\'s share includes accepting and '
-        "ending its run. The runs of one process share commits where they coincide."
+        "An agent of three steps that do nothing; every step is on disk before the next (SQLite: WAL, "
+        '`synchronous=FULL`; PostgreSQL: `synchronous_commit=on`; LangGraph with `durability="sync"`). A '
+        "step's share includes accepting and ending its run. The runs of one process share commits where "
+        "they coincide. The CPU time is that of the system's process: PostgreSQL's own is not in it."
     )
     command = "`make bench-swarm-peers && python benchmarks/swarm_engine.py`"
-    return f"{about}\n\n{table(measure())}\n\n{load_table(measure_load())}\n\n{command}"
+    tables = [table(store, figures) for store, figures in measure_stores().items()]
+    return "\n\n".join([about, *tables, load_table(measure_load()), command])
 
 
 def main() -> None:
@@ -395,21 +450,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The run engine beside LangGraph and DBOS.")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--serve", nargs=2, metavar=("SYSTEM", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=3, metavar=("SYSTEM", "FOLDER", "URL"), help=argparse.SUPPRESS)
     parser.add_argument("--load", metavar="FOLDER", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.load:
         print(json.dumps(asyncio.run(load(Path(options.load)))))
         return
     if options.serve:
-        asyncio.run(serve(options.serve[0], Path(options.serve[1])))
+        system, place, url = options.serve
+        asyncio.run(serve(system, Path(place), url))
         return
-    figures = measure(options.rounds)
+    figures = measure_stores(options.rounds)
     under_load = measure_load()
     if options.json:
         print(json.dumps({"systems": figures, "load": under_load}))
     else:
-        print(f"{table(figures)}\n\n{load_table(under_load)}")
+        tables = [table(store, each) for store, each in figures.items()]
+        print("\n\n".join([*tables, load_table(under_load)]))
 
 
 if __name__ == "__main__":
