@@ -121,7 +121,7 @@ format: setup-dev ## ruff's formatter and its safe fixes
 	@$(BIN)/ruff check --fix $(wildcard $(SOURCES))
 
 lock: setup-dev ## compile requirements/*.in to hashes for every platform, without addresses
-	@for name in runtime build dev bench bench-litellm bench-swarm; do \
+	@for name in runtime image-agentdb image-swarm image-plot build dev bench bench-litellm bench-swarm; do \
 		$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
 			--no-emit-index-url requirements/$$name.in -o requirements/$$name.txt || exit 1; done
 	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-deps \

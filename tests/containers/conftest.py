@@ -1,0 +1,80 @@
+"""Fixtures of the container suite: the engine, our images built once, and projects that leave nothing behind.
+
+- `engine`: what answers (see `engine.py`); started for the suite where none runs, and then ended with it.
+- `images`: `images("platform")` is the tag of that target, built the first time that a test asks for it.
+- `project`: makes names for Compose projects, containers, networks and volumes. Whatever has such a name, as
+  its Compose project or at the beginning of its own, is removed after the test.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from engine import Engine, EngineUnavailable, running, start, stop
+from images import Images
+
+HERE = Path(__file__).resolve().parent
+TEST_TIMEOUT_S = 900
+"""A test may be the first to need an image, which then is built within its time."""
+
+Project = Callable[[], str]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give tests of this folder the time that builds and stacks take."""
+    for item in items:
+        if HERE in item.path.parents and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TEST_TIMEOUT_S))
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[Engine]:
+    """The Docker engine; one that was started here is ended here."""
+    before = running()
+    try:
+        found = start()
+    except EngineUnavailable as error:
+        pytest.fail(f"the container suite needs a Docker engine: {error}", pytrace=False)
+    try:
+        yield found
+    finally:
+        if before is None:
+            stop()
+
+
+@pytest.fixture(scope="session")
+def images(engine: Engine) -> Images:
+    """Our images, each built once a session."""
+    return Images(engine)
+
+
+@pytest.fixture
+def project(engine: Engine) -> Iterator[Project]:
+    """Makes project names; what bears one is removed at the end of the test."""
+    made: list[str] = []
+
+    def new() -> str:
+        made.append(f"af-test-{secrets.token_hex(4)}")
+        return made[-1]
+
+    try:
+        yield new
+    finally:
+        for name in made:
+            remove_project(engine, name)
+
+
+def remove_project(engine: Engine, name: str) -> None:
+    """Remove the containers, networks and volumes of a Compose project, and those that are named after it."""
+    for filters in ((f"label=com.docker.compose.project={name}",), (f"name={name}",)):
+        chosen = [word for text in filters for word in ("--filter", text)]
+        containers = engine.output("ps", "--all", "--quiet", *chosen).split()
+        if containers:
+            engine.run("rm", "--force", "--volumes", *containers)
+        for kind in ("network", "volume"):
+            found = engine.output(kind, "ls", "--quiet", *chosen).split()
+            if found:
+                engine.run(kind, "rm", *found)
