@@ -16,6 +16,7 @@ from agentic_flow.cli import (
     agents,
     audit,
     budgets,
+    certs,
     config,
     db,
     doctor,
@@ -79,6 +80,7 @@ for _name, _module in (
     ("keys", keys),
     ("tenants", tenants),
     ("secrets", secrets),
+    ("certs", certs),
     ("config", config),
     ("audit", audit),
 ):

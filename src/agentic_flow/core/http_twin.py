@@ -35,7 +35,11 @@ from agentic_flow.core.settings import MIB, PeerSettings, TlsSettings
 from agentic_flow.core.sse import ServerEvent, SseParser
 
 if TYPE_CHECKING:
+    import ssl
+
     import aiohttp
+
+    from agentic_flow.core.tls import ClientTls
 
 DEADLINE_HEADER = "x-deadline-s"
 IDEMPOTENCY_HEADER = "idempotency-key"
@@ -99,7 +103,9 @@ class HttpTwin:
         self._peer = peer or base_url
         self._timeout_s = peers.timeout_s
         self._attempts = peers.attempts
+        self._is_https = base_url.startswith("https://")
         self._tls = tls or TlsSettings()
+        self._client_tls: ClientTls | None = None
         self._tokens = tokens or NoTokens()
         self._clock = clock
         self._breaker = Breaker(
@@ -258,6 +264,7 @@ class HttpTwin:
                 headers=headers,
                 timeout=timeout,
                 allow_redirects=False,
+                ssl=self._tls_context(),
             ) as answer:
                 if answer.status >= 300:
                     raise _problem(
@@ -333,19 +340,22 @@ class HttpTwin:
             raise error
         await self._clock.sleep(pause_s)
 
+    def _tls_context(self) -> ssl.SSLContext | bool:
+        """Of the next connection. One that is open with an older context is not used again."""
+        if not self._is_https:
+            return True
+        if self._client_tls is None:
+            from agentic_flow.core.tls import ClientTls
+
+            self._client_tls = ClientTls(self._tls, self._clock)
+        return self._client_tls.context()
+
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:
             import aiohttp
 
-            ssl: Any = True
-            if self._base_url.startswith("https://"):
-                from agentic_flow.core.tls import client_context
-
-                ssl = client_context(self._tls)
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(
-                    limit=_CONNECTIONS_MAX, keepalive_timeout=_IDLE_CONNECTION_S, ssl=ssl
-                ),
+                connector=aiohttp.TCPConnector(limit=_CONNECTIONS_MAX, keepalive_timeout=_IDLE_CONNECTION_S),
                 # Neighbours are ours; a proxy of the environment is for the world outside.
                 trust_env=False,
                 auto_decompress=True,

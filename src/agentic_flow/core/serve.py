@@ -22,7 +22,7 @@ from starlette.applications import Starlette
 from agentic_flow.core.errors import InvalidSettings, PortInUse
 from agentic_flow.core.http_server import ServerProtocol
 from agentic_flow.core.settings import TlsSettings, env_name
-from agentic_flow.core.tls import server_context
+from agentic_flow.core.tls import ServerTls
 
 Listener = tuple[Starlette, str, int]
 """An app made by `create_app`, the host to bind, and the port (0: any free one)."""
@@ -69,7 +69,7 @@ async def serve(
 
     Args:
         apps: Each with its host and port.
-        tls: Certificates for every port; none set means plain HTTP.
+        tls: Certificates for every port, looked at again while it serves; none set means plain HTTP.
         drain_timeout_s: Seconds given to requests in flight.
         on_ready: Called once with the real addresses, in order, when every port answers.
         stop: Set it to stop, for tests and embedders.
@@ -81,7 +81,8 @@ async def serve(
             wrong.
     """
     stop = stop or asyncio.Event()
-    context = server_context(tls) if tls else None
+    ports_tls = ServerTls(tls) if tls is not None and tls.certificate_file is not None else None
+    context = ports_tls.context if ports_tls is not None else None
     with ExitStack() as bound:
         for app, host, _ in apps:
             check_host(app.state.service, host, auth_required=app.state.auth_required)
@@ -90,8 +91,13 @@ async def serve(
             for app, _, _ in apps:
                 await lifespans.enter_async_context(app.router.lifespan_context(app))
             servers = [_server(app, context, drain_timeout_s) for app, _, _ in apps]
-            with stop_on_signals(stop) if signals else contextlib.nullcontext():
-                await _run(servers, sockets, apps, stop, on_ready)
+            watching = asyncio.create_task(ports_tls.watch()) if ports_tls is not None else None
+            try:
+                with stop_on_signals(stop) if signals else contextlib.nullcontext():
+                    await _run(servers, sockets, apps, stop, on_ready)
+            finally:
+                if watching is not None:
+                    watching.cancel()
 
 
 def bind(service: str, host: str, port: int) -> socket.socket:

@@ -100,6 +100,9 @@ class TlsSettings(Section):
         default=None, description="PEM bundle that neighbours' certificates must chain to."
     )
     mutual: bool = Field(default=False, description="Demand a client certificate signed by tls.ca_file.")
+    reload_s: Positive = Field(
+        default=5.0, description="How often these files are looked at; renewed ones are taken up then."
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> TlsSettings:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -29,6 +30,7 @@ _FREE_WARN_BYTES = GIB
 _FREE_BROKEN_BYTES = 64 * 1024**2
 _PROBE_TIMEOUT_S = 1.0
 _POSTGRES_TIMEOUT_S = 5
+_CERTIFICATE_NOTE_DAYS = 14
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -290,7 +292,23 @@ def _tls(settings: Settings) -> Iterator[Check]:
             "TLS", "broken", f"the certificate cannot be used: {error}", "correct the tls.*_file settings"
         )
     else:
-        yield Check("TLS", "ok", f"certificate {str(tls.certificate_file)!r}")
+        yield _validity(tls.certificate_file)
+
+
+def _validity(certificate_file: Path) -> Check:
+    """For how long a certificate is good."""
+    from cryptography import x509
+
+    left = x509.load_pem_x509_certificate(certificate_file.read_bytes()).not_valid_after_utc - datetime.now(
+        UTC
+    )
+    named = f"certificate {str(certificate_file)!r}"
+    hint = "renew it, such as by `agentic-flow certs renew`"
+    if left.total_seconds() <= 0:
+        return Check("TLS", "broken", f"{named} expired {-left.days} days ago", hint)
+    if left.days < _CERTIFICATE_NOTE_DAYS:
+        return Check("TLS", "note", f"{named} is good for only {left.days} days", hint)
+    return Check("TLS", "ok", f"{named}, good for {left.days} days")
 
 
 def _ports(settings: Settings) -> Iterator[Check]:
