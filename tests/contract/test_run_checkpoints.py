@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 
 from agentic_flow.core.errors import AgenticFlowError, Unavailable
 from agentic_flow.core.messages import JsonObject
-from agentic_flow.core.ports import StepContext, WorkflowContext
+from agentic_flow.core.ports import NewArtifact, StepContext, WorkflowContext
 from agentic_flow.swarm import checkpoints
+from agentic_flow.swarm.artifact_rows import artifact_row
 from agentic_flow.swarm.checkpoints import Accept, Checkpoint, CheckpointWriter
 from agentic_flow.swarm.engine import SqlRunEngine
 from agentic_flow.swarm.event_log import events_of
@@ -408,3 +410,22 @@ async def test_runs_without_a_log(database: RunDatabase, tmp_path: Path) -> None
     assert told(database) == [*logged, (len(logged) + 1, "cancelled", "")]
     assert Leases(database, lease_s=LEASE_S).erase_tenant("t") == 1
     assert database.rows("SELECT * FROM af_events") == [], "events of an erased tenant are left"
+
+
+def test_what_a_step_leaves_is_under_its_fence(database: RunDatabase) -> None:
+    """Catches artifacts of a process that lost its run, of a cancelled one, or of a write that came twice."""
+    for name in ("a", "b"):
+        checkpoints.write(database, [Accept(row(name))])
+    assert Leases(database, lease_s=LEASE_S).cancel("b")
+
+    def leaving(workflow_id: str, index: int, fence: Fence = MINE) -> Checkpoint:
+        plain = step(workflow_id, index, fence)
+        left = artifact_row(workflow_id, plain.rows[0], NewArtifact("n", "text/plain", b"\0bytes"))
+        return dataclasses.replace(plain, artifacts=(left,))
+
+    writes = [leaving("a", 1), leaving("a", 2, Fence("me", 2)), leaving("a", 3, Fence("you", 1))]
+    answers = checkpoints.write(database, [*writes, leaving("b", 1), leaving("nobody", 1)])
+    assert answers == ["granted", "lost", "lost", "cancelled", "lost"]
+    assert checkpoints.write(database, [leaving("a", 1), leaving("a", 4)], again=True) == ["granted"] * 2
+    stored = database.rows("SELECT root_id, number, step_index, content FROM af_artifacts ORDER BY number")
+    assert stored == [("a", 1, 1, b"\0bytes"), ("a", 2, 4, b"\0bytes")]

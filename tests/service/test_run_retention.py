@@ -77,7 +77,7 @@ def test_purged_by_a_command_and_over_http(tmp_path: Path) -> None:
     told = place.run("runs", "purge", "--older-than", "0s")
     assert told.code == 0, told.err
     assert told.out.startswith(f"1 run removed, with 1 agent, {would['steps']} steps, ")
-    size_bytes = int(told.out.partition(" messages: ")[2].partition(" bytes")[0].replace(",", ""))
+    size_bytes = int(told.out.partition(" artifacts: ")[2].partition(" bytes")[0].replace(",", ""))
     assert abs(size_bytes - would["size_bytes"]) < 200  # times have more digits or fewer
 
 

@@ -304,7 +304,7 @@ def purge(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would go.")] = False,
 ) -> None:
-    """Remove runs that have ended, with their agents, steps, events, messages and questions.
+    """Remove runs that have ended, with their agents, steps, events, messages, questions and artifacts.
 
     There is no way back. Runs that are alive stay, paused and interrupted ones too, and so do those that an
     unfinished run names. What was learned from them stays in memory. Without an age and a number of bytes,
@@ -323,7 +323,8 @@ def purge(
         print(
             f"{counted(gone.runs, 'run')} {'would be ' if dry_run else ''}removed, with "
             f"{counted(gone.agents, 'agent')}, {counted(gone.steps, 'step')}, "
-            f"{counted(gone.events, 'event')} and {counted(gone.messages, 'message')}: "
+            f"{counted(gone.events, 'event')}, {counted(gone.messages, 'message')} and "
+            f"{counted(gone.artifacts, 'artifact')}: "
             f"{gone.size_bytes:,} bytes"
         )
         if gone.runs and not dry_run:

@@ -288,10 +288,25 @@ and the process that ran it is gone; it can be resumed."""
 
 
 @dataclass(frozen=True, slots=True)
+class NewArtifact:
+    """Bytes under a name that a step leaves besides its result."""
+
+    name: str
+    media_type: str
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class StepContext:
-    """Given to a step while it executes. `idempotency_key` is the same on every attempt of this step."""
+    """Given to a step while it executes.
+
+    `idempotency_key` is the same on every attempt of this step. `artifacts`: what it appends here is stored
+    together with its result (of a name the last), or, if it fails or another process has its workflow by
+    then, not at all.
+    """
 
     idempotency_key: str
+    artifacts: list[NewArtifact] = field(default_factory=list[NewArtifact])
 
 
 class WorkflowContext(Protocol):
@@ -422,6 +437,24 @@ class MessageRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class ArtifactRecord:
+    """Bytes that a step of a tree has left, without the bytes.
+
+    `number` is its own in the tree, in order of storing; `version` counts those of its name, from 1.
+    """
+
+    workflow_id: str
+    step: str
+    number: int
+    name: str
+    version: int
+    media_type: str
+    size_bytes: int
+    sha256: str
+    created_at_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class WorkflowRecord:
     """One workflow as the store has it; `state` is derived from the store and the owner's lease."""
 
@@ -478,7 +511,8 @@ class EngineHealth:
 class PurgeReport:
     """What was removed of ended workflows, or would be (`dry_run`).
 
-    `runs` are top-level workflows, `agents` those below them; `size_bytes` counts stored text.
+    `runs` are top-level workflows, `agents` those below them, `artifacts` all their versions; `size_bytes`
+    counts stored text and the bytes of artifacts.
     """
 
     runs: int = 0
@@ -486,6 +520,7 @@ class PurgeReport:
     steps: int = 0
     events: int = 0
     messages: int = 0
+    artifacts: int = 0
     size_bytes: int = 0
     dry_run: bool = False
 
@@ -595,6 +630,18 @@ class RunEngine(Protocol):
 
         An event is stored together with what it tells of: whoever has seen number n misses nothing by asking
         for those above n, in whichever process.
+        """
+        ...
+
+    async def artifacts(self, workflow_id: str) -> list[ArtifactRecord]:
+        """What steps of the workflow and of its children have left, every version, in order of storing."""
+        ...
+
+    async def artifact_content(self, workflow_id: str, number: int) -> bytes | None:
+        """The bytes of one of them, or None when the tree has none of this number.
+
+        Raises:
+            DataCorrupted: they are not those that were stored.
         """
         ...
 

@@ -21,6 +21,7 @@ import structlog
 from agentic_flow.core.errors import AgenticFlowError, Unavailable
 from agentic_flow.core.messages import JsonObject
 from agentic_flow.core.sql import Connection, SqlDatabase, execute
+from agentic_flow.swarm.artifact_rows import INSERT_ARTIFACT
 from agentic_flow.swarm.event_log import EventRow, append, end_data, event, step_data
 from agentic_flow.swarm.queue_rows import enqueue, notify, wait_for
 from agentic_flow.swarm.scheduling import UNFINISHED, Fence, Permission, StoredWorkflow, may_record
@@ -95,6 +96,7 @@ class Checkpoint:
         rows: What is bound to it, once for each.
         events: What it adds to the run's event log.
         ending: The status that the workflow has afterwards, if this ends it.
+        artifacts: Rows of what the step leaves besides.
     """
 
     root_id: str
@@ -104,6 +106,7 @@ class Checkpoint:
     rows: Sequence[Bindings]
     events: Sequence[EventRow]
     ending: str | None = None
+    artifacts: Sequence[Bindings] = ()
 
 
 Operation = Accept | Checkpoint
@@ -111,12 +114,18 @@ Answer = bool | Permission
 
 
 def recorded_step(
-    root_id: str, workflow_id: str, fence: Fence, row: Bindings, *, also: Sequence[EventRow] = ()
+    root_id: str,
+    workflow_id: str,
+    fence: Fence,
+    row: Bindings,
+    *,
+    also: Sequence[EventRow] = (),
+    artifacts: Sequence[Bindings] = (),
 ) -> Checkpoint:
-    """A step's result, and the events that it is besides."""
+    """A step's result, the events that it is besides, and the artifacts that it leaves."""
     data = step_data(row["step_index"], row["error"])
     told = event(root_id, workflow_id, "step_finished", row["completed_at_s"], row["name"], data)
-    return Checkpoint(root_id, workflow_id, fence, _INSERT_STEP, (row,), (told, *also))
+    return Checkpoint(root_id, workflow_id, fence, _INSERT_STEP, (row,), (told, *also), artifacts=artifacts)
 
 
 def new_children(root_id: str, workflow_id: str, fence: Fence, rows: Sequence[Bindings]) -> Checkpoint:
@@ -334,6 +343,8 @@ def _write_checkpoints(
         if permission != "granted":
             continue
         rows.setdefault(operation.statement, []).extend(operation.rows)
+        if operation.artifacts:
+            rows.setdefault(INSERT_ARTIFACT, []).extend(operation.artifacts)
         if operation.ending is None or stored[operation.workflow_id].status in UNFINISHED:
             told += operation.events  # of an end that is written twice, once
         if operation.ending is not None:  # for what comes after it in this transaction

@@ -35,6 +35,7 @@ from agentic_flow.core.errors import (
 )
 from agentic_flow.core.messages import JsonObject
 from agentic_flow.core.ports import (
+    ArtifactRecord,
     EngineHealth,
     EventRecord,
     MessageRecord,
@@ -494,6 +495,14 @@ class SqlRunEngine:
     async def events(self, workflow_id: str, after: int = 0) -> list[EventRecord]:
         """See RunEngine."""
         return await asyncio.to_thread(self._reader.events, workflow_id, after)
+
+    async def artifacts(self, workflow_id: str) -> list[ArtifactRecord]:
+        """See RunEngine."""
+        return await asyncio.to_thread(self._reader.artifacts, workflow_id)
+
+    async def artifact_content(self, workflow_id: str, number: int) -> bytes | None:
+        """See RunEngine."""
+        return await asyncio.to_thread(self._reader.artifact_content, workflow_id, number)
 
     async def send(
         self,

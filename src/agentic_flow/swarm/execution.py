@@ -26,6 +26,7 @@ from agentic_flow.core.messages import JsonObject
 from agentic_flow.core.ports import EventKind, MessageRecord, StepContext, StepFunction, WorkflowRecord
 from agentic_flow.core.sql import SqlDatabase
 from agentic_flow.swarm import checkpoints
+from agentic_flow.swarm.artifact_rows import artifact_row
 from agentic_flow.swarm.event_log import event
 from agentic_flow.swarm.leases import VERSION, Claim
 from agentic_flow.swarm.questions import ANSWER, QUESTION, RECEIPT, check_question
@@ -272,7 +273,8 @@ class Context:
             return self._replayed(index, name, recorded)
         self._check_no_child(index, 1, f"step {name!r}")
         started_at_s = self._engine.clock.time_s()
-        output, error = await self._call(name, index, function)
+        context = StepContext(f"{execution.workflow_id}:{index}")
+        output, error = await self._call(name, context, function)
         row: checkpoints.Bindings = {
             "workflow_id": execution.workflow_id,
             "step_index": index,
@@ -285,7 +287,10 @@ class Context:
         run = execution.run
         of = (run.workflow_id, execution.workflow_id)
         also = [event(*of, told_as, row["completed_at_s"], name, output)] if told_as is not None else []
-        await self._engine.record(execution, checkpoints.recorded_step(*of, run.fence, row, also=also))
+        artifacts = {one.name: one for one in context.artifacts if error is None}
+        left = [artifact_row(run.workflow_id, row, one) for one in artifacts.values()]
+        checkpoint = checkpoints.recorded_step(*of, run.fence, row, also=also, artifacts=left)
+        await self._engine.record(execution, checkpoint)
         if error is not None:
             raise error
         # Live and replayed results are the same JSON: a tuple is a list on the first run already.
@@ -300,11 +305,11 @@ class Context:
         return decoded_object(output or "null")
 
     async def _call(
-        self, name: str, index: int, function: StepFunction
+        self, name: str, context: StepContext, function: StepFunction
     ) -> tuple[str | None, AgenticFlowError | None]:
         execution = self._execution
         try:
-            return encoded(await function(StepContext(f"{execution.workflow_id}:{index}"))), None
+            return encoded(await function(context)), None
         except asyncio.CancelledError as error:
             if execution.is_being_stopped:
                 raise

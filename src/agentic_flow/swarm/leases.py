@@ -1,6 +1,6 @@
 """The run database: who owns which workflow, and what the store says about it.
 
-Nine tables, in SQLite or PostgreSQL:
+Ten tables, in SQLite or PostgreSQL:
 
     af_executors  one row per process, with its last heartbeat
     af_workflows  one row per workflow. A top-level one carries its owner, and an epoch that grows when it
@@ -11,6 +11,7 @@ Nine tables, in SQLite or PostgreSQL:
     af_paused     one row per top-level workflow that is paused (`pauses`)
     af_queued     one row per top-level workflow that was put into a shared queue (`queues`)
     af_after      one row per top-level workflow that another one waits for (`dependencies`)
+    af_artifacts  one row per version of an artifact, with its bytes, numbered in its tree (`artifact_rows`)
     af_schedules  one row per schedule, which makes top-level workflows (`schedule_store`)
 
 An owner is alive while its heartbeat is fresh and, on SQLite, while it holds the lock on its lock file: the
@@ -35,6 +36,7 @@ from agentic_flow.core.errors import Conflict, Unavailable
 from agentic_flow.core.messages import JsonObject
 from agentic_flow.core.ports import EventKind
 from agentic_flow.core.sql import Connection, SqlDatabase, execute
+from agentic_flow.swarm.artifact_rows import create_artifacts
 from agentic_flow.swarm.dbos_import import import_runs
 from agentic_flow.swarm.event_log import append, create_events, event, written_down
 from agentic_flow.swarm.locks import hold_lock, is_locked, lock_path
@@ -98,6 +100,8 @@ _CREATE = (
     "WHERE parent_id IS NULL AND status IN ('completed', 'failed', 'cancelled')",
     "CREATE INDEX IF NOT EXISTS af_workflows_below ON af_workflows (root_id) WHERE parent_id IS NOT NULL",
 )
+PARTS = ("af_events", "af_inbox", "af_paused", "af_queued", "af_after", "af_artifacts")
+"""Tables whose rows belong to a whole run, by `root_id`: they go with it."""
 TREE = (
     "(workflow_id = :id OR (parent_id IS NOT NULL AND root_id = :root "
     "AND substr(workflow_id, 1, :length) = :below))"
@@ -116,7 +120,8 @@ class RunDatabase(SqlDatabase):
 
     def __init__(self, database_url: str | None, data_dir: Path, *, pooled: bool = True) -> None:
         self.folder = data_dir / "runs"
-        self._tables = (*_CREATE, create_events(sqlite=not database_url))
+        sqlite = not database_url
+        self._tables = (*_CREATE, create_artifacts(sqlite=sqlite), create_events(sqlite=sqlite))
         super().__init__(
             database_url,
             self.folder / "runs.db",
@@ -499,7 +504,7 @@ class Leases:
                 bindings = tree_of(str(root))
                 execute(connection, f"DELETE FROM af_steps WHERE workflow_id IN ({tree})", **bindings)
                 execute(connection, f"DELETE FROM af_workflows WHERE {TREE}", **bindings)
-                for table in ("af_events", "af_inbox", "af_paused", "af_queued", "af_after"):
+                for table in PARTS:
                     execute(connection, f"DELETE FROM {table} WHERE root_id = :id", id=root)
         return len(roots)
 

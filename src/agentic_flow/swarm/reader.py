@@ -11,8 +11,9 @@ import orjson
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
 from agentic_flow.core.errors import AgenticFlowError, DataCorrupted, LimitExceeded, as_problem
 from agentic_flow.core.messages import JsonObject
-from agentic_flow.core.ports import EventRecord, RunState, StepRecord, WorkflowRecord
+from agentic_flow.core.ports import ArtifactRecord, EventRecord, RunState, StepRecord, WorkflowRecord
 from agentic_flow.core.sql import execute
+from agentic_flow.swarm.artifact_rows import artifacts_of, content_of
 from agentic_flow.swarm.event_log import events_of
 from agentic_flow.swarm.leases import NOBODY, TREE, Leases, RunDatabase, root_of, tree_of
 from agentic_flow.swarm.scheduling import QUEUED_BY, TAKEOVERS_MAX, UNFINISHED, state_of
@@ -45,7 +46,7 @@ class RunReader:
     ) -> None:
         self._database = RunDatabase(database_url, data_dir, pooled=False)
         self._leases = Leases(self._database, lease_s=lease_s, clock=clock)
-        self._ready = self._has_log = self._has_pauses = self._has_queues = False
+        self._ready = self._has_log = self._has_pauses = self._has_queues = self._has_artifacts = False
 
     @classmethod
     def on(cls, database: RunDatabase, leases: Leases) -> RunReader:
@@ -53,6 +54,7 @@ class RunReader:
         reader = cls.__new__(cls)
         reader._database, reader._leases = database, leases
         reader._ready = reader._has_log = reader._has_pauses = reader._has_queues = False
+        reader._has_artifacts = False
         return reader
 
     def get(self, workflow_id: str) -> WorkflowRecord | None:
@@ -102,6 +104,25 @@ class RunReader:
         self._has_log = self._has_log or self._database.has_table("af_events")
         with self._database.reading() as connection:
             return events_of(connection, workflow_id, after, has_log=self._has_log)
+
+    def artifacts(self, workflow_id: str) -> list[ArtifactRecord]:
+        """What the workflow, and everything below it, has left besides results, every version in order."""
+        if not self._keeps_artifacts():
+            return []
+        with self._database.reading() as connection:
+            return artifacts_of(connection, workflow_id)
+
+    def artifact_content(self, workflow_id: str, number: int) -> bytes | None:
+        """The bytes of one; see RunEngine."""
+        if not self._keeps_artifacts():
+            return None
+        with self._database.reading() as connection:
+            return content_of(connection, workflow_id, number)
+
+    def _keeps_artifacts(self) -> bool:
+        if self._is_ready() and not self._has_artifacts:  # what an older build has made lacks the table
+            self._has_artifacts = self._database.has_table("af_artifacts")
+        return self._has_artifacts
 
     def _is_ready(self) -> bool:
         self._ready = self._ready or self._database.has_runs()

@@ -1,9 +1,9 @@
 """Removing runs that have ended: by age, and by what a tenant's take, in small transactions.
 
-A run goes with all that is stored of it: its agents, steps, events, messages and questions. One that is alive
-stays, also when it is paused or interrupted and could be resumed; so does one that an unfinished run of the
-tenant names in its input, to wait for it or to learn how it went. Learned memory and the books of model calls
-are kept elsewhere and stay.
+A run goes with all that is stored of it: its agents, steps, events, messages, questions and artifacts.
+One that is alive stays, also when it is paused or interrupted and could be resumed; so does one that an
+unfinished run of the tenant names in its input, to wait for it or to learn how it went. Learned memory and
+the books of model calls are kept elsewhere and stay.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from agentic_flow.core.clock import Clock
 from agentic_flow.core.ports import PurgeReport
 from agentic_flow.core.settings import SwarmSettings
 from agentic_flow.core.sql import Connection, execute
-from agentic_flow.swarm.leases import ENDED_AT, RunDatabase
+from agentic_flow.swarm.leases import ENDED_AT, PARTS, RunDatabase
 
 # ruff: noqa: S608 - what is interpolated into SQL here is constants; values are bound.
 
@@ -46,6 +46,7 @@ class _Run:
     steps: int = 0
     events: int = 0
     messages: int = 0
+    artifacts: int = 0
     size_bytes: int = 0
 
 
@@ -93,6 +94,7 @@ class Retention:
                         steps=run.steps,
                         events=run.events,
                         messages=run.messages,
+                        artifacts=run.artifacts,
                         size_bytes=run.size_bytes,
                     )
         return PurgeReport(**counts, dry_run=dry_run)
@@ -180,6 +182,11 @@ class Retention:
                 f"SELECT root_id, COUNT(*), SUM({octets('topic', 'payload')}) FROM af_inbox "
                 "WHERE root_id IN :ids GROUP BY root_id",
             ),
+            (
+                "artifacts",
+                f"SELECT root_id, COUNT(*), SUM(size_bytes + {octets('name', 'media_type')}) "
+                "FROM af_artifacts WHERE root_id IN :ids GROUP BY root_id",
+            ),
         ):
             for root_id, count, size_bytes in execute(connection, statement, ids=ids):
                 run = runs[str(root_id)]
@@ -202,7 +209,7 @@ class Retention:
                 return []
             trees = f"SELECT t.workflow_id FROM ({_TREES}) t"
             execute(connection, f"DELETE FROM af_steps WHERE workflow_id IN ({trees})", ids=ids)
-            for table in ("af_events", "af_inbox", "af_paused", "af_queued", "af_after"):
+            for table in PARTS:
                 execute(connection, f"DELETE FROM {table} WHERE root_id IN :ids", ids=ids)
             below = "DELETE FROM af_workflows WHERE parent_id IS NOT NULL AND root_id IN :ids"
             execute(connection, below, ids=ids)

@@ -16,6 +16,7 @@ from agentic_flow.core.clock import Clock
 from agentic_flow.core.errors import Conflict, NotFound
 from agentic_flow.core.messages import JsonObject
 from agentic_flow.core.sql import Connection, execute
+from agentic_flow.swarm.artifact_rows import copy_artifacts
 from agentic_flow.swarm.event_log import EventRow, append, event, recorded_events
 from agentic_flow.swarm.leases import TREE, VERSION, RunDatabase, tree_of
 from agentic_flow.swarm.scheduling import ENDED
@@ -192,6 +193,8 @@ class Retries:
             old=old_id,
             before=kept.before,
         )
+        own = {"old": old_id, "before": kept.before}
+        copy_artifacts(connection, as_new, "workflow_id = :old AND step_index < :before", own)
         same = (
             "parent_step, name, version, tenant, priority, status, epoch, executor_id, payload, output, "
             "error, takeovers, accepted_at_s, started_at_s, updated_at_s, ended_at_s"
@@ -213,6 +216,8 @@ class Retries:
                 **as_new,
                 **tree_of(child),
             )
+            tree = f"workflow_id IN (SELECT workflow_id FROM af_workflows WHERE {TREE})"
+            copy_artifacts(connection, as_new, tree, tree_of(child))
 
 
 def _parts(connection: Connection, run_id: str) -> list[Part]:

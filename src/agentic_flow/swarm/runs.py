@@ -312,10 +312,10 @@ class PurgeRequest(Frozen):
 
 
 class Purged(Frozen):
-    """What was removed, or would be (`dry_run`): runs with their agents, steps, events and messages.
+    """What was removed, or would be (`dry_run`): runs with their agents, steps, events, messages, artifacts.
 
-    `board_entries` are those of the blackboards of runs that are gone; a dry run does not count them.
-    `size_bytes` counts stored text, without them.
+    `artifacts` counts every version. `board_entries` are those of the blackboards of runs that are gone; a
+    dry run does not count them. `size_bytes` counts stored text and the bytes of artifacts, without them.
     """
 
     tenant: str
@@ -324,6 +324,7 @@ class Purged(Frozen):
     steps: int
     events: int
     messages: int
+    artifacts: int = 0
     board_entries: int = 0
     size_bytes: int
     dry_run: bool = False

@@ -13,6 +13,7 @@ from agentic_flow.core.errors import AgenticFlowError, Conflict, DeadlineExceede
 from agentic_flow.core.messages import JsonObject
 from agentic_flow.core.ports import EventRecord, StepContext, Workflow, WorkflowContext
 from agentic_flow.testing.run_engine_after_contract import AFTER_CHECKS
+from agentic_flow.testing.run_engine_artifacts_contract import ARTIFACT_CHECKS
 from agentic_flow.testing.run_engine_case import (
     TENANT,
     TIMEOUT_S,
@@ -684,6 +685,7 @@ CHECKS: tuple[Callable[[RunEngineCase], Awaitable[None]], ...] = (
     tells_of_changes_of_hands,
     *INBOX_CHECKS,
     *RETENTION_CHECKS,
+    *ARTIFACT_CHECKS,
     *RETRY_CHECKS,
     *QUEUE_CHECKS,
     *AFTER_CHECKS,
