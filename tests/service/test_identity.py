@@ -9,20 +9,17 @@ import json
 import stat
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import SecretStr
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from tls_files import make_certificate
 
 from agentic_flow.core import identity as pure
 from agentic_flow.core.auth import DEFAULT_TENANT, LOCAL_OWNER, Authenticator, Principal
@@ -625,38 +622,6 @@ def test_settings_that_break_the_promise_are_refused(tmp_path: Path, make: Any) 
         make(tmp_path)
 
 
-def _certificate(
-    name: str, folder: Path, issuer: tuple[x509.Certificate, ec.EllipticCurvePrivateKey] | None = None
-) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
-    """A certificate for 127.0.0.1, signed by `issuer` or by itself, written as NAME.pem and NAME.key."""
-    import ipaddress
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer[0].subject if issuer else subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(hours=1))
-        .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
-        .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
-        )
-        .sign(issuer[1] if issuer else key, hashes.SHA256())
-    )
-    (folder / f"{name}.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    (folder / f"{name}.key").write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-    )
-    return certificate, key
-
-
 def _tls(folder: Path, name: str | None, authority: str, *, mutual: bool = False) -> TlsSettings:
     return TlsSettings(
         certificate_file=folder / f"{name}.pem" if name else None,
@@ -668,10 +633,10 @@ def _tls(folder: Path, name: str | None, authority: str, *, mutual: bool = False
 
 async def test_mutual_tls_takes_only_certificates_of_our_authority(tmp_path: Path) -> None:
     """Catches a port that speaks TLS to anybody although mutual TLS was asked for, on either side."""
-    authority, stranger = _certificate("ca", tmp_path), _certificate("stranger-ca", tmp_path)
-    _certificate("server", tmp_path, authority)
-    _certificate("client", tmp_path, authority)
-    _certificate("intruder", tmp_path, stranger)
+    authority, stranger = make_certificate("ca", tmp_path), make_certificate("stranger-ca", tmp_path)
+    make_certificate("server", tmp_path, authority)
+    make_certificate("client", tmp_path, authority)
+    make_certificate("intruder", tmp_path, stranger)
     peers = PeerSettings(attempts=1)
     with opened(tmp_path) as service:
         key = await service.ensure_owner_key()
@@ -694,7 +659,7 @@ async def test_mutual_tls_takes_only_certificates_of_our_authority(tmp_path: Pat
 @pytest.mark.parametrize("missing", ["server.pem", "server.key", "ca.pem"])
 async def test_a_missing_certificate_is_named(tmp_path: Path, missing: str) -> None:
     """Catches OpenSSL's "No such file or directory" that does not say which."""
-    _certificate("server", tmp_path, _certificate("ca", tmp_path))
+    make_certificate("server", tmp_path, make_certificate("ca", tmp_path))
     (tmp_path / missing).unlink()
     with opened(tmp_path) as service:
         app = app_of("platform", service, [])

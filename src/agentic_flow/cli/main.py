@@ -20,6 +20,7 @@ from agentic_flow.cli import (
     config,
     db,
     doctor,
+    health,
     keys,
     memory,
     models,
@@ -64,7 +65,7 @@ def shared(
     remember_shared(data_dir, log_level, as_json)
 
 
-for _module in (run, serve, worker, doctor, version):
+for _module in (run, serve, worker, doctor, health, version):
     _module.register(app)
 for _name, _module in (
     ("runs", runs),

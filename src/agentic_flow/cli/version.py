@@ -18,6 +18,12 @@ def register(app: typer.Typer) -> None:
 
         from agentic_flow.core.version import __version__
 
-        libraries = {name: metadata.version(name) for name in ("pydantic-ai-slim", "apsw", "starlette")}
+        def version_of(name: str) -> str:
+            try:
+                return metadata.version(name)
+            except metadata.PackageNotFoundError:  # an image holds what its service needs
+                return "not installed"
+
+        libraries = {name: version_of(name) for name in ("pydantic-ai-slim", "apsw", "starlette")}
         data = {"agentic-flow": __version__, "python": platform.python_version(), **libraries}
         session.show(data, lambda: print("\n".join(f"{name} {number}" for name, number in data.items())))
