@@ -159,6 +159,18 @@ def memory_page() -> str:
     return f"{NOTICE}\n\n{page}"
 
 
+def runs_page() -> str:
+    """The page about the routes of runs, likewise."""
+    from agentic_flow.core.openapi_page import reference_page
+    from agentic_flow.swarm.routes import DOCUMENT_PATH, openapi_document
+
+    errors = "Errors are problem+json (RFC 9457):"
+    page = reference_page(
+        openapi_document(), title="Runs over HTTP", errors=errors, document_path=DOCUMENT_PATH
+    )
+    return f"{NOTICE}\n\n{page}"
+
+
 PAGES = {
     "cli.md": cli_page,
     "settings.md": settings_page,
@@ -166,6 +178,7 @@ PAGES = {
     "agentdb-http.md": http_page,
     "models-http.md": models_page,
     "memory-http.md": memory_page,
+    "runs-http.md": runs_page,
 }
 
 

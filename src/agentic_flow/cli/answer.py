@@ -102,20 +102,19 @@ def _usage(usage: object) -> tuple[object, ...]:
 
 
 def print_steps(steps: Sequence[RunStep]) -> None:
-    """Every recorded step, one line each."""
+    """Every recorded step, one line each; of model calls what they consumed."""
     sys.stdout.write("\n")
     print_table(
-        ("#", "agent", "step", "took", "outcome"),
-        [
-            (
-                number,
-                step.agent,
-                step.name,
-                f"{(step.completed_at_s or 0) - (step.started_at_s or 0):.2f} s"
-                if step.completed_at_s
-                else "-",
-                str(step.error.get("detail", "failed")) if step.error else "ok",
-            )
-            for number, step in enumerate(steps, start=1)
-        ],
+        ("#", "agent", "step", "took", "tokens", "cost", "outcome"),
+        [_step_row(number, step) for number, step in enumerate(steps, start=1)],
     )
+
+
+def _step_row(number: int, step: RunStep) -> tuple[object, ...]:
+    took = f"{step.completed_at_s - (step.started_at_s or 0):.2f} s" if step.completed_at_s else "-"
+    tokens = cost = ""
+    if (usage := step.usage) is not None:
+        tokens = f"{usage.input_tokens + usage.output_tokens:,}"
+        cost = "no price" if usage.cost_usd is None else f"${usage.cost_usd:.4f}"
+    outcome = str(step.error.get("detail", "failed")) if step.error else "ok"
+    return number, step.agent, step.name, took, tokens, cost, outcome

@@ -44,6 +44,7 @@ JSON = "application/json"
 PROBLEM = "application/problem+json"
 DOCUMENT_PATH = "/openapi.json"
 
+_DONE = {200: "Done.", 201: "Made.", 202: "Accepted: it is on disk, and will be done."}
 _UNSUPPORTED_MEDIA_TYPE = 415
 _PARAMETER = re.compile(r"\{(\w+)\}")
 _ALWAYS: tuple[type[AgenticFlowError], ...] = (
@@ -85,6 +86,7 @@ class Operation:
         scope: What the caller must hold.
         answer: Type of the JSON answer.
         answer_media_type: Other than JSON: the answer is a stream of lines of type `answer`.
+        status: Of an answer that is no error.
         body: Model of a JSON body.
         raw: Media type → handler of bodies that are no JSON document; it takes `query`, and reads the body.
         raw_notes: Media type → what such a body holds.
@@ -101,6 +103,7 @@ class Operation:
     scope: str
     answer: Any
     answer_media_type: str = JSON
+    status: int = 200
     body: type[BaseModel] | None = None
     raw: Mapping[str, Handler] = field(default_factory=dict[str, Handler])
     raw_notes: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -303,7 +306,10 @@ def _parameters(operation: Operation, refs: Mapping[_Use, Any]) -> list[JsonObje
 def _responses(operation: Operation, refs: Mapping[_Use, Any]) -> JsonObject:
     answer = refs["answer", operation.name]
     responses: JsonObject = {
-        "200": {"description": "Done.", "content": {operation.answer_media_type: {"schema": answer}}}
+        str(operation.status): {
+            "description": _DONE[operation.status],
+            "content": {operation.answer_media_type: {"schema": answer}},
+        }
     }
     kinds = set(_ALWAYS)
     if "{" in operation.path:

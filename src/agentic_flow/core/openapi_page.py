@@ -57,12 +57,12 @@ def _operations(document: JsonObject) -> Iterator[str]:
                 schema = content["schema"]
                 what = shown(schema) if "$ref" in schema else schema["description"]
                 yield f"Body `{media_type}`: {what}"
-            for media_type, content in operation["responses"]["200"]["content"].items():
-                yield f"Answer `{media_type}`: {shown(content['schema'])}"
+            done, *failed = sorted(operation["responses"].items())
+            status = "" if done[0] == "200" else f" ({done[0]})"
+            for media_type, content in done[1]["content"].items():
+                yield f"Answer{status} `{media_type}`: {shown(content['schema'])}"
             statuses = ", ".join(
-                f"{status} {response['description'].rstrip('.')}"
-                for status, response in operation["responses"].items()
-                if status != "200"
+                f"{status} {response['description'].rstrip('.')}" for status, response in failed
             )
             yield f"Errors: {statuses}."
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 PROBE_TIMEOUT_S = 2.0
 RUN_ROOTS = ("/v1/runs", "/v1/workflows", "/v1/schedules")
+RUN_DOCUMENT_PATH = "/v1/runs/openapi.json"  # of swarm.routes, which is loaded when it is asked for
 MEMORY_DOCUMENT_PATH = "/v1/memory/openapi.json"  # of memory.routes, which is loaded when it is asked for
 MEMORY_ROOTS = ("/v1/namespaces", "/v1/namespace-stats", "/v1/tenants-with", "/v1/memory")
 
@@ -197,7 +198,7 @@ class _Apps:
                 await runtime.identity(), erasers=await runtime.erasers(), survey=runtime.survey_backups
             ),
         ]
-        public = PUBLIC_PATHS | {DOCUMENT_PATH, MEMORY_DOCUMENT_PATH}
+        public = PUBLIC_PATHS | {DOCUMENT_PATH, MEMORY_DOCUMENT_PATH, RUN_DOCUMENT_PATH}
         return _Face(routes, self._peers_ready("agentdb", "swarm"), public, ERROR_SHAPES)
 
     async def _run_routes(self) -> Sequence[BaseRoute]:
@@ -238,7 +239,7 @@ class _Apps:
         async def ready() -> dict[str, bool]:
             return {"run database": await watch.works(), **await peers_ready()}
 
-        return _Face([DeferredRoutes(RUN_ROOTS, self._run_routes)], ready)
+        return _Face([DeferredRoutes(RUN_ROOTS, self._run_routes)], ready, {RUN_DOCUMENT_PATH})
 
     def _peers_ready(self, *names: str) -> Ready:
         """Whether those neighbours that run elsewhere can be reached."""

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from agentic_flow.core.messages import Completion
 from agentic_flow.swarm.payloads import from_record
 from agentic_flow.swarm.runs import RunResult, RunStep
 from agentic_flow.swarm.topology import Assignment, Edge, MessageGraph, Node, message_graph
@@ -82,8 +81,7 @@ def lanes_of(steps: Sequence[RunStep]) -> list[Lane]:
         lane = lanes.setdefault(name, Lane(name, role))
         lane.steps.append(step)
         lane.failed |= step.error is not None
-        if step.name == "model" and step.output:
-            usage = Completion.model_validate(step.output).usage
+        if (usage := step.usage) is not None:
             lane.tokens += usage.input_tokens + usage.output_tokens
             known = lane.cost_usd is not None and usage.cost_usd is not None
             lane.cost_usd = (lane.cost_usd or 0.0) + (usage.cost_usd or 0.0) if known else None

@@ -1,176 +1,555 @@
-"""HTTP face of runs. Thin: each route parses, calls the service, encodes."""
+"""HTTP face of runs, workflows and schedules. Thin: each handler reads, calls the service, encodes.
+
+`operations` is the table of all of it; the routes and the OpenAPI document are made from it. Reading demands
+the scope `runs:read`, everything else `runs:write`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import cast, get_args
+from typing import Annotated, Any, cast, get_args
 
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from agentic_flow.core.auth import Principal
 from agentic_flow.core.errors import InvalidInput
+from agentic_flow.core.messages import Frozen, JsonObject
+from agentic_flow.core.openapi import Operation, document, routes_of
 from agentic_flow.core.ports import RunState
 from agentic_flow.core.sse import ServerEvent
-from agentic_flow.core.web import event_stream, json_response, parse, require
+from agentic_flow.core.web import event_stream, json_response, principal_of
+from agentic_flow.memory.records import Id
 from agentic_flow.swarm.picture import picture
-from agentic_flow.swarm.questions import AnswerRequest
-from agentic_flow.swarm.runs import PurgeRequest, RetryRequest, RunService, RunSpec, SignalRequest
-from agentic_flow.swarm.schedules import ScheduleRequest
-from agentic_flow.swarm.workflow_spec import WorkflowRequest, WorkflowSource
+from agentic_flow.swarm.questions import AnswerRequest, Question
+from agentic_flow.swarm.runs import (
+    Purged,
+    PurgeRequest,
+    RetryRequest,
+    RunEvent,
+    RunResult,
+    RunService,
+    RunSpec,
+    RunStep,
+    SignalRequest,
+)
+from agentic_flow.swarm.schedules import Schedule, ScheduleRequest
+from agentic_flow.swarm.workflow_spec import Validation, WorkflowRequest, WorkflowSource
+
+DOCUMENT_PATH = "/v1/runs/openapi.json"
+READ, WRITE = "runs:read", "runs:write"
 
 _LIST_MAX = 500
+_RUN = "/v1/runs/{run_id}"
+_SCHEDULE = "/v1/schedules/{schedule}"
+_DESCRIPTION = (
+    "Durable runs of teams of agents, workflows and schedules, for the tenant of the caller and no other. "
+    "What an answer acknowledges is on disk, and survives the end of every process."
+)
+_KEY: JsonObject = {
+    "Idempotency-Key": {
+        "type": "string",
+        "maxLength": 200,
+        "description": "The same key again answers as the first time; with another body it is refused.",
+    }
+}
+_AFTER: JsonObject = {
+    "Last-Event-ID": {"type": "string", "description": "As `after`; a browser sends it when it comes back."}
+}
+
+
+class RunList(Frozen):
+    """Runs, newest first."""
+
+    runs: tuple[RunResult, ...]
+
+
+class Accepted(Frozen):
+    """The id of a run that is now kept, whatever happens. `retry_of`: of the run that it does again."""
+
+    run_id: str
+    retry_of: str | None = None
+
+
+class Steps(Frozen):
+    """Recorded steps, in the order in which they ended."""
+
+    steps: tuple[RunStep, ...]
+
+
+class Cancelled(Frozen):
+    """False: it had ended before."""
+
+    cancelled: bool
+
+
+class Paused(Frozen):
+    """False: it was paused already, or had ended."""
+
+    paused: bool
+
+
+class Resumed(Frozen):
+    """False: there was nothing to resume."""
+
+    resumed: bool
+
+
+class Questions(Frozen):
+    """What a run asked people, and what was answered."""
+
+    questions: tuple[Question, ...]
+
+
+class Answered(Frozen):
+    """The answer that counts. `is_new` False: it was there before."""
+
+    question_id: str
+    answer: str
+    is_new: bool
+
+
+class Signalled(Frozen):
+    """`is_new` False: the key was known, and nothing was sent."""
+
+    signal: str
+    is_new: bool
+
+
+class ScheduleList(Frozen):
+    """Schedules by name."""
+
+    schedules: tuple[Schedule, ...]
+
+
+class Removed(Frozen):
+    """It is gone."""
+
+    removed: bool
+
+
+class RunOptions(Frozen):
+    """Which runs."""
+
+    state: str = Field(
+        default="", description=f"Only those in these states, by commas: {', '.join(get_args(RunState))}."
+    )
+    limit: Annotated[int, Field(ge=1, le=_LIST_MAX)] = Field(default=50, description="Most runs.")
+
+
+class EventOptions(Frozen):
+    """From where on."""
+
+    after: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="Sequence number of the last event that was seen."
+    )
 
 
 def build_routes(runs: RunService) -> list[Route]:
-    """`/v1/runs`, `/v1/workflows` and `/v1/schedules` over a run service.
-
-    POST /v1/runs takes a RunSpec and an optional `Idempotency-Key` header and answers 202 with the id; POST
-    /v1/workflows does with a WorkflowRequest. POST /v1/workflows/validate takes a WorkflowSource, POST
-    /v1/schedules a ScheduleRequest.
-    """
-
-    async def submit(request: Request) -> Response:
-        principal = require(request, "runs:write")
-        spec = await parse(request, RunSpec)
-        key = request.headers.get("idempotency-key")
-        run_id = await runs.submit(principal, spec, idempotency_key=key)
-        return json_response({"run_id": run_id}, 202, headers={"location": f"/v1/runs/{run_id}"})
-
-    async def submit_workflow(request: Request) -> Response:
-        principal = require(request, "runs:write")
-        asked = await parse(request, WorkflowRequest)
-        key = request.headers.get("idempotency-key")
-        run_id = await runs.submit_workflow(principal, asked, idempotency_key=key)
-        return json_response({"run_id": run_id}, 202, headers={"location": f"/v1/runs/{run_id}"})
-
-    async def validate_workflow(request: Request) -> Response:
-        principal = require(request, "runs:read")
-        source = await parse(request, WorkflowSource)
-        return json_response(await runs.validate_workflow(principal, source))
-
-    async def list_runs(request: Request) -> Response:
-        principal = require(request, "runs:read")
-        states = _states(request.query_params.get("state", ""))
-        limit = _integer(request, "limit", 50, least=1, most=_LIST_MAX)
-        return json_response({"runs": await runs.list_runs(principal, states=states, limit=limit)})
+    """The routes of a run service, and its OpenAPI document at DOCUMENT_PATH, which is public."""
+    shown = json_response(openapi_document())
 
     async def show(request: Request) -> Response:
-        principal = require(request, "runs:read")
-        return json_response(await runs.show(principal, _id(request)))
+        return shown
 
-    async def steps(request: Request) -> Response:
-        principal = require(request, "runs:read")
-        return json_response({"steps": await runs.steps(principal, _id(request))})
+    return [Route(DOCUMENT_PATH, show), *routes_of(operations(runs))]
 
-    async def picture_svg(request: Request) -> Response:
-        principal = require(request, "runs:read")
-        result = await runs.show(principal, _id(request))
-        drawn = picture(result, await runs.steps(principal, _id(request)))
+
+def openapi_document() -> JsonObject:
+    """The OpenAPI document of runs, workflows and schedules."""
+    path_types = {"run_id": Id, "question_id": Id, "name": str, "schedule": str}
+    return document(operations(None), title="Runs", description=_DESCRIPTION, path_types=path_types)
+
+
+def operations(runs: RunService | None) -> list[Operation]:
+    """The table. Without a service it can be read and not served."""
+    faces: Any = runs
+    return [
+        *_run_operations(_Runs(faces)),
+        *_steering_operations(_Steering(faces)),
+        *_workflow_operations(_Workflows(faces)),
+        *_schedule_operations(_Schedules(faces)),
+    ]
+
+
+def _id(request: Request) -> str:
+    return str(request.path_params["run_id"])
+
+
+# Runs
+
+
+class _Runs:
+    def __init__(self, runs: RunService) -> None:
+        self._runs = runs
+
+    async def submit(self, request: Request, body: RunSpec) -> Response:
+        key = request.headers.get("idempotency-key")
+        return _accepted(await self._runs.submit(principal_of(request), body, idempotency_key=key))
+
+    async def listed(self, request: Request, query: RunOptions) -> Response:
+        states = _states(query.state)
+        found = await self._runs.list_runs(principal_of(request), states=states, limit=query.limit)
+        return json_response({"runs": found})
+
+    async def show(self, request: Request) -> Response:
+        return json_response(await self._runs.show(principal_of(request), _id(request)))
+
+    async def steps(self, request: Request) -> Response:
+        return json_response({"steps": await self._runs.steps(principal_of(request), _id(request))})
+
+    async def picture_svg(self, request: Request) -> Response:
+        principal = principal_of(request)
+        result = await self._runs.show(principal, _id(request))
+        drawn = picture(result, await self._runs.steps(principal, _id(request)))
         # A picture that is opened by itself is a document: it may load and run nothing.
         headers = {"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'"}
         return Response(drawn, media_type="image/svg+xml", headers=headers)
 
-    async def cancel(request: Request) -> Response:
-        principal = require(request, "runs:write")
-        return json_response({"cancelled": await runs.cancel(principal, _id(request))})
+    async def events(self, request: Request, query: EventOptions) -> Response:
+        principal = principal_of(request)
+        last = request.headers.get("last-event-id")
+        after = query.after if query.after is not None else int(last) if last and last.isdigit() else 0
+        await self._runs.show(principal, _id(request))  # an unknown run is a 404, not a stream that fails
+        return event_stream(_events(self._runs, principal, _id(request), after))
 
-    async def pause(request: Request) -> Response:
-        principal = require(request, "runs:write")
-        return json_response({"paused": await runs.pause(principal, _id(request))})
+    async def purge(self, request: Request, body: PurgeRequest) -> Response:
+        return json_response(await self._runs.purge(principal_of(request), body))
 
-    async def resume(request: Request) -> Response:
-        principal = require(request, "runs:write")
-        return json_response({"resumed": await runs.resume(principal, _id(request))})
 
-    async def questions(request: Request) -> Response:
-        principal = require(request, "runs:read")
-        return json_response({"questions": await runs.questions(principal, _id(request))})
+def _run_operations(faces: _Runs) -> list[Operation]:
+    return [
+        Operation(
+            name="submit_run",
+            method="POST",
+            path="/v1/runs",
+            summary="Accept a run. It goes on whatever becomes of the caller.",
+            scope=WRITE,
+            body=RunSpec,
+            headers=_KEY,
+            handler=faces.submit,
+            answer=Accepted,
+            status=202,
+        ),
+        Operation(
+            name="list_runs",
+            method="GET",
+            path="/v1/runs",
+            summary="Runs, newest first.",
+            scope=READ,
+            query=RunOptions,
+            handler=faces.listed,
+            answer=RunList,
+        ),
+        Operation(
+            name="purge_runs",
+            method="POST",
+            path="/v1/runs/purge",
+            summary="Remove runs that have ended, with all that is stored of them.",
+            notes="Those of another tenant need the scope `platform:admin` too.",
+            scope=WRITE,
+            body=PurgeRequest,
+            handler=faces.purge,
+            answer=Purged,
+        ),
+        Operation(
+            name="show_run",
+            method="GET",
+            path=_RUN,
+            summary="A run as the store has it: state, answer, citations, what it cost.",
+            scope=READ,
+            handler=faces.show,
+            answer=RunResult,
+        ),
+        Operation(
+            name="run_steps",
+            method="GET",
+            path=f"{_RUN}/steps",
+            summary="Every recorded step: model calls with their usage, tool calls, and the run's own.",
+            scope=READ,
+            handler=faces.steps,
+            answer=Steps,
+        ),
+        Operation(
+            name="run_events",
+            method="GET",
+            path=f"{_RUN}/events",
+            summary="What happens in a run, from any number on, until it has ended.",
+            notes="Server-sent events: `id` is the sequence number, `event` the kind, `data` a RunEvent.",
+            scope=READ,
+            query=EventOptions,
+            headers=_AFTER,
+            handler=faces.events,
+            answer=RunEvent,
+            answer_media_type="text/event-stream",
+        ),
+        Operation(
+            name="run_picture",
+            method="GET",
+            path=f"{_RUN}/picture.svg",
+            summary="The message graph of a run and the timeline of its agents.",
+            scope=READ,
+            handler=faces.picture_svg,
+            answer=str,
+            answer_media_type="image/svg+xml",
+        ),
+    ]
 
-    async def answer(request: Request) -> Response:
-        principal = require(request, "runs:write")
-        given = await parse(request, AnswerRequest)
+
+# What is done to a run that goes on, or has ended
+
+
+class _Steering:
+    def __init__(self, runs: RunService) -> None:
+        self._runs = runs
+
+    async def cancel(self, request: Request) -> Response:
+        return json_response({"cancelled": await self._runs.cancel(principal_of(request), _id(request))})
+
+    async def pause(self, request: Request) -> Response:
+        return json_response({"paused": await self._runs.pause(principal_of(request), _id(request))})
+
+    async def resume(self, request: Request) -> Response:
+        return json_response({"resumed": await self._runs.resume(principal_of(request), _id(request))})
+
+    async def retry(self, request: Request, body: RetryRequest) -> Response:
+        principal, key = principal_of(request), request.headers.get("idempotency-key")
+        run_id = await self._runs.retry(
+            principal, _id(request), from_step=body.from_step, idempotency_key=key
+        )
+        return _accepted(run_id, retry_of=_id(request))
+
+    async def questions(self, request: Request) -> Response:
+        return json_response({"questions": await self._runs.questions(principal_of(request), _id(request))})
+
+    async def answer(self, request: Request, body: AnswerRequest) -> Response:
         question_id = str(request.path_params["question_id"])
-        is_new = await runs.answer(principal, _id(request), question_id, given.answer)
-        return json_response({"question_id": question_id, "answer": given.answer, "is_new": is_new})
+        is_new = await self._runs.answer(principal_of(request), _id(request), question_id, body.answer)
+        return json_response({"question_id": question_id, "answer": body.answer, "is_new": is_new})
 
-    async def signal(request: Request) -> Response:
-        principal = require(request, "runs:write")
-        given = await parse(request, SignalRequest)
+    async def signal(self, request: Request, body: SignalRequest) -> Response:
         name, key = str(request.path_params["name"]), request.headers.get("idempotency-key")
-        is_new = await runs.signal(principal, _id(request), name, given.value, key=key)
+        is_new = await self._runs.signal(principal_of(request), _id(request), name, body.value, key=key)
         return json_response({"signal": name, "is_new": is_new})
 
-    async def retry(request: Request) -> Response:
-        principal = require(request, "runs:write")
-        asked = await parse(request, RetryRequest)
+
+def _steering_operations(faces: _Steering) -> list[Operation]:
+    return [
+        Operation(
+            name="cancel_run",
+            method="POST",
+            path=f"{_RUN}/cancel",
+            summary="Cancel a run and its agents, wherever they work.",
+            scope=WRITE,
+            handler=faces.cancel,
+            answer=Cancelled,
+        ),
+        Operation(
+            name="pause_run",
+            method="POST",
+            path=f"{_RUN}/pause",
+            summary="Hold a run before its next steps; those under way end.",
+            scope=WRITE,
+            handler=faces.pause,
+            answer=Paused,
+        ),
+        Operation(
+            name="resume_run",
+            method="POST",
+            path=f"{_RUN}/resume",
+            summary="Continue a paused, interrupted or cancelled run after its last recorded step.",
+            scope=WRITE,
+            handler=faces.resume,
+            answer=Resumed,
+        ),
+        Operation(
+            name="retry_run",
+            method="POST",
+            path=f"{_RUN}/retry",
+            summary="A new run that takes over the recorded steps of an ended one before `from_step`.",
+            scope=WRITE,
+            body=RetryRequest,
+            headers=_KEY,
+            handler=faces.retry,
+            answer=Accepted,
+            status=202,
+        ),
+        Operation(
+            name="run_questions",
+            method="GET",
+            path=f"{_RUN}/questions",
+            summary="What a run has asked people, and what was answered.",
+            scope=READ,
+            handler=faces.questions,
+            answer=Questions,
+        ),
+        Operation(
+            name="answer_question",
+            method="POST",
+            path=f"{_RUN}/questions/{{question_id}}",
+            summary="Answer a question; the run goes on with it wherever it is.",
+            scope=WRITE,
+            body=AnswerRequest,
+            handler=faces.answer,
+            answer=Answered,
+        ),
+        Operation(
+            name="signal_run",
+            method="POST",
+            path=f"{_RUN}/signals/{{name}}",
+            summary="Send a signal, kept until a step waits for it.",
+            scope=WRITE,
+            body=SignalRequest,
+            headers=_KEY,
+            handler=faces.signal,
+            answer=Signalled,
+        ),
+    ]
+
+
+# Workflows
+
+
+class _Workflows:
+    def __init__(self, runs: RunService) -> None:
+        self._runs = runs
+
+    async def submit(self, request: Request, body: WorkflowRequest) -> Response:
         key = request.headers.get("idempotency-key")
-        run_id = await runs.retry(principal, _id(request), from_step=asked.from_step, idempotency_key=key)
-        answer = {"run_id": run_id, "retry_of": _id(request)}
-        return json_response(answer, 202, headers={"location": f"/v1/runs/{run_id}"})
+        return _accepted(await self._runs.submit_workflow(principal_of(request), body, idempotency_key=key))
 
-    async def purge(request: Request) -> Response:
-        principal = require(request, "runs:write")
-        return json_response(await runs.purge(principal, await parse(request, PurgeRequest)))
+    async def validate(self, request: Request, body: WorkflowSource) -> Response:
+        return json_response(await self._runs.validate_workflow(principal_of(request), body))
 
-    async def add_schedule(request: Request) -> Response:
-        principal = require(request, "runs:write")
-        added = await runs.schedules.add(principal, await parse(request, ScheduleRequest))
+
+def _workflow_operations(faces: _Workflows) -> list[Operation]:
+    return [
+        Operation(
+            name="submit_workflow",
+            method="POST",
+            path="/v1/workflows",
+            summary="Accept a run of a workflow; it is a run like any other from then on.",
+            scope=WRITE,
+            body=WorkflowRequest,
+            headers=_KEY,
+            handler=faces.submit,
+            answer=Accepted,
+            status=202,
+        ),
+        Operation(
+            name="validate_workflow",
+            method="POST",
+            path="/v1/workflows/validate",
+            summary="Every problem of a workflow, without running it.",
+            scope=READ,
+            body=WorkflowSource,
+            handler=faces.validate,
+            answer=Validation,
+        ),
+    ]
+
+
+# Schedules
+
+
+class _Schedules:
+    def __init__(self, runs: RunService) -> None:
+        self._runs = runs
+
+    async def add(self, request: Request, body: ScheduleRequest) -> Response:
+        added = await self._runs.schedules.add(principal_of(request), body)
         return json_response(added, 201, headers={"location": f"/v1/schedules/{added.name}"})
 
-    async def list_schedules(request: Request) -> Response:
-        principal = require(request, "runs:read")
-        return json_response({"schedules": await runs.schedules.every(principal)})
+    async def listed(self, request: Request) -> Response:
+        return json_response({"schedules": await self._runs.schedules.every(principal_of(request))})
 
-    async def show_schedule(request: Request) -> Response:
-        principal = require(request, "runs:read")
-        return json_response(await runs.schedules.show(principal, _schedule(request)))
+    async def show(self, request: Request) -> Response:
+        return json_response(await self._runs.schedules.show(principal_of(request), _schedule(request)))
 
-    async def pause_schedule(request: Request) -> Response:
-        principal = require(request, "runs:write")
-        return json_response({"paused": await runs.schedules.pause(principal, _schedule(request))})
+    async def pause(self, request: Request) -> Response:
+        paused = await self._runs.schedules.pause(principal_of(request), _schedule(request))
+        return json_response({"paused": paused})
 
-    async def resume_schedule(request: Request) -> Response:
-        principal = require(request, "runs:write")
-        return json_response({"resumed": await runs.schedules.resume(principal, _schedule(request))})
+    async def resume(self, request: Request) -> Response:
+        resumed = await self._runs.schedules.resume(principal_of(request), _schedule(request))
+        return json_response({"resumed": resumed})
 
-    async def remove_schedule(request: Request) -> Response:
-        principal = require(request, "runs:write")
-        await runs.schedules.remove(principal, _schedule(request))
+    async def remove(self, request: Request) -> Response:
+        await self._runs.schedules.remove(principal_of(request), _schedule(request))
         return json_response({"removed": True})
 
-    async def events(request: Request) -> Response:
-        principal = require(request, "runs:read")
-        last = request.headers.get("last-event-id")
-        after = _integer(request, "after", int(last) if last and last.isdigit() else 0, least=0)
-        await runs.show(principal, _id(request))  # an unknown run is a 404, not a stream that fails
-        return event_stream(_events(runs, principal, _id(request), after))
 
+def _schedule(request: Request) -> str:
+    return str(request.path_params["schedule"])
+
+
+def _schedule_operations(faces: _Schedules) -> list[Operation]:
     return [
-        Route("/v1/runs", submit, methods=["POST"]),
-        Route("/v1/runs", list_runs, methods=["GET"]),
-        Route("/v1/runs/purge", purge, methods=["POST"]),
-        Route("/v1/workflows", submit_workflow, methods=["POST"]),
-        Route("/v1/workflows/validate", validate_workflow, methods=["POST"]),
-        Route("/v1/runs/{run_id}", show, methods=["GET"]),
-        Route("/v1/runs/{run_id}/steps", steps, methods=["GET"]),
-        Route("/v1/runs/{run_id}/events", events, methods=["GET"]),
-        Route("/v1/runs/{run_id}/questions", questions, methods=["GET"]),
-        Route("/v1/runs/{run_id}/questions/{question_id}", answer, methods=["POST"]),
-        Route("/v1/runs/{run_id}/picture.svg", picture_svg, methods=["GET"]),
-        Route("/v1/runs/{run_id}/cancel", cancel, methods=["POST"]),
-        Route("/v1/runs/{run_id}/pause", pause, methods=["POST"]),
-        Route("/v1/runs/{run_id}/signals/{name}", signal, methods=["POST"]),
-        Route("/v1/runs/{run_id}/retry", retry, methods=["POST"]),
-        Route("/v1/runs/{run_id}/resume", resume, methods=["POST"]),
-        Route("/v1/schedules", add_schedule, methods=["POST"]),
-        Route("/v1/schedules", list_schedules, methods=["GET"]),
-        Route("/v1/schedules/{schedule}", show_schedule, methods=["GET"]),
-        Route("/v1/schedules/{schedule}", remove_schedule, methods=["DELETE"]),
-        Route("/v1/schedules/{schedule}/pause", pause_schedule, methods=["POST"]),
-        Route("/v1/schedules/{schedule}/resume", resume_schedule, methods=["POST"]),
+        Operation(
+            name="add_schedule",
+            method="POST",
+            path="/v1/schedules",
+            summary="Run a workflow by itself at the times that its file names.",
+            scope=WRITE,
+            body=ScheduleRequest,
+            handler=faces.add,
+            answer=Schedule,
+            status=201,
+        ),
+        Operation(
+            name="list_schedules",
+            method="GET",
+            path="/v1/schedules",
+            summary="Schedules by name, with their next times.",
+            scope=READ,
+            handler=faces.listed,
+            answer=ScheduleList,
+        ),
+        Operation(
+            name="show_schedule",
+            method="GET",
+            path=_SCHEDULE,
+            summary="One schedule, and its latest runs.",
+            scope=READ,
+            handler=faces.show,
+            answer=Schedule,
+        ),
+        Operation(
+            name="remove_schedule",
+            method="DELETE",
+            path=_SCHEDULE,
+            summary="Remove a schedule; its runs stay.",
+            scope=WRITE,
+            handler=faces.remove,
+            answer=Removed,
+        ),
+        Operation(
+            name="pause_schedule",
+            method="POST",
+            path=f"{_SCHEDULE}/pause",
+            summary="Begin no further runs until it is resumed.",
+            scope=WRITE,
+            handler=faces.pause,
+            answer=Paused,
+        ),
+        Operation(
+            name="resume_schedule",
+            method="POST",
+            path=f"{_SCHEDULE}/resume",
+            summary="Go on with the next time that is due from now.",
+            scope=WRITE,
+            handler=faces.resume,
+            answer=Resumed,
+        ),
     ]
+
+
+def _accepted(run_id: str, *, retry_of: str | None = None) -> Response:
+    accepted = Accepted(run_id=run_id, retry_of=retry_of)
+    body = accepted.model_dump(exclude_none=True)
+    return json_response(body, 202, headers={"location": f"/v1/runs/{run_id}"})
 
 
 async def _events(
@@ -178,14 +557,6 @@ async def _events(
 ) -> AsyncIterator[ServerEvent]:
     async for event in runs.events(principal, run_id, after=after):
         yield ServerEvent(event.model_dump_json(), event.kind, str(event.sequence))
-
-
-def _id(request: Request) -> str:
-    return str(request.path_params["run_id"])
-
-
-def _schedule(request: Request) -> str:
-    return str(request.path_params["schedule"])
 
 
 def _states(raw: str) -> tuple[RunState, ...]:
@@ -196,13 +567,3 @@ def _states(raw: str) -> tuple[RunState, ...]:
                 f"the query parameter state is {value!r}", hint=f"use one of {', '.join(get_args(RunState))}"
             )
     return cast(tuple[RunState, ...], values)
-
-
-def _integer(request: Request, name: str, default: int, *, least: int, most: int | None = None) -> int:
-    raw = request.query_params.get(name)
-    if raw is None:
-        return default
-    if not raw.isdigit() or int(raw) < least or (most is not None and int(raw) > most):
-        bounds = f"from {least}" + (f" to {most}" if most is not None else "")
-        raise InvalidInput(f"the query parameter {name} is {raw!r}", hint=f"give a whole number {bounds}")
-    return int(raw)

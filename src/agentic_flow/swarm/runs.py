@@ -9,7 +9,7 @@ from pydantic import Field, StringConstraints
 
 from agentic_flow.agentdb.ingest import IngestReport
 from agentic_flow.core.auth import Principal
-from agentic_flow.core.messages import Frozen, JsonObject
+from agentic_flow.core.messages import Completion, Frozen, JsonObject, Usage
 from agentic_flow.core.ports import RunState
 from agentic_flow.memory.records import Id
 from agentic_flow.swarm.criteria import CRITERIA_MAX, Checked, Criterion
@@ -284,6 +284,11 @@ class RunStep(Frozen):
     error: JsonObject | None = None
     started_at_s: float | None = None
     completed_at_s: float | None = None
+
+    @property
+    def usage(self) -> Usage | None:
+        """What a model call consumed; None of any other step."""
+        return Completion.model_validate(self.output).usage if self.name == "model" and self.output else None
 
 
 class SignalRequest(Frozen):
