@@ -17,15 +17,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import requests
-import schemathesis
 from cli_process import Place
-from hypothesis import HealthCheck, Phase, given, settings
+from openapi_fuzz import WAIT_S, check_operation, operations_of
 from schemathesis import GenerationMode
-from schemathesis.specs.openapi.checks import (
-    content_type_conformance,
-    response_schema_conformance,
-    status_code_conformance,
-)
 from starlette.routing import Route
 
 from agentic_flow import gateway
@@ -33,9 +27,6 @@ from agentic_flow.gateway.openapi import openapi_document
 from agentic_flow.runtime import platform as platform_faces
 from agentic_flow.testing.fake_provider import FakeProvider, Reply
 
-WAIT_S = 30.0
-EXAMPLES = 10
-"""Of each operation, as many that follow the document as that do not."""
 MODELS = [
     "openai:fake-model",
     "anthropic:fake-model",
@@ -45,7 +36,6 @@ MODELS = [
     "onnx:no",
 ]
 EMBEDDERS = ["local", "anthropic:fake-model", "extractive"]
-CHECKS = [status_code_conformance, content_type_conformance, response_schema_conformance]
 OPERATIONS = sorted(
     operation["operationId"]
     for methods in openapi_document()["paths"].values()
@@ -76,9 +66,7 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             url = server.addresses(1)["platform"]
             document = requests.get(f"{url}/openapi.json", timeout=WAIT_S).json()
             assert document == json.loads(json.dumps(openapi_document()))
-            schema = schemathesis.openapi.from_dict(_with_models(document))
-            found = [result.ok() for result in schema.get_all_operations()]
-            yield Served(url, {operation.definition.raw["operationId"]: operation for operation in found})
+            yield Served(url, operations_of(_with_models(document)))
             assert requests.get(f"{url}/health/ready", timeout=WAIT_S).status_code == 200
             server.signal(signal.SIGTERM)
             done = server.end()
@@ -112,20 +100,7 @@ def test_every_answer_is_one_that_the_document_allows(
     """Catches a 500, a hang, and an answer with a status, media type or shape that the document denies."""
     operation = platform.operations[name]
 
-    @settings(
-        max_examples=EXAMPLES,
-        phases=[Phase.generate],
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(case=operation.as_strategy(generation_mode=mode))
-    def ask(case: Any) -> None:
-        response = case.call(base_url=platform.url, timeout=WAIT_S)
-        assert response.status_code < 500 or _excused(case, response), (case.body, response.text)
-        case.validate_response(response, checks=CHECKS)
-
-    ask()
+    check_operation(operation, platform.url, mode, _excused)
 
 
 def _excused(case: Any, response: Any) -> bool:

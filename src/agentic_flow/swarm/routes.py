@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, cast, get_args
 
-from pydantic import Field
+from pydantic import Field, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -29,6 +31,7 @@ from agentic_flow.swarm.runs import (
     PurgeRequest,
     RetryRequest,
     RunEvent,
+    RunEventKind,
     RunResult,
     RunService,
     RunSpec,
@@ -128,6 +131,24 @@ class Removed(Frozen):
     """It is gone."""
 
     removed: bool
+
+
+class _AsText:
+    """JSON Schema of a value that travels as the text of its JSON."""
+
+    def __get_pydantic_json_schema__(
+        self, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        shape = handler(core_schema)
+        return {"type": "string", "contentMediaType": "application/json", "contentSchema": shape}
+
+
+class EventFrame(Frozen):
+    """One server-sent event: `id` is the sequence number, `event` the kind."""
+
+    id: str
+    event: RunEventKind
+    data: Annotated[RunEvent, _AsText()]
 
 
 class RunOptions(Frozen):
@@ -277,12 +298,12 @@ def _run_operations(faces: _Runs) -> list[Operation]:
             method="GET",
             path=f"{_RUN}/events",
             summary="What happens in a run, from any number on, until it has ended.",
-            notes="Server-sent events: `id` is the sequence number, `event` the kind, `data` a RunEvent.",
+            notes="Comments keep the connection open where nothing happens for a while.",
             scope=READ,
             query=EventOptions,
             headers=_AFTER,
             handler=faces.events,
-            answer=RunEvent,
+            answer=EventFrame,
             answer_media_type="text/event-stream",
         ),
         Operation(
