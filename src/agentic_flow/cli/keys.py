@@ -1,7 +1,8 @@
-"""`agentic-flow keys create|list|revoke`."""
+"""`agentic-flow keys create|generate|list|revoke`."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -61,6 +62,40 @@ def create(
         print(text)
 
     session.show({"key": text, "info": info}, human)
+
+
+@command(
+    app,
+    "generate",
+    examples=(
+        "agentic-flow keys generate --output secrets/owner_key",
+        "AGENTIC_FLOW_AUTH__OWNER_KEY_FILE=secrets/owner_key agentic-flow serve all",
+    ),
+)
+def generate(
+    session: Session,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="New file for the key, 0600. [default: stdout]", metavar="FILE"),
+    ] = None,
+) -> None:
+    """Make the text of a key that no platform knows yet, and need none for it.
+
+    The platform takes it as the owner's from auth.owner_key_file, or as the services' own from
+    auth.service_key_file, at its start and when it is first shown.
+    """
+    from agentic_flow.core.errors import Conflict
+    from agentic_flow.core.identity import new_key
+    from agentic_flow.core.secrets import write_private
+
+    key = new_key()
+    if output is None:
+        session.show({"key": key.plaintext, "id": key.id}, lambda: print(key.plaintext))
+        return
+    if output.exists():
+        raise Conflict(f"{str(output)!r} exists", hint="a key in use is not overwritten: move it away first")
+    write_private(output, f"{key.plaintext}\n".encode())
+    session.show({"path": str(output), "id": key.id}, lambda: print(output))
 
 
 @command(app, "list", examples=("agentic-flow keys list", "agentic-flow keys list --tenant team-a --json"))

@@ -19,6 +19,7 @@ from agentic_flow.cli import (
     certs,
     config,
     db,
+    deploy,
     doctor,
     health,
     keys,
@@ -84,6 +85,7 @@ for _name, _module in (
     ("certs", certs),
     ("config", config),
     ("audit", audit),
+    ("deploy", deploy),
 ):
     app.add_typer(_module.app, name=_name)
 

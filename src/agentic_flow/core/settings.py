@@ -89,6 +89,15 @@ class AuthSettings(Section):
         default=300.0, description="Lifetime of the tokens that the platform issues."
     )
     revocation_poll_s: Positive = Field(default=1.0, description="How often services fetch revocations.")
+    owner_key_file: Path | None = Field(
+        default=None,
+        description="File with a key that the platform takes as the owner's, instead of making one and "
+        "showing it; a new one in its place replaces it.",
+    )
+    service_key_file: Path | None = Field(
+        default=None,
+        description="The same for the key that services show (their peers.token_file): it acts for others.",
+    )
 
 
 class TlsSettings(Section):
@@ -155,6 +164,9 @@ class GatewaySettings(Section):
         description="`postgresql://…` of policies, budgets and usage, for several gateways. Unset: SQLite in "
         "the data folder.",
     )
+    database_url_file: Path | None = Field(
+        default=None, description="File that holds the URL, in place of database_url; read at the start."
+    )
     stream: bool = Field(default=True, description="Use the provider's streaming format for agents' calls.")
     timeout_s: Positive = Field(default=120.0, description="Deadline of one provider call, retries included.")
     idle_timeout_s: Positive = Field(default=60.0, description="Longest silence within an answer.")
@@ -206,8 +218,14 @@ class AgentDBSettings(Section):
         default=None,
         description="`postgresql://…` with pgvector as the store. Unset: SQLite in the data folder.",
     )
+    database_url_file: Path | None = Field(
+        default=None, description="File that holds the URL, in place of database_url; read at the start."
+    )
     replica_url: SecretStr | None = Field(
         default=None, description="`postgresql://…` of a read replica that searches may use."
+    )
+    replica_url_file: Path | None = Field(
+        default=None, description="File that holds the URL, in place of replica_url; read at the start."
     )
     pool_max: Count = Field(default=10, description="Most PostgreSQL connections of one process.")
     embedder: str = Field(
@@ -272,6 +290,9 @@ class SwarmSettings(Section):
 
     database_url: SecretStr | None = Field(
         default=None, description="`postgresql://…` for the run database. Unset: SQLite in the data folder."
+    )
+    database_url_file: Path | None = Field(
+        default=None, description="File that holds the URL, in place of database_url; read at the start."
     )
     topology: str = Field(
         default="hierarchical",
@@ -506,7 +527,23 @@ def load(
         settings = Settings.model_validate(_nested(merged), strict=False)
     except ValidationError as error:
         raise _explain(error, origins) from None
-    return Loaded(settings, origins)
+    return Loaded(_with_url_files(settings), origins)
+
+
+def _with_url_files(settings: Settings) -> Settings:
+    """The settings with the database addresses of their files, which win over those given by value."""
+    from agentic_flow.core.secrets import FileSecret
+
+    changes: dict[str, dict[str, SecretStr]] = {}
+    for name in secret_names():
+        section, _, leaf = name.rpartition(".")
+        if not leaf.endswith("_url"):
+            continue
+        file: Path | None = getattr(getattr(settings, section), f"{leaf}_file")
+        if file is not None:
+            changes.setdefault(section, {})[leaf] = SecretStr(FileSecret(file).get())
+    sections = {name: getattr(settings, name).model_copy(update=update) for name, update in changes.items()}
+    return settings.model_copy(update=sections) if sections else settings
 
 
 def setting_names(section: type[Section] = Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:

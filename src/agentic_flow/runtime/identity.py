@@ -25,6 +25,7 @@ from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
 from agentic_flow.core.db import Database, rows
 from agentic_flow.core.errors import Conflict, Forbidden, InvalidSettings, NotFound, Unauthenticated
 from agentic_flow.core.identity import TokenClaims
+from agentic_flow.core.secrets import FileSecret
 from agentic_flow.core.settings import AuthSettings
 from agentic_flow.runtime.credential_cache import CredentialCache
 
@@ -36,8 +37,9 @@ T = TypeVar("T")
 Eraser = Callable[[str], Awaitable[int]]
 """Removes everything that one service keeps of a tenant; returns how much that was."""
 
-OWNER = "owner"
+OWNER, SERVICE = "owner", "service"
 _OWNER_SCOPES = frozenset({"*", "platform:admin"})
+_SERVICE_SCOPES = frozenset({"*", "platform:act-as"})
 _FEED_PAGE = 1000
 _AUDIT_MAX = 100_000
 # A relying service may lag behind and clocks may differ; revocations stay in the feed a little longer.
@@ -122,7 +124,7 @@ class Identity:
 
     Args:
         path: The database file; made readable by its owner alone.
-        settings: Lifetime of tokens.
+        settings: Lifetime of tokens, and files of keys.
 
     Raises:
         InvalidSettings: tokens would live longer than a revocation is remembered.
@@ -132,12 +134,21 @@ class Identity:
     def __init__(
         self, path: Path, settings: AuthSettings | None = None, *, clock: Clock = SYSTEM_CLOCK
     ) -> None:
-        self._ttl_s = (settings or AuthSettings()).token_ttl_s
+        settings = settings or AuthSettings()
+        self._ttl_s = settings.token_ttl_s
         if self._ttl_s > identity.TOKEN_TTL_MAX_S:
             raise InvalidSettings(
                 f"auth.token_ttl_s is {self._ttl_s!r}", hint=f"use at most {identity.TOKEN_TTL_MAX_S:.0f} s"
             )
         self._clock = clock
+        files = (
+            (OWNER, settings.owner_key_file, _OWNER_SCOPES),
+            (SERVICE, settings.service_key_file, _SERVICE_SCOPES),
+        )
+        self._key_files = {
+            role: (FileSecret(path), role, scopes) for role, path, scopes in files if path is not None
+        }
+        self._taken: dict[str, str] = {}
         # Parsed public keys by their ids, which name their content; what is trusted is read each time.
         self._key_set: tuple[tuple[str, ...], KeySet] | None = None
         self._recent = CredentialCache(clock)
@@ -264,13 +275,7 @@ class Identity:
             # Another tenant's key does not exist for it: a refusal would tell that it does.
             if not found or (found[0][1] != by.tenant and not by.allows("platform:admin")):
                 raise NotFound(f"there is no key {key_id!r}", hint="see `agentic-flow keys list`")
-            info = _key_info(found[0])
-            if info.revoked_at_s is None:
-                rows(connection, "UPDATE keys SET revoked_at_s=? WHERE id=?", (self._clock.time_s(), key_id))
-                self._revoke(connection, "key", key_id)
-                self._audit(connection, by, "key_revoke", {"key": key_id, "tenant": info.tenant})
-                info = _key_info(rows(connection, f"{_SELECT_KEY} WHERE id=?", (key_id,))[0])
-            return info
+            return self._stop_key(connection, key_id, by)
 
         return await self._revoked(job)
 
@@ -282,7 +287,9 @@ class Identity:
             self._recent.forget()
 
     async def ensure_owner_key(self) -> str | None:
-        """The owner's key on the first start, to be shown once; None ever after, revoked or not."""
+        """The owner's key on the first start, to be shown once; None ever after, revoked or not, and where
+        `auth.owner_key_file` gives it."""
+        await self.take_key_files()
 
         def job(connection: apsw.Connection) -> str | None:
             if rows(connection, "SELECT 1 FROM meta WHERE name='owner_key'"):
@@ -292,6 +299,66 @@ class Identity:
             return text
 
         return await self._db.write(job)
+
+    async def take_key_files(self) -> bool:
+        """Make the keys of `auth.owner_key_file` and `auth.service_key_file` keys of ours, as they are now.
+
+        A key that replaces another one in its file ends it. One that was revoked stays so. Whether anything
+        changed.
+
+        Raises:
+            InvalidSettings: a file cannot be read, or holds no key.
+            Conflict: it holds a key's id with another secret.
+        """
+        changed = False
+        for role, (file, subject, scopes) in self._key_files.items():
+            text = file.get()
+            if text != self._taken.get(role):
+                changed |= await self._take_key(role, text, subject, scopes)
+                self._taken[role] = text
+        return changed
+
+    async def _files_changed(self) -> bool:
+        """`take_key_files` on behalf of a caller whom a broken file does not concern."""
+        try:
+            return await self.take_key_files()
+        except (InvalidSettings, Conflict) as error:
+            _log.warning("key_file_refused", error=error.message)
+            return False
+
+    async def _take_key(self, role: str, text: str, subject: str, scopes: frozenset[str]) -> bool:
+        try:
+            key_id, secret = identity.split_key(text)
+        except Unauthenticated as error:
+            raise InvalidSettings(
+                f"the file of auth.{role}_key_file holds no key",
+                hint="write one into it: `agentic-flow keys generate --output FILE`",
+            ) from error
+
+        def job(connection: apsw.Connection) -> bool:
+            known = rows(connection, "SELECT secret_hash, revoked_at_s FROM keys WHERE id=?", (key_id,))
+            name = f"{role}_key_of_file"
+            before = rows(connection, "SELECT value FROM meta WHERE name=?", (name,))
+            another = bool(known) and not identity.secret_matches(secret, known[0][0])
+            again = bool(known) and known[0][1] is not None and before != [(key_id,)]
+            if another or again:
+                raise Conflict(
+                    f"auth.{role}_key_file: the key {key_id!r} "
+                    + ("has the id of another key" if another else "was revoked"),
+                    hint="generate a new one: `agentic-flow keys generate`",
+                )
+            if not known:
+                key = identity.NewKey(key_id, text, identity.hash_secret(secret))
+                self._insert_key(connection, DEFAULT_TENANT, subject, scopes, None, LOCAL_OWNER, key=key)
+            for (replaced,) in before:
+                if replaced != key_id:
+                    self._stop_key(connection, replaced, LOCAL_OWNER)
+            rows(connection, "INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, key_id))
+            if role == OWNER:
+                rows(connection, "INSERT OR IGNORE INTO meta VALUES ('owner_key', ?)", (key_id,))
+            return not known or before != [(key_id,)]
+
+        return await self._revoked(job)
 
     # Tokens
 
@@ -467,9 +534,11 @@ class Identity:
         scopes: frozenset[str],
         expires_at_s: float | None,
         by: Principal,
+        *,
+        key: identity.NewKey | None = None,
     ) -> tuple[KeyInfo, str]:
         _active_tenant(connection, tenant)
-        key = identity.new_key()
+        key = key or identity.new_key()
         info = KeyInfo(
             key.id, tenant, subject, tuple(sorted(scopes)), self._clock.time_s(), expires_at_s, None
         )
@@ -490,6 +559,15 @@ class Identity:
             connection, by, "key_create", {"key": info.id, "tenant": tenant, "scopes": list(info.scopes)}
         )
         return info, key.plaintext
+
+    def _stop_key(self, connection: apsw.Connection, key_id: str, by: Principal) -> KeyInfo:
+        info = _key_info(rows(connection, f"{_SELECT_KEY} WHERE id=?", (key_id,))[0])
+        if info.revoked_at_s is not None:
+            return info
+        rows(connection, "UPDATE keys SET revoked_at_s=? WHERE id=?", (self._clock.time_s(), key_id))
+        self._revoke(connection, "key", key_id)
+        self._audit(connection, by, "key_revoke", {"key": key_id, "tenant": info.tenant})
+        return _key_info(rows(connection, f"{_SELECT_KEY} WHERE id=?", (key_id,))[0])
 
     def _insert_signing_key(self, connection: apsw.Connection) -> str:
         jwk = identity.new_signing_key()
@@ -528,14 +606,9 @@ class Identity:
 
     async def _by_key(self, plaintext: str) -> tuple[Principal, KeyInfo]:
         key_id, secret = identity.split_key(plaintext)
-        found = await self._db.read(
-            lambda c: rows(
-                c,
-                "SELECT k.id, k.tenant, k.subject, k.scopes, k.created_at_s, k.expires_at_s, k.revoked_at_s,"
-                " k.secret_hash, t.revoked_at_s FROM keys k JOIN tenants t ON t.name = k.tenant WHERE k.id=?",
-                (key_id,),
-            )
-        )
+        found = await self._db.read(lambda c: rows(c, _KEY_AND_TENANT, (key_id,)))
+        if not found and await self._files_changed():  # it may be the new one of a file
+            found = await self._db.read(lambda c: rows(c, _KEY_AND_TENANT, (key_id,)))
         if not found or not identity.secret_matches(secret, found[0][7]):
             raise Unauthenticated("the key is unknown", hint="see `agentic-flow keys list`")
         info = _key_info(found[0][:7])
@@ -580,6 +653,10 @@ class Identity:
         return IssuedToken(token, expires_at_s, claims.tenant, claims.subject, tuple(sorted(claims.scopes)))
 
 
+_KEY_AND_TENANT = (
+    "SELECT k.id, k.tenant, k.subject, k.scopes, k.created_at_s, k.expires_at_s, k.revoked_at_s,"
+    " k.secret_hash, t.revoked_at_s FROM keys k JOIN tenants t ON t.name = k.tenant WHERE k.id=?"
+)
 _SELECT_KEY = "SELECT id, tenant, subject, scopes, created_at_s, expires_at_s, revoked_at_s FROM keys"
 
 
