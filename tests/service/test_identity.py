@@ -33,7 +33,7 @@ from agentic_flow.core.errors import (
 )
 from agentic_flow.core.http_twin import HttpTwin
 from agentic_flow.core.remote_auth import FEED_AGE_MAX_S, ExchangedTokens, RemoteAuthenticator
-from agentic_flow.core.secrets import PlainSecret
+from agentic_flow.core.secrets import FileSecret, PlainSecret
 from agentic_flow.core.settings import AuthSettings, PeerSettings, Settings, TlsSettings
 from agentic_flow.core.web import create_app, json_response, principal_of
 from agentic_flow.runtime.credential_cache import REMEMBERED_S
@@ -44,6 +44,7 @@ from agentic_flow.testing.serving import serving
 pytestmark = pytest.mark.anyio
 
 OTHER = Principal("other", "olga", frozenset({"*"}))
+OTHER_CALLER = Principal(DEFAULT_TENANT, "olga", frozenset({"*"}))
 
 
 class HandClock:
@@ -148,6 +149,86 @@ async def _until_refused(at: House, url: str, credential: str) -> float:
             return loop.time() - started_s
         assert status == 200
         await asyncio.sleep(0.02)
+
+
+def with_files(tmp_path: Path) -> tuple[AuthSettings, Path, Path]:
+    owner, service = tmp_path / "owner_key", tmp_path / "service_key"
+    for file in (owner, service):
+        file.write_text(f"{pure.new_key().plaintext}\n")
+    return AuthSettings(owner_key_file=owner, service_key_file=service), owner, service
+
+
+async def test_keys_of_files_hold_from_the_first_start_and_none_is_shown(tmp_path: Path) -> None:
+    """Catches an owner key that ends up in a log although a file gives it, and keys with the wrong scopes."""
+    auth, owner, service = with_files(tmp_path)
+    for _ in range(2):
+        with opened(tmp_path, settings=auth) as identity:
+            assert await identity.ensure_owner_key() is None
+            admin = await identity.authenticate(owner.read_text().strip())
+            acting = await identity.authenticate(service.read_text().strip())
+            assert admin.allows("platform:admin")
+            assert not admin.allows("platform:act-as")
+            assert acting.allows("platform:act-as")
+            assert not acting.allows("platform:admin")
+            assert len(await identity.list_keys(DEFAULT_TENANT)) == 2
+
+
+async def test_a_new_key_in_the_file_replaces_the_old_one_while_serving(tmp_path: Path) -> None:
+    """Catches a rotation that needs a restart, leaves the old key good, or loses a call of a neighbour."""
+    auth, _, file = with_files(tmp_path)
+    with opened(tmp_path, settings=auth) as identity:
+        await identity.ensure_owner_key()
+        platform_app = app_of("platform", identity, identity_routes(identity), public_paths=PUBLIC_PATHS)
+        async with serving(platform_app) as (url,):
+            tokens = ExchangedTokens(url, FileSecret(file))
+            twin = HttpTwin(url, PeerSettings(attempts=1), tokens=tokens, peer="platform")
+            async with twin:
+                assert (await twin.call("GET", "/who", principal=OTHER_CALLER))["subject"] == "olga"
+                old = file.read_text().strip()
+                file.write_text(f"{pure.new_key().plaintext}\n")
+                tokens.forget(OTHER_CALLER)
+                assert (await twin.call("GET", "/who", principal=OTHER_CALLER))["subject"] == "olga"
+            await tokens.close()
+        with pytest.raises(Unauthenticated):
+            await identity.authenticate(old)
+
+
+async def test_a_key_file_is_refused_when_it_holds_no_usable_key(tmp_path: Path) -> None:
+    """Catches a platform that starts without an owner, or with a key that was revoked or forged."""
+    auth, owner, _ = with_files(tmp_path)
+    first = owner.read_text().strip()
+    with opened(tmp_path, settings=auth) as identity:
+        await identity.ensure_owner_key()
+    forged = first[: len("af_") + 13] + pure.new_key().plaintext[-43:]
+    for text, error in (("not a key", InvalidSettings), (forged, Conflict), ("", InvalidSettings)):
+        owner.write_text(text)
+        with opened(tmp_path, settings=auth) as identity:
+            with pytest.raises(error):
+                await identity.ensure_owner_key()
+            # Whoever shows an unknown key meanwhile learns nothing of the file.
+            with pytest.raises(Unauthenticated):
+                await identity.authenticate(pure.new_key().plaintext)
+    owner.write_text(pure.new_key().plaintext)
+    with opened(tmp_path, settings=auth) as identity:
+        await identity.ensure_owner_key()
+        owner.write_text(first)
+        with pytest.raises(Conflict, match="revoked"):
+            await identity.take_key_files()
+    owner.unlink()
+    with opened(tmp_path, settings=auth) as identity, pytest.raises(InvalidSettings):
+        await identity.ensure_owner_key()
+
+
+async def test_a_revoked_key_of_a_file_stays_revoked(tmp_path: Path) -> None:
+    """Catches a restart that brings a key back which its owner has stopped, or that fails for it."""
+    auth, owner, _ = with_files(tmp_path)
+    key = owner.read_text().strip()
+    for _ in range(2):
+        with opened(tmp_path, settings=auth) as identity:
+            assert await identity.ensure_owner_key() is None
+            await identity.revoke_key(pure.split_key(key)[0])
+            with pytest.raises(Unauthenticated):
+                await identity.authenticate(key)
 
 
 async def test_the_owner_key_is_shown_on_the_first_start_only(tmp_path: Path) -> None:

@@ -233,3 +233,18 @@ def test_describe_covers_everything_with_a_meaning(tmp_path: Path) -> None:
     assert by_name["serve.platform_port"].origin == "flag"
     assert by_name["serve.host"].origin == "default"
     assert by_name["serve.host"].variable == "AGENTIC_FLOW_SERVE__HOST"
+
+
+def test_a_database_address_comes_from_its_file(tmp_path: Path) -> None:
+    """Catches a file that is ignored, that loses against a plain value, or whose absence goes unnoticed."""
+    file = tmp_path / "url"
+    file.write_text("postgresql://a:b@db/x\n")
+    for section in ("agentdb", "gateway", "swarm"):
+        variable = env_name(f"{section}.database_url")
+        environ = {f"{variable}_FILE": str(file), variable: "postgresql://plain/y"}
+        loaded = read(tmp_path, environ=environ)
+        url = getattr(loaded.settings, section).database_url
+        assert url.get_secret_value() == "postgresql://a:b@db/x"
+        assert "a:b" not in str(describe(loaded))
+    with pytest.raises(InvalidSettings, match="absent"):
+        read(tmp_path, environ={"AGENTIC_FLOW_AGENTDB__REPLICA_URL_FILE": str(tmp_path / "absent")})

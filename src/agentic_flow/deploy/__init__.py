@@ -1,4 +1,5 @@
-"""From one typed description to the files that run a stack: spec → checked plan → target → `{path: text}`.
+"""How the platform ships: from one typed description to the files of a stack, and what runs them.
 
-Pure functions: no clock, no network, no randomness. The same input gives the same bytes.
+spec → checked plan → target → `{path: text}` is pure: no clock, no network, no randomness; the same input gives
+the same bytes. Certificates, secrets and the engine are the shell around it.
 """
