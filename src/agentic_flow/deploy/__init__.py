@@ -1,5 +1,5 @@
 """How the platform ships: from one typed description to the files of a stack, and what runs them.
 
-spec → checked plan → target → `{path: text}` is pure: no clock, no network, no randomness; the same input gives
-the same bytes. Certificates, secrets and the engine are the shell around it.
+Spec → checked plan → target → `{path: text}` is pure: no clock, no network, no randomness; the same input
+gives the same bytes. Certificates, secrets and the engine are the shell around it.
 """

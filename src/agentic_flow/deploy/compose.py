@@ -171,6 +171,8 @@ def _service(
     found["init"] = False  # tini is in the image
     if part.user is not None:
         found["user"] = part.user
+    if part.groups:
+        found["group_add"] = [str(group) for group in part.groups]
     found |= {"read_only": True, "cap_drop": ["ALL"]}
     if part.capabilities:
         found["cap_add"] = list(part.capabilities)

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from agentic_flow.deploy.parts import FILES_DIR, Limits, Part, Published, Secret, Volume, certificate_files
+from agentic_flow.deploy.parts import (
+    FILES_DIR,
+    FILES_GROUP,
+    Limits,
+    Part,
+    Published,
+    Secret,
+    Volume,
+    certificate_files,
+)
 from agentic_flow.deploy.spec import Tier
 
 PROMETHEUS_PORT = 9090
@@ -12,7 +21,7 @@ WORKER_PORT = 9001
 COLLECTOR_PORT = 4318
 COLLECTOR_URL = f"https://collector:{COLLECTOR_PORT}"
 DATABASE, DATABASE_USER, DATABASE_PORT = "agentic_flow", "agentic_flow", 5432
-_UNPRIVILEGED = "10001:10001"
+_UNPRIVILEGED = f"{FILES_GROUP}:{FILES_GROUP}"
 
 _LIMITS: dict[Tier, dict[str, Limits]] = {
     "small": {
@@ -91,6 +100,7 @@ def postgres(tier: Tier) -> Part:
         scratch=("/tmp", "/var/run/postgresql"),  # noqa: S108
         limits=_LIMITS[tier]["postgres"],
         user="999:999",
+        groups=(FILES_GROUP,),
         # The server that fills the first database has no TCP port; asking by TCP waits for the real one.
         probe=("pg_isready", "-q", "-h", "127.0.0.1", "-U", DATABASE_USER, "-d", DATABASE),
         stop_s=60,
@@ -131,6 +141,7 @@ def prometheus(tier: Tier) -> Part:
         data=Volume("agent-metrics", "/prometheus"),
         limits=_LIMITS[tier]["prometheus"],
         user="65534:65534",
+        groups=(FILES_GROUP,),
         probe=("promtool", "check", "ready", f"--http.url=http://127.0.0.1:{PROMETHEUS_PORT}"),
         stop_s=30,
         ours=False,

@@ -15,6 +15,9 @@ FILES_DIR = "/run/secrets"
 INPUTS_DIR = "/inputs"
 """Where the folders are that runs may read, inside a part."""
 
+FILES_GROUP = 10_001
+"""Group of our images' user: who is in it may read the keys of certificates."""
+
 SecretKind = Literal["api_key", "provider_key", "password", "database_url"]
 
 
@@ -75,6 +78,7 @@ class Part:
         files: Content that it reads: path inside → path among the rendered files.
         scratch: Folders in memory, gone with the part.
         user: Numbers of user and group, where the image does not settle it.
+        groups: Numbers of further groups, such as the one that may read certificates' keys.
         capabilities: What the kernel grants beyond nothing.
         probe: Command that tells whether it is ready; None: the image's own, or none.
         stop_s: Seconds from the request to stop to the kill.
@@ -99,6 +103,7 @@ class Part:
     scratch: tuple[str, ...] = ("/tmp",)  # noqa: S108 - inside the container
     reads_inputs: bool = False
     user: str | None = None
+    groups: tuple[int, ...] = ()
     capabilities: tuple[str, ...] = ()
     probe: tuple[str, ...] | None = None
     stop_s: int = 15
