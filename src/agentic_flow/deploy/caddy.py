@@ -28,7 +28,6 @@ def caddyfile(published: Sequence[Published], head: str) -> str:
 {{
 	admin off
 	auto_https off
-	persist_config off
 	grace_period {_GRACE_S}s
 	log {{
 		output stderr

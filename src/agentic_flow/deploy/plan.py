@@ -228,7 +228,6 @@ def _environment(spec: StackSpec, name: str) -> tuple[dict[str, str], tuple[Secr
         "data_dir": DATA_DIR,
         "auth.required": "true",
         "telemetry.log_format": "json",
-        "telemetry.log_level": "info",
     }
     environment: dict[str, str] = {env_name(setting): value for setting, value in own.items()}
     secrets: list[Secret] = []

@@ -87,7 +87,6 @@ def agent(spec: StackSpec) -> Part:
     settings = {
         "data_dir": DATA_DIR,
         "telemetry.log_format": "json",
-        "telemetry.log_level": "info",
         "swarm.input_roots": f'["{INPUTS_DIR}"]',
     }
     return Part(
