@@ -348,7 +348,7 @@ class AsyncRuns:
             RunSpec,
             {
                 "goal": goal,
-                "inputs": absolute(input),
+                "inputs": absolute(input, here=self._client.settings.peers.swarm_url is None),
                 "topology": topology or chosen.topology,
                 "agents": chosen.agents_max if agents is None else agents,
                 "model": model,
@@ -715,8 +715,12 @@ def _quiet_logs() -> None:
         )
 
 
-def absolute(inputs: Inputs) -> tuple[str, ...]:
+def absolute(inputs: Inputs, *, here: bool = True) -> tuple[str, ...]:
     """Inputs as absolute paths, `~` expanded.
+
+    Args:
+        here: Whether they are read on this machine. A coordinator elsewhere may have folders that this one
+            has not, under absolute paths; it says itself when there is none.
 
     Raises:
         PathNotFound: one of them does not exist.
@@ -726,7 +730,7 @@ def absolute(inputs: Inputs) -> tuple[str, ...]:
     given = [inputs] if isinstance(inputs, str | Path) else list(inputs)
     paths = [Path(item).expanduser().absolute() for item in given]
     for item, path in zip(given, paths, strict=True):
-        if not path.exists():
+        if not path.exists() and (here or not Path(item).is_absolute()):
             raise PathNotFound(f"input {str(item)!r} does not exist", hint="name an existing file or folder")
     return tuple(map(str, paths))
 

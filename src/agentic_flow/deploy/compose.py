@@ -12,7 +12,7 @@ from typing import Any, cast
 from agentic_flow.deploy import prometheus, variants
 from agentic_flow.deploy.caddy import caddyfile
 from agentic_flow.deploy.dashboards import dashboard
-from agentic_flow.deploy.parts import INPUTS_DIR, Part, Published, certificate_files
+from agentic_flow.deploy.parts import DATA_DIR, FILES_GROUP, INPUTS_DIR, Part, Published, certificate_files
 from agentic_flow.deploy.plan import StackPlan, checked_plan
 from agentic_flow.deploy.spec import ServiceSpec, StackSpec
 from agentic_flow.deploy.yaml_text import to_yaml
@@ -26,7 +26,10 @@ WORKERS = 2
 """Workers of the PostgreSQL overlay, where the spec names none."""
 
 NOTICE = "# written by agentic-flow deploy render; do not edit"
-_SCRATCH = "size=64m,mode=1777,noexec,nosuid,nodev"
+_MOUNTED = "noexec,nosuid,nodev"
+_SCRATCH = f"size=64m,mode=1777,{_MOUNTED}"
+# Over a folder of the image Docker takes that folder's mode, not ours, but never its owner.
+_OWN_SCRATCH = f"size=256m,uid={FILES_GROUP},gid={FILES_GROUP},mode=0750,{_MOUNTED}"
 _PROBE_EVERY_S, _PROBE_TIMEOUT_S, _PROBE_TRIES, _PROBE_START_S = 2, 3, 3, 30
 # Merged by Compose as a whole, not item by item.
 _WHOLE_LISTS = frozenset({"command", "entrypoint", "test"})
@@ -187,7 +190,7 @@ def _service(
         found["configs"] = [{"source": _config_name(path), "target": path} for path in part.files]
     if volumes := _mounts(part, spec):
         found["volumes"] = volumes
-    found["tmpfs"] = [f"{path}:{_SCRATCH}" for path in part.scratch]
+    found["tmpfs"] = [f"{path}:{_OWN_SCRATCH if path == DATA_DIR else _SCRATCH}" for path in part.scratch]
     joined = _joined(part, networks, published)
     if joined:
         found["networks"] = {name: {} for name in joined}

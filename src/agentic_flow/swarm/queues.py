@@ -65,6 +65,8 @@ class RunQueues:
 
     def has_work(self, queues: Collection[str]) -> bool:
         """Whether anything may wait in these queues: a question that takes no lock."""
+        if not queues:  # who works for none takes nothing; PostgreSQL does not know the type of an empty list
+            return False
         rows = self._database.rows(
             "SELECT 1 WHERE EXISTS (SELECT 1 FROM af_queued WHERE state = 'ready' AND queue IN :queues) OR "
             "EXISTS (SELECT 1 FROM af_queued WHERE state = 'delayed' AND not_before_s <= :now)",
