@@ -59,19 +59,72 @@ def show(
         session.show({v.name: v.value for v in values}, human)
 
 
-@command(app, "init", examples=("agentic-flow config init", "agentic-flow config init --user"))
+@command(
+    app,
+    "init",
+    examples=(
+        "agentic-flow config init",
+        "agentic-flow config init --user",
+        "ANTHROPIC_API_KEY=… agentic-flow config init --template claude",
+        "agentic-flow config init --template local --set MAX_AGENTS=8",
+    ),
+)
 def init(
     session: Session,
     user: Annotated[
         bool, typer.Option("--user", help="Write the user's own file instead of ./agentic-flow.toml.")
     ] = False,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            "--template",
+            help="Write ./.env instead, from this template: claude, openrouter, multi-model or local.",
+            metavar="NAME",
+        ),
+    ] = None,
+    value: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="A variable of the template and its value; may be repeated. What the template needs and is "
+            "not given is taken from the environment.",
+            metavar="NAME=VALUE",
+        ),
+    ] = None,
 ) -> None:
     """Write a configuration file with every setting, its default and its meaning, commented out.
 
-    An existing file is never overwritten.
+    With --template, a .env file that only its owner can read, filled in and checked. An existing file is
+    never overwritten.
     """
+    from agentic_flow.core.errors import InvalidInput
     from agentic_flow.core.settings import CONFIG_FILE, user_config_path, write_template
 
-    path = user_config_path() if user else Path.cwd() / CONFIG_FILE
-    write_template(path)
+    if template is not None:
+        if user:
+            raise InvalidInput("--user and --template write two kinds of files", hint="give one of them")
+        path = _write_environment(template, value or [])
+    elif value:
+        raise InvalidInput(f"--set {value[0]!r} needs a template", hint="add --template NAME")
+    else:
+        path = user_config_path() if user else Path.cwd() / CONFIG_FILE
+        write_template(path)
     session.show({"path": str(path)}, lambda: print(path))
+
+
+def _write_environment(name: str, given: list[str]) -> Path:
+    import os
+
+    from agentic_flow.core.errors import InvalidInput
+    from agentic_flow.deploy.environments import template_named, write_environment
+
+    template = template_named(name)
+    values = {variable: os.environ.get(variable, "") for variable in template.required}
+    for pair in given:
+        variable, equals, text = pair.partition("=")
+        if not equals:
+            raise InvalidInput(f"--set {pair!r} has no value", hint="write NAME=VALUE")
+        values[variable] = text
+    path = Path.cwd() / ".env"
+    write_environment(path, template, values)
+    return path

@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from agentic_flow.core.errors import InvalidInput, InvalidSettings
-from agentic_flow.core.settings import ALIASES, Settings, env_name, setting_names, shown
+from agentic_flow.core.errors import Conflict, InvalidInput, InvalidSettings, PathNotFound
+from agentic_flow.core.secrets import write_private
+from agentic_flow.core.settings import ALIASES, Settings, env_name, load, setting_names, shown
 
 NOTICE = (
     "# written by agentic-flow deploy render --target env; fill it in by agentic-flow config init --template"
@@ -189,3 +191,30 @@ def _quoted(value: str) -> str:
             f"the value {value!r} cannot stand in a .env file", hint="leave out quotes and lines"
         )
     return f"'{value}'"
+
+
+def write_environment(path: Path, template: Template, given: Mapping[str, str]) -> None:
+    """Fill a template in, check it as the program will read it, and write it, for its owner alone.
+
+    Args:
+        path: The new file.
+        template: What to write.
+        given: Values by variable; empty ones count as absent.
+
+    Raises:
+        Conflict: the file exists.
+        InvalidInput: a variable is none of ours, or cannot stand in the file.
+        InvalidSettings: a required one is empty, or the program would refuse a value.
+        PathNotFound: the file cannot be written.
+    """
+    if path.exists():
+        raise Conflict(f"{str(path)!r} exists", hint="edit it, or move it away first")
+    values = filled(template, given)
+    nowhere = path.parent / "nowhere"  # only these values are checked, not what lies about
+    load(environ=values, directory=nowhere, user_config=nowhere)
+    try:
+        write_private(path, environment_text(template, values).encode())
+    except OSError as error:
+        raise PathNotFound(
+            f"{str(path)!r} cannot be written: {error.strerror}", hint="choose a folder that you may write to"
+        ) from error

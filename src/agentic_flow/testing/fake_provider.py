@@ -204,6 +204,7 @@ class FakeProvider:
     Args:
         script: See the module. Past the end of a list every request is refused with status 400.
         port: 0 takes any free port.
+        host: Address to bind; wider than loopback for clients in containers.
         log: Every request is appended here as a JSON line, on disk before it is answered, so that calls
             can be counted across crashes.
         api_key: When given, any other key is refused with 401. Without it any key will do.
@@ -216,6 +217,7 @@ class FakeProvider:
         script: Script = (),
         *,
         port: int = 0,
+        host: str = "127.0.0.1",
         log: Path | None = None,
         api_key: str | None = None,
         keyless: bool = False,
@@ -223,6 +225,7 @@ class FakeProvider:
     ) -> None:
         self._script = script
         self._port = port
+        self._host = host
         self._log = log
         self._api_key = api_key
         self._keyless = keyless
@@ -306,7 +309,7 @@ class FakeProvider:
         )
         await runner.setup()
         try:
-            site = web.TCPSite(runner, "127.0.0.1", self._port)
+            site = web.TCPSite(runner, self._host, self._port)
             await site.start()
             started.set_result(f"http://127.0.0.1:{runner.addresses[0][1]}")
             await self._closing.wait()
