@@ -58,3 +58,13 @@ def test_shell_of_the_steps_is_clean(path: Path) -> None:
     for step in _steps(path):
         if "run" in step:
             _run(_tool("shellcheck"), "--shell=bash", "--exclude=SC2154", "-", stdin=step["run"])
+
+
+def test_the_images_are_the_targets_of_the_dockerfile() -> None:
+    """Catches an image that the workflow builds from a target that is not there, and one that it forgets."""
+    matrix = yaml.safe_load((ROOT / ".github/workflows/docker-publish.yml").read_text())["jobs"]["build"][
+        "strategy"
+    ]["matrix"]
+    targets = set(re.findall(r"^FROM \S+ AS (\S+)", (ROOT / "deploy/docker/Dockerfile").read_text(), re.M))
+    assert {entry["target"] for entry in matrix["include"]} <= targets
+    assert {entry["image"] for entry in matrix["include"]} == set(matrix["image"])
