@@ -39,7 +39,16 @@ if TYPE_CHECKING:
     from agentic_flow.memory.bound import BoundMemory, WaitedMemory
     from agentic_flow.runtime.build import Runtime
     from agentic_flow.swarm.questions import Question
-    from agentic_flow.swarm.runs import Purged, RunEvent, RunResult, RunService, RunSpec, RunStep
+    from agentic_flow.swarm.runs import (
+        Artifact,
+        ArtifactContent,
+        Purged,
+        RunEvent,
+        RunResult,
+        RunService,
+        RunSpec,
+        RunStep,
+    )
     from agentic_flow.swarm.schedule_bound import BoundSchedules, WaitedSchedules
     from agentic_flow.swarm.schedules import ScheduleService
     from agentic_flow.swarm.tries import SeveralTries
@@ -381,6 +390,20 @@ class AsyncRuns:
         runtime, runs = await self._client._records()  # pyright: ignore[reportPrivateUsage]
         return await runs.steps(runtime.principal, run_id)
 
+    async def artifacts(self, run_id: str, *, versions: bool = False) -> Sequence[Artifact]:
+        """What the run has left so far, by name; with `versions` every version, in order of storing."""
+        runtime, runs = await self._client._records()  # pyright: ignore[reportPrivateUsage]
+        return await runs.artifacts(runtime.principal, run_id, versions=versions)
+
+    async def artifact(self, run_id: str, name: str, *, version: int | None = None) -> ArtifactContent:
+        """One of them, with its bytes (`.data`, `.text`); without `version` the newest.
+
+        Raises:
+            NotFound: there is no such run, name or version.
+        """
+        runtime, runs = await self._client._records()  # pyright: ignore[reportPrivateUsage]
+        return await runs.artifact(runtime.principal, run_id, name, version=version)
+
     async def questions(self, run_id: str) -> Sequence[Question]:
         """What the run has asked people, answered or not."""
         runtime, runs = await self._client._records()  # pyright: ignore[reportPrivateUsage]
@@ -670,6 +693,14 @@ class Runs:
     def steps(self, run_id: str) -> Sequence[RunStep]:
         """See `AsyncRuns.steps`."""
         return self._call(lambda: self._runs.steps(run_id))
+
+    def artifacts(self, run_id: str, *, versions: bool = False) -> Sequence[Artifact]:
+        """See `AsyncRuns.artifacts`."""
+        return self._call(lambda: self._runs.artifacts(run_id, versions=versions))
+
+    def artifact(self, run_id: str, name: str, *, version: int | None = None) -> ArtifactContent:
+        """See `AsyncRuns.artifact`."""
+        return self._call(lambda: self._runs.artifact(run_id, name, version=version))
 
     def questions(self, run_id: str) -> Sequence[Question]:
         """See `AsyncRuns.questions`."""

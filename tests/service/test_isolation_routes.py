@@ -37,9 +37,13 @@ LONGEST = aiohttp.ClientTimeout(total=30)
 """Of one answer: a stream of another's events would have no end."""
 PROBES = 4
 """Pairs of a stranger and an owner for each route with an id, drawn anew in each run."""
+NOTE = "common {{ inputs.mark }}"
 FLOW = {
     "name": "waits",
-    "steps": [{"id": "ask", "approval": {"question": "May {{ inputs.mark }} go on?"}}],
+    "steps": [
+        {"id": "note", "tool": {"name": "artifact_write", "arguments": {"name": "n.txt", "text": NOTE}}},
+        {"id": "ask", "needs": ["note"], "approval": {"question": "May {{ inputs.mark }} go on?"}},
+    ],
     "inputs": {"mark": {"type": "string"}},
 }
 BODIES: dict[tuple[str, str], Any] = {
@@ -57,6 +61,7 @@ UNCHANGED = (
     "/v1/runs/{run_id}",
     "/v1/runs/{run_id}/questions",
     "/v1/runs/{run_id}/steps",
+    "/v1/runs/{run_id}/artifacts/{artifact}",
     "/v1/memory/items/{item_id}",
     "/v1/memory/trajectories/{trajectory_id}",
     "/v1/namespaces/{namespace}/export",
@@ -175,7 +180,7 @@ async def furnish(at: Platform, owner: Owner) -> None:
     run = await at.make(
         owner, "/v1/workflows", {"workflow": {**FLOW, "name": f"waits-{mark}"}, "inputs": {"mark": mark}}
     )
-    ids["run_id"] = run["run_id"]
+    ids["run_id"], ids["artifact"] = run["run_id"], "n.txt"
     ids["schedule"] = f"s-{hashlib.sha256(mark.encode()).hexdigest()[:12]}"
     flow = {**FLOW, "name": f"waits-{mark}", "schedule": {"every_s": 86_400}}
     asked = {"name": ids["schedule"], "workflow": flow, "inputs": {"mark": mark}}

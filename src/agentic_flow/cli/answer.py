@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from agentic_flow.swarm.runs import RunMemory, RunResult, RunStep
 
 _QUOTE_LINES_MAX = 6
+_NAMES_MAX = 10
 
 
 def print_result(result: RunResult) -> None:
@@ -64,6 +65,10 @@ def _print_table(result: RunResult) -> None:
         read = f"read {report.added + report.changed} files, {report.unchanged} unchanged"
         left_out = ", ".join(f"{count} {why}" for why, count in skipped.items())
         sys.stdout.write(f"{read}{f'; skipped {left_out}' if left_out else ''}\n")
+    if result.artifacts:
+        names = ", ".join(f"{one.name} ({one.size_bytes:,} bytes)" for one in result.artifacts[:_NAMES_MAX])
+        more = len(result.artifacts) - _NAMES_MAX
+        sys.stdout.write(f"artifacts: {names}{f' and {more} more' if more > 0 else ''}\n")
     if result.memory is not None:
         sys.stdout.write(f"memory: {_memory(result.memory)}\n")
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""`agentic-flow runs list|show|graph|picture|pause|resume|questions|answer|signal|cancel|retry|purge`."""
+"""`agentic-flow runs`: list, show, draw, hold, go on, answer, signal, cancel, retry, purge; artifacts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import typer
 
 from agentic_flow.cli.session import Session, command, new_app
 
-app = new_app("List, show, draw, pause, resume, answer, signal, cancel, retry and purge runs.")
+app = new_app(
+    "List, show, draw, pause, resume, answer, signal, cancel, retry and purge runs; their artifacts."
+)
 
 RunId = Annotated[str, typer.Argument(help="Id of the run, as `runs list` prints it.", metavar="ID")]
 
@@ -125,6 +127,65 @@ def picture(
             f"{str(output)!r} cannot be written: {error.strerror}", hint="name a file in a folder of yours"
         ) from error
     session.show({"run_id": run_id, "file": str(output)}, lambda: print(f"{run_id} drawn in {output}"))
+
+
+@command(
+    app,
+    "artifacts",
+    examples=(
+        "agentic-flow runs artifacts ID",
+        "agentic-flow runs artifacts ID --out results",
+        "agentic-flow runs artifacts ID report.md --out . --force",
+    ),
+)
+def artifacts(
+    session: Session,
+    run_id: RunId,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Only these. [default: all]", metavar="[NAME]...")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Write them into this folder, made if it is not there.", metavar="DIR"),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there already.")] = False,
+) -> None:
+    """List the files that a run has left, or write them into a folder.
+
+    Each is written whole or not at all; without --force none is, when one of the files is there already.
+    """
+    from agentic_flow.cli.output import print_table
+
+    with session.client() as client:
+        known = {one.name: one for one in client.runs.artifacts(run_id)}
+        # Of one that is not there the service says what is wrong.
+        found = [known.get(name) or client.runs.artifact(run_id, name).artifact for name in names or known]
+        written: list[Path] = []
+        if out is not None:
+            from agentic_flow.swarm.artifact_files import write_out
+
+            files = [
+                (one.name, client.runs.artifact(run_id, one.name, version=one.version).data) for one in found
+            ]
+            written = write_out(out, files, force=force)
+
+    def human() -> None:
+        if not found:
+            print(f"{run_id} has left no artifacts")
+            return
+        if out is not None:
+            for path, one in zip(written, found, strict=True):
+                print(f"{path} ({one.size_bytes:,} bytes)")
+            return
+        print_table(
+            ("artifact", "version", "type", "bytes", "agent", "step", "sha256"),
+            [
+                (a.name, a.version, a.media_type, f"{a.size_bytes:,}", a.agent, a.step, a.sha256[:12])
+                for a in found
+            ],
+        )
+
+    session.show({"run_id": run_id, "artifacts": found, "files": [str(path) for path in written]}, human)
 
 
 @command(app, "resume", examples=("agentic-flow runs resume ID", "agentic-flow runs resume ID --json"))

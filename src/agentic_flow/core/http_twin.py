@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import orjson
 from opentelemetry import propagate
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     import aiohttp
 
     from agentic_flow.core.tls import ClientTls
+
+T = TypeVar("T")
 
 DEADLINE_HEADER = "x-deadline-s"
 IDEMPOTENCY_HEADER = "idempotency-key"
@@ -152,11 +154,50 @@ class HttpTwin:
             DeadlineExceeded: no answer in time.
         """
         again = idempotent if idempotent is not None else method in _IDEMPOTENT or idempotency_key is not None
-        deadline = deadline or Deadline.after(self._timeout_s, self._clock)
         extra = dict(headers or {})
         if idempotency_key is not None:
             extra[IDEMPOTENCY_HEADER] = idempotency_key
-        content = _content(body)
+        content, deadline = _content(body), deadline or Deadline.after(self._timeout_s, self._clock)
+        return await self._answered(
+            method,
+            path,
+            content,
+            params,
+            principal,
+            deadline,
+            extra,
+            again=again,
+            read=lambda answer: _parsed(answer, self._peer),
+        )
+
+    async def fetch(
+        self,
+        path: str,
+        *,
+        params: Mapping[str, str | int | float] | None = None,
+        principal: Principal = LOCAL_OWNER,
+        deadline: Deadline | None = None,
+    ) -> bytes:
+        """What the service answers to a GET, as it is. Raises as `call` does."""
+        deadline = deadline or Deadline.after(self._timeout_s, self._clock)
+        return await self._answered(
+            "GET", path, None, params, principal, deadline, {}, again=True, read=lambda answer: answer
+        )
+
+    async def _answered(
+        self,
+        method: str,
+        path: str,
+        content: bytes | None,
+        params: Mapping[str, str | int | float] | None,
+        principal: Principal,
+        deadline: Deadline,
+        extra: Mapping[str, str],
+        *,
+        again: bool,
+        read: Callable[[bytes], T],
+    ) -> T:
+        """One call with its tries; `read` gives what the answer says."""
         attempt = 0
         renewed = False
         while True:
@@ -165,7 +206,7 @@ class HttpTwin:
                 async with self._exchange(
                     method, path, content, params, principal, deadline, extra
                 ) as answer:
-                    return _parsed(await _bounded(answer, self._peer), self._peer)
+                    return read(await _bounded(answer, self._peer))
             except Unauthenticated:
                 # A token can be revoked or its signing key gone before it expires; ask once for a new one.
                 if renewed or self._own_token(principal) is not None or isinstance(self._tokens, NoTokens):

@@ -46,7 +46,7 @@ DOCUMENT_PATH = "/openapi.json"
 
 _DONE = {200: "Done.", 201: "Made.", 202: "Accepted: it is on disk, and will be done."}
 _UNSUPPORTED_MEDIA_TYPE = 415
-_PARAMETER = re.compile(r"\{(\w+)\}")
+_PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
 _ALWAYS: tuple[type[AgenticFlowError], ...] = (
     InvalidInput,
     Unauthenticated,
@@ -80,7 +80,7 @@ class Operation:
     Args:
         name: Its `operationId`.
         method: HTTP method.
-        path: Starlette's path, whose parameters are written `{name}`.
+        path: Starlette's path, whose parameters are written `{name}`, or `{name:path}` if with slashes.
         summary: One line of what it does.
         handler: Takes the request, and `body` and `query` where the table gives them.
         scope: What the caller must hold.
@@ -211,7 +211,8 @@ def document(
     schemas, refs = _schemas(operations, path_types)
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:
-        paths.setdefault(operation.path, {})[operation.method.lower()] = _described(operation, refs)
+        path = _PARAMETER.sub(r"{\1}", operation.path)
+        paths.setdefault(path, {})[operation.method.lower()] = _described(operation, refs)
     return {
         "openapi": "3.1.0",
         "info": {"title": title, "version": product_version(), "description": description},

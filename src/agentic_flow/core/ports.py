@@ -223,6 +223,52 @@ class VectorStore(Protocol):
         ...
 
 
+class LeftArtifact(Protocol):
+    """What became of an artifact that a step leaves. `is_new` False: its newest version is the same."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def media_type(self) -> str: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def sha256(self) -> str: ...
+    @property
+    def is_new(self) -> bool: ...
+
+
+class RunArtifacts(Protocol):
+    """The artifacts of a run, as one step of it reads and leaves them."""
+
+    @property
+    def max_bytes(self) -> int:
+        """Of one artifact."""
+        ...
+
+    async def every(self) -> list[ArtifactRecord]:
+        """What is stored, every version, in order of storing."""
+        ...
+
+    async def content(self, record: ArtifactRecord) -> bytes: ...
+
+    async def leave(self, artifact: NewArtifact, *, expected_version: int | None = None) -> LeftArtifact:
+        """Leave something, stored when the step is, as the next version of its name.
+
+        Args:
+            artifact: The name, the media type and the bytes.
+            expected_version: The version that is there; 0: none. None: whatever this agent itself left.
+
+        Raises:
+            InvalidInput: the name is none.
+            TooLarge, LimitExceeded: it, or all of the run, are more than may be.
+            Conflict: another version is there than was expected.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class ToolScope:
     """What the tools of one run (or one caller) may touch.
@@ -231,7 +277,8 @@ class ToolScope:
     `ROOTNAME/relative/path`, or just `relative/path` while there is a single root. `paths_allowed` and
     `paths_forbidden` are gitignore-style patterns against that relative path; forbidden wins.
     `tools_allowed` None means every tool that policy allows. `namespace` is the memory of the run, `board`
-    the blackboard that its agent shares with others; None: it has none.
+    the blackboard that its agent shares with others, `artifacts` what the run leaves, as the step that calls
+    sees it; None: it has none.
     """
 
     roots: Mapping[str, Path] = field(default_factory=dict[str, Path])
@@ -242,6 +289,7 @@ class ToolScope:
     run_id: str | None = None
     agent: str | None = None
     board: str | None = None
+    artifacts: RunArtifacts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -440,10 +488,12 @@ class MessageRecord:
 class ArtifactRecord:
     """Bytes that a step of a tree has left, without the bytes.
 
-    `number` is its own in the tree, in order of storing; `version` counts those of its name, from 1.
+    `index` and `step` are those of the step; `number` is its own in the tree, in order of storing; `version`
+    counts those of its name, from 1.
     """
 
     workflow_id: str
+    index: int
     step: str
     number: int
     name: str

@@ -344,6 +344,15 @@ class SwarmSettings(Section):
         description="Longest time that a worker finishes runs after SIGTERM; the rest goes back.",
     )
     lease_s: Positive = Field(default=10.0, description="A process silent for this long has lost its runs.")
+    artifact_max_bytes: Annotated[int, Field(ge=1, le=128 * MIB)] = Field(
+        default=16 * MIB, description="Bytes of one artifact of a run."
+    )
+    artifacts_max_bytes: Count = Field(
+        default=64 * MIB, description="Bytes of all artifacts of one run, every version counted."
+    )
+    artifacts_max: Annotated[int, Field(ge=1, le=1000)] = Field(
+        default=200, description="Artifacts of one run, every version counted."
+    )
     keep_days: Positive | None = Field(
         default=None, description="Age at which runs that have ended are removed. Unset: they stay."
     )

@@ -364,6 +364,7 @@ class Runtime:
         from agentic_flow.agentdb.reading import text_of
         from agentic_flow.agentdb.tools import memory_tools
         from agentic_flow.memory.tools import reasoning_tools
+        from agentic_flow.swarm.artifact_tools import artifact_tools
         from agentic_flow.swarm.blackboard import board_tools
         from agentic_flow.tools.files import file_tools
         from agentic_flow.tools.policy import load_policy
@@ -380,6 +381,7 @@ class Runtime:
             *shell_tools(settings),
             *memory_tools(store),
             *board_tools(store),
+            *artifact_tools(),
         ]
         tools += reasoning_tools(await self.memory())
         for toolset in plugins.load_all("agentic_flow.toolsets").values():

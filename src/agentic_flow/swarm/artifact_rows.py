@@ -65,18 +65,19 @@ def artifacts_of(connection: Connection, workflow_id: str) -> list[ArtifactRecor
     """What a workflow and everything below it has left, every version in order of storing."""
     found = execute(
         connection,
-        "SELECT workflow_id, step, number, name, media_type, size_bytes, sha256, created_at_s "
+        "SELECT workflow_id, step_index, step, number, name, media_type, size_bytes, sha256, created_at_s "
         "FROM af_artifacts WHERE root_id = :root ORDER BY number",
         root=workflow_id.partition(".")[0],
     )
     versions = Counter[str]()
     records: list[ArtifactRecord] = []
-    for by, step, number, name, media_type, size_bytes, sha256, created_at_s in found:
+    for by, index, step, number, name, media_type, size_bytes, sha256, created_at_s in found:
         versions[name] += 1  # of the whole run, whoever made them
         if by == workflow_id or str(by).startswith(f"{workflow_id}."):
             records.append(
                 ArtifactRecord(
                     workflow_id=str(by),
+                    index=int(index),
                     step=str(step),
                     number=int(number),
                     name=str(name),

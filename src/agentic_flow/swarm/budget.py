@@ -16,6 +16,7 @@ from agentic_flow.core.messages import (
     ToolResultPart,
     Usage,
 )
+from agentic_flow.swarm.artifacts import Staged
 
 _BYTES_PER_TOKEN = 2  # common text has 3 to 4: a reservation should rather be too large than too small
 
@@ -41,6 +42,8 @@ class RunBudget:
         spent: Usage,
     ) -> None:
         self.deadline = deadline
+        self.staged = Staged()
+        """Artifacts of the run's steps."""
         self._budget_usd = budget_usd
         self._tokens_max = tokens_max
         self._prices = prices

@@ -36,6 +36,10 @@ DESCRIPTION_CHARS_MAX = 8000
 
 TOOL_NAMES = frozenset(
     (
+        "artifact_list",
+        "artifact_read",
+        "artifact_save",
+        "artifact_write",
         "board_list",
         "board_read",
         "board_write",

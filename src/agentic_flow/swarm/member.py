@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from typing import Literal
 
 import orjson
@@ -36,6 +37,7 @@ from agentic_flow.core.ports import (
 from agentic_flow.core.settings import SwarmSettings
 from agentic_flow.swarm import delegation, prompts
 from agentic_flow.swarm.agent_loop import AgentLoop, AgentTask
+from agentic_flow.swarm.artifacts import StepArtifacts
 from agentic_flow.swarm.blackboard import TOOLS as BOARD_TOOLS
 from agentic_flow.swarm.blackboard import board_name
 from agentic_flow.swarm.budget import RunBudget
@@ -105,6 +107,7 @@ class Members:
         self.settings = settings
         self._completer = completer
         self._toolbox = toolbox
+        self._engine = engine
         self._budgets = budgets
         self._loop = loop
         self._stream = stream
@@ -176,17 +179,21 @@ class Members:
     ) -> JsonObject:
         """One tool call; executed inside a step. Refusals and failures are results a model can read."""
         budget = await self._budgets.of(payload.run_id, payload.run)
+        artifacts = StepArtifacts(self._engine, self.settings, step, budget.staged)
         try:
             result = await self._toolbox.call(
                 payload.run.principal,
                 call.name,
                 call.arguments,
                 deadline=budget.deadline.earliest(self._tool_timeout_s),
-                scope=scope,
+                scope=replace(scope, artifacts=artifacts),
                 idempotency_key=step.idempotency_key,
             )
         except AgenticFlowError as error:
+            artifacts.discard()
             return {"content": as_problem(error), "is_error": True, "truncated": False}
+        if result.is_error:
+            artifacts.discard()
         return {"content": result.content, "is_error": result.is_error, "truncated": result.truncated}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
@@ -10,11 +11,20 @@ from typing import Any
 from urllib.parse import quote
 
 from agentic_flow.core.auth import Principal
-from agentic_flow.core.errors import Unavailable
+from agentic_flow.core.errors import DataCorrupted, Unavailable
 from agentic_flow.core.http_twin import HttpTwin
 from agentic_flow.core.ports import RunState
 from agentic_flow.swarm.questions import Question
-from agentic_flow.swarm.runs import Purged, PurgeRequest, RunEvent, RunResult, RunSpec, RunStep
+from agentic_flow.swarm.runs import (
+    Artifact,
+    ArtifactContent,
+    Purged,
+    PurgeRequest,
+    RunEvent,
+    RunResult,
+    RunSpec,
+    RunStep,
+)
 from agentic_flow.swarm.schedules import Schedule, ScheduleRequest
 from agentic_flow.swarm.workflow_spec import Validation, WorkflowRequest, WorkflowSource
 
@@ -85,6 +95,30 @@ class RemoteSwarm(HttpTwin):
     async def steps(self, principal: Principal, run_id: str) -> list[RunStep]:
         answer = await self.call("GET", f"{_path(run_id)}/steps", principal=principal)
         return [RunStep.model_validate(step) for step in answer["steps"]]
+
+    async def artifacts(self, principal: Principal, run_id: str, *, versions: bool = False) -> list[Artifact]:
+        params = {"versions": "true"} if versions else None
+        answer = await self.call("GET", f"{_path(run_id)}/artifacts", params=params, principal=principal)
+        return [Artifact.model_validate(one) for one in answer["artifacts"]]
+
+    async def artifact(
+        self, principal: Principal, run_id: str, name: str, *, version: int | None = None
+    ) -> ArtifactContent:
+        """See RunService. Two requests: what there is, and the bytes of the version that was found."""
+        found = [
+            one
+            for one in await self.artifacts(principal, run_id, versions=True)
+            if one.name == name and version in (None, one.version)
+        ]
+        asked = found[-1].version if found else version  # of one that is not listed it tells what is wrong
+        params = None if asked is None else {"version": asked}
+        path = f"{_path(run_id)}/artifacts/{quote(name)}"
+        data = await self.fetch(path, params=params, principal=principal)
+        if not found or hashlib.sha256(data).hexdigest() != found[-1].sha256:
+            raise DataCorrupted(
+                f"artifact {name!r} of run {run_id!r} did not arrive as it is listed", hint="fetch it again"
+            )
+        return ArtifactContent(artifact=found[-1], data=data)
 
     async def questions(self, principal: Principal, run_id: str) -> list[Question]:
         answer = await self.call("GET", f"{_path(run_id)}/questions", principal=principal)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, cast, get_args
+from urllib.parse import quote
 
 from pydantic import Field, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
@@ -24,9 +25,12 @@ from agentic_flow.core.ports import RunState
 from agentic_flow.core.sse import ServerEvent
 from agentic_flow.core.web import event_stream, json_response, principal_of
 from agentic_flow.memory.records import Id
+from agentic_flow.swarm.artifacts import NAME_CHARS_MAX
 from agentic_flow.swarm.picture import picture
 from agentic_flow.swarm.questions import AnswerRequest, Question
 from agentic_flow.swarm.runs import (
+    Artifact,
+    ArtifactContent,
     Purged,
     PurgeRequest,
     RetryRequest,
@@ -62,6 +66,10 @@ _AFTER: JsonObject = {
     "Last-Event-ID": {"type": "string", "description": "As `after`; a browser sends it when it comes back."}
 }
 
+_KNOWN: JsonObject = {
+    "If-None-Match": {"type": "string", "description": "Tags (`ETag`) that the caller has: 304 if it is one."}
+}
+
 
 class RunList(Frozen):
     """Runs, newest first."""
@@ -80,6 +88,12 @@ class Steps(Frozen):
     """Recorded steps, in the order in which they ended."""
 
     steps: tuple[RunStep, ...]
+
+
+class ArtifactList(Frozen):
+    """Artifacts by name, or every version in order of storing."""
+
+    artifacts: tuple[Artifact, ...]
 
 
 class Cancelled(Frozen):
@@ -168,6 +182,18 @@ class EventOptions(Frozen):
     )
 
 
+class ArtifactsOptions(Frozen):
+    """Which artifacts."""
+
+    versions: bool = Field(default=False, description="Every version, not only the newest of each name.")
+
+
+class ArtifactOptions(Frozen):
+    """Which version."""
+
+    version: Annotated[int, Field(ge=1)] | None = Field(default=None, description="Without it the newest.")
+
+
 def build_routes(runs: RunService) -> list[Route]:
     """The routes of a run service, and its OpenAPI document at DOCUMENT_PATH, which is public."""
     shown = json_response(openapi_document())
@@ -180,7 +206,13 @@ def build_routes(runs: RunService) -> list[Route]:
 
 def openapi_document() -> JsonObject:
     """The OpenAPI document of runs, workflows and schedules."""
-    path_types = {"run_id": Id, "question_id": Id, "name": str, "schedule": str}
+    path_types = {
+        "run_id": Id,
+        "question_id": Id,
+        "artifact": Annotated[str, Field(min_length=1, max_length=NAME_CHARS_MAX)],
+        "name": str,
+        "schedule": str,
+    }
     return document(operations(None), title="Runs", description=_DESCRIPTION, path_types=path_types)
 
 
@@ -220,6 +252,16 @@ class _Runs:
 
     async def steps(self, request: Request) -> Response:
         return json_response({"steps": await self._runs.steps(principal_of(request), _id(request))})
+
+    async def artifacts(self, request: Request, query: ArtifactsOptions) -> Response:
+        principal = principal_of(request)
+        found = await self._runs.artifacts(principal, _id(request), versions=query.versions)
+        return json_response({"artifacts": found})
+
+    async def artifact(self, request: Request, query: ArtifactOptions) -> Response:
+        principal, name = principal_of(request), str(request.path_params["artifact"])
+        found = await self._runs.artifact(principal, _id(request), name, version=query.version)
+        return _file(found, request.headers.get("if-none-match"))
 
     async def picture_svg(self, request: Request) -> Response:
         principal = principal_of(request)
@@ -305,6 +347,29 @@ def _run_operations(faces: _Runs) -> list[Operation]:
             handler=faces.events,
             answer=EventFrame,
             answer_media_type="text/event-stream",
+        ),
+        Operation(
+            name="run_artifacts",
+            method="GET",
+            path=f"{_RUN}/artifacts",
+            summary="The files that a run has left so far.",
+            scope=READ,
+            query=ArtifactsOptions,
+            handler=faces.artifacts,
+            answer=ArtifactList,
+        ),
+        Operation(
+            name="run_artifact",
+            method="GET",
+            path=f"{_RUN}/artifacts/{{artifact:path}}",
+            summary="The bytes of one of them, as a file to keep.",
+            notes="The name may have slashes. `Content-Type` is what the run says it is, `ETag` the SHA-256.",
+            scope=READ,
+            query=ArtifactOptions,
+            headers=_KNOWN,
+            handler=faces.artifact,
+            answer=bytes,
+            answer_media_type="*/*",
         ),
         Operation(
             name="run_picture",
@@ -571,6 +636,32 @@ def _accepted(run_id: str, *, retry_of: str | None = None) -> Response:
     accepted = Accepted(run_id=run_id, retry_of=retry_of)
     body = accepted.model_dump(exclude_none=True)
     return json_response(body, 202, headers={"location": f"/v1/runs/{run_id}"})
+
+
+def _file(found: ArtifactContent, known: str | None) -> Response:
+    """An artifact's bytes, as a file that no browser takes for anything else than it says, nor shows.
+
+    Args:
+        found: The artifact.
+        known: The tags that the caller has.
+    """
+    tag = f'"{found.artifact.sha256}"'
+    name = found.artifact.name.rpartition("/")[2]
+    plain = "".join(one if one.isascii() and one not in '"%' else "_" for one in name)
+    headers = {
+        "etag": tag,
+        "cache-control": "private, no-cache",
+        "x-content-type-options": "nosniff",
+        # The name in ASCII and in full: RFC 6266.
+        "content-disposition": f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='')}",
+        # Whoever opens it in spite of all that: a document that may load and run nothing.
+        "content-security-policy": "default-src 'none'; sandbox",
+        "x-artifact-version": str(found.artifact.version),
+    }
+    if tag in {one.strip().removeprefix("W/") for one in (known or "").split(",")}:
+        return Response(status_code=304, headers=headers)
+    # As it is stored: Starlette would add a charset of its own to text.
+    return Response(found.data, headers=headers | {"content-type": found.artifact.media_type})
 
 
 async def _events(

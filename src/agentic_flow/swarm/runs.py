@@ -202,11 +202,41 @@ class WorkflowReport(Frozen):
     steps: tuple[WorkflowStepReport, ...] = ()
 
 
+class Artifact(Frozen):
+    """A file that a run has left, without its bytes.
+
+    `version` counts those of its name, from 1; `agent` and `step` say which recorded step left it, in the
+    words of `RunStep`; `media_type` is what the step says it is.
+    """
+
+    name: str
+    version: int
+    media_type: str
+    size_bytes: int
+    sha256: str
+    agent: str
+    step: str
+    created_at_s: float
+
+
+class ArtifactContent(Frozen):
+    """An artifact with its bytes."""
+
+    artifact: Artifact
+    data: bytes
+
+    @property
+    def text(self) -> str:
+        """The bytes as UTF-8 text; what is none becomes U+FFFD."""
+        return self.data.decode("utf-8", "replace")
+
+
 class RunResult(Frozen):
     """A run as the store has it; the one object that `agentic-flow run --json` prints.
 
-    `queue` is the shared queue it was put into, `after` the runs it was to begin after, `deadline_at_s` when
-    it is too late for it to begin.
+    `artifacts` has the newest version of each that it has left so far; lists of runs leave them out. `queue`
+    is the shared queue it was put into, `after` the runs it was to begin after, `deadline_at_s` when it is
+    too late for it to begin.
     """
 
     run_id: str
@@ -219,6 +249,7 @@ class RunResult(Frozen):
     usage: RunUsage = RunUsage()
     agents: tuple[AgentReport, ...] = ()
     ingest: IngestReport | None = None
+    artifacts: tuple[Artifact, ...] = ()
     notes: tuple[str, ...] = ()
     memory: RunMemory | None = None
     acceptance: tuple[Checked, ...] = ()
@@ -387,6 +418,21 @@ class RunService(Protocol):
         ...
 
     async def steps(self, principal: Principal, run_id: str) -> list[RunStep]: ...
+
+    async def artifacts(self, principal: Principal, run_id: str, *, versions: bool = False) -> list[Artifact]:
+        """What the run has left so far, by name; with `versions` every version, in order of storing."""
+        ...
+
+    async def artifact(
+        self, principal: Principal, run_id: str, name: str, *, version: int | None = None
+    ) -> ArtifactContent:
+        """One of them with its bytes; without `version` the newest.
+
+        Raises:
+            NotFound: there is no such run, name or version.
+            DataCorrupted: the bytes are not those that were stored.
+        """
+        ...
 
     async def questions(self, principal: Principal, run_id: str) -> list[Question]:
         """What the run has asked people, answered or not, in order."""

@@ -16,6 +16,7 @@ from agentic_flow.core.auth import LOCAL_OWNER, Principal
 from agentic_flow.core.errors import Conflict, Forbidden, InvalidInput, NotFound
 from agentic_flow.core.messages import Completion, JsonObject, ModelInfo
 from agentic_flow.core.ports import (
+    ArtifactRecord,
     Completer,
     EngineHealth,
     EventRecord,
@@ -33,6 +34,7 @@ from agentic_flow.memory.answers import MemoryService
 from agentic_flow.swarm.acceptance import Acceptance
 from agentic_flow.swarm.admission import check_criteria, check_spec, check_tools
 from agentic_flow.swarm.agent_loop import AgentLoop, PydanticAgentLoop
+from agentic_flow.swarm.artifacts import newest, version_of
 from agentic_flow.swarm.blackboard import clear_boards
 from agentic_flow.swarm.definitions import AgentDefinition, DefinitionCatalog
 from agentic_flow.swarm.experience import RunExperience, Shown, memory_of
@@ -44,6 +46,8 @@ from agentic_flow.swarm.questions import ANSWER, QUESTION, SIGNAL, Question, che
 from agentic_flow.swarm.retention import kept_by
 from agentic_flow.swarm.runs import (
     AgentReport,
+    Artifact,
+    ArtifactContent,
     Purged,
     PurgeRequest,
     RoleChoice,
@@ -303,6 +307,23 @@ class Swarm:
         await self._record(principal, run_id)
         return [_step(run_id, step) for step in await self._engine.steps(run_id)]
 
+    async def artifacts(self, principal: Principal, run_id: str, *, versions: bool = False) -> list[Artifact]:
+        """See RunService."""
+        await self._record(principal, run_id)
+        found = await self._engine.artifacts(run_id)
+        return [_artifact(run_id, one) for one in (found if versions else newest(found))]
+
+    async def artifact(
+        self, principal: Principal, run_id: str, name: str, *, version: int | None = None
+    ) -> ArtifactContent:
+        """See RunService."""
+        await self._record(principal, run_id)
+        found = version_of(await self._engine.artifacts(run_id), name, version)
+        data = await self._engine.artifact_content(run_id, found.number)
+        if data is None:  # removed, between the two
+            raise _no_run(run_id)
+        return ArtifactContent(artifact=_artifact(run_id, found), data=data)
+
     async def questions(self, principal: Principal, run_id: str) -> list[Question]:
         """See RunService."""
         await self._record(principal, run_id)
@@ -542,14 +563,17 @@ class Swarm:
         principal.demand("runs:read")
         record = await self._engine.get(run_id)
         if record is None or record.tenant != principal.tenant or record.name not in (RUN, WORKFLOW):
-            raise NotFound(f"there is no run {run_id!r}", hint="list them with `agentic-flow runs list`")
+            raise _no_run(run_id)
         return record
 
     async def _result(self, record: WorkflowRecord) -> RunResult:
         if record.state == "completed":
-            return summary_of(record)
-        steps = await self._engine.steps(record.workflow_id)
-        return partial_result(record, steps)
+            result = summary_of(record)
+        else:
+            result = partial_result(record, await self._engine.steps(record.workflow_id))
+        left = newest(await self._engine.artifacts(record.workflow_id))
+        artifacts = tuple(_artifact(record.workflow_id, one) for one in left)
+        return result.model_copy(update={"artifacts": artifacts})
 
 
 def summary_of(record: WorkflowRecord) -> RunResult:
@@ -647,9 +671,31 @@ def _sum_cost(costs: Sequence[float | None]) -> float | None:
     return None if any(cost is None for cost in costs) else sum(cost or 0.0 for cost in costs)
 
 
+def _no_run(run_id: str) -> NotFound:
+    return NotFound(f"there is no run {run_id!r}", hint="list them with `agentic-flow runs list`")
+
+
+def _below(run_id: str, workflow_id: str) -> str:
+    """Who a workflow is in its run."""
+    return workflow_id.removeprefix(run_id).lstrip(".") or "run"
+
+
+def _artifact(run_id: str, record: ArtifactRecord) -> Artifact:
+    return Artifact(
+        name=record.name,
+        version=record.version,
+        media_type=record.media_type,
+        size_bytes=record.size_bytes,
+        sha256=record.sha256,
+        agent=_below(run_id, record.workflow_id),
+        step=record.step,
+        created_at_s=record.created_at_s,
+    )
+
+
 def _step(run_id: str, step: StepRecord) -> RunStep:
     return RunStep(
-        agent=step.workflow_id.removeprefix(run_id).lstrip(".") or "run",
+        agent=_below(run_id, step.workflow_id),
         index=step.index,
         name=step.name,
         output=step.output,

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from agentic_flow.core.errors import AgenticFlowError, InvalidInput
 from agentic_flow.core.settings import SwarmSettings
 from agentic_flow.swarm.admission import check_spec as check_run
+from agentic_flow.swarm.artifact_files import check_pattern
 from agentic_flow.swarm.delegation import TOOLS as DELEGATION_TOOLS
 from agentic_flow.swarm.workflow_file import Document, Format, Place, parse_document
 from agentic_flow.swarm.workflow_spec import (
@@ -202,6 +203,7 @@ class _Check:
         self._inputs()
         for index, step in self.steps.items():
             self._team_fields(index, step)
+            self._artifacts(index, step)
             if self.around is not None:
                 self._names(index, step, self.around)
         if not cycle:
@@ -280,6 +282,16 @@ class _Check:
                 if name in step.team.model_fields_set:
                     what = f"{name!r} holds for the whole workflow"
                     self.say(("steps", index, "team", name), what, "set it there, not for one team")
+
+    def _artifacts(self, index: int, step: Step) -> None:
+        if step.artifacts and not self.document.data.get("folders"):
+            place = ("steps", index, "artifacts")
+            self.say(place, "the workflow has no folder to keep files of", "name it in `folders`")
+        for number, pattern in enumerate(step.artifacts):
+            try:
+                check_pattern(pattern)
+            except InvalidInput as error:
+                self.say(("steps", index, "artifacts", number), error.message, error.hint or "correct it")
 
     def _names(self, index: int, step: Step, around: Surroundings) -> None:
         place: Place = ("steps", index, step.kind)
@@ -598,6 +610,7 @@ def _sources(step: Step) -> Iterator[tuple[Place, str, bool]]:
     if step.tool is not None:
         for place, source in _texts(step.tool.arguments, ("tool", "arguments")):
             yield place, source, False
+    yield from ((place, source, False) for place, source in _texts(step.artifacts, ("artifacts",)))
 
 
 def _texts(value: Any, place: Place) -> Iterator[tuple[Place, str]]:

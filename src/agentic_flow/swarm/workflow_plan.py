@@ -35,12 +35,16 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A step, or an item of one, to run now. `work`: its prompt, its goal or its arguments, filled in."""
+    """A step, or an item of one, to run now. `work`: its prompt, its goal or its arguments, filled in.
+
+    `artifacts`: the patterns of the files that it leaves, filled in.
+    """
 
     key: str
     step: str
     index: int | None
     work: Any
+    artifacts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +181,7 @@ class _Turn:
         if step.id in self.results:
             return self.results[step.id]
         if step.id not in self.running:
-            self.waiting[step.id] = [Start(step.id, step.id, None, _work(step, self._scope()))]
+            self.waiting[step.id] = [_start(step, None, self._scope())]
         return None
 
     def _fallen_back(self, step: Step, fallback: Step, failed: Outcome) -> Outcome | None:
@@ -188,11 +192,10 @@ class _Turn:
                 return None
             scope = {"inputs": self.inputs, "steps": self.seen | {step.id: _seen(failed)}}
             try:
-                work = _work(fallback, scope)
+                self.waiting[fallback.id] = [_start(fallback, None, scope)]
             except InvalidInput as error:
                 ended = Outcome("failed", error=_problem(fallback, error))
             else:
-                self.waiting[fallback.id] = [Start(fallback.id, fallback.id, None, work)]
                 return None
         self.outcomes[fallback.id] = ended
         why = f"{_detail(failed.error)}; {fallback.id!r} ran in its place"
@@ -223,11 +226,9 @@ class _Turn:
                 ended.append(self.results[key])
             elif key not in self.running:
                 try:
-                    work = _work(step, scope | {"item": item, "index": index})
+                    waiting.append(_start(step, index, scope | {"item": item, "index": index}))
                 except InvalidInput as error:
                     ended.append(Outcome("failed", error=_problem(step, error)))
-                else:
-                    waiting.append(Start(key, step.id, index, work))
         if step.on_failure != "continue" and any(one.state == "failed" for one in ended):
             if any(self._of(step, key) for key in self.running):
                 return None  # what runs is seen to its end; nothing more begins
@@ -263,6 +264,16 @@ def _gathered(step: Step, ended: Sequence[Outcome]) -> Outcome:
         return Outcome("failed", error=failed[0].error, reason=reason, items=len(ended))
     reason = f"{len(failed)} of {len(ended)} items failed: null stands for them" if failed else ""
     return Outcome("completed", [one.output for one in ended], reason=reason, items=len(ended))
+
+
+def _start(step: Step, index: int | None, scope: Mapping[str, Any]) -> Start:
+    """A step, or an item of it, with its texts filled in.
+
+    Raises:
+        InvalidInput: one of them names what has no value.
+    """
+    artifacts = tuple(as_text(filled(pattern, scope)) for pattern in step.artifacts)
+    return Start(key_of(step.id, index), step.id, index, _work(step, scope), artifacts)
 
 
 def _work(step: Step, scope: Mapping[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -34,6 +34,8 @@ from agentic_flow.core.messages import Frozen, JsonObject
 from agentic_flow.core.ports import RunEngine, StepContext, ToolBox, WorkflowContext
 from agentic_flow.core.settings import SwarmSettings
 from agentic_flow.swarm import findings
+from agentic_flow.swarm.artifact_files import keep_files
+from agentic_flow.swarm.artifacts import StepArtifacts
 from agentic_flow.swarm.citations import parse_claims, rank, verify
 from agentic_flow.swarm.inputs import Folder, Inputs
 from agentic_flow.swarm.member import Budgets, report_of
@@ -82,6 +84,7 @@ class StepPayload(Frozen):
     run: RunPayload
     brief: Brief | None = None
     briefs: dict[str, Brief] | None = None
+    artifacts: tuple[str, ...] = ()
 
 
 @dataclass
@@ -119,6 +122,7 @@ class Workflows:
         on_ingest: Callable[[str, int, int], None],
     ) -> None:
         self._settings = settings
+        self._engine = engine
         self._toolbox = toolbox
         self._inputs = inputs
         self._budgets = budgets
@@ -212,6 +216,8 @@ class Workflows:
                 await self._pause(context, step.retry.backoff_s * 2 ** (attempt - 2))
             try:
                 output = await self._attempt(context, payload, attempt, reports)
+                if payload.artifacts:
+                    await self._keep_files(context, payload)
             except AgenticFlowError as error:
                 failure = error
                 if isinstance(error, _FINAL):
@@ -221,6 +227,23 @@ class Workflows:
         assert failure is not None
         failure.details = {**_without(failure.details), "reports": _dumped(reports)}
         raise failure
+
+    async def _keep_files(self, context: WorkflowContext, payload: StepPayload) -> None:
+        """Keep what the step has left in the folders, as a step of its own with the files."""
+        assert payload.run.folder is not None, "the check has let it pass"
+        scope = Folder.from_json(payload.run.folder).scope(payload.workflow_id, payload.key)
+
+        async def keep(step: StepContext) -> JsonObject:
+            budget = await self._budgets.of(payload.workflow_id, payload.run)
+            artifacts = StepArtifacts(self._engine, self._settings, step, budget.staged)
+            try:
+                left = await keep_files(artifacts, scope, payload.artifacts, budget.deadline)
+            except AgenticFlowError:
+                artifacts.discard()
+                raise
+            return {"artifacts": [asdict(one) for one in left]}
+
+        await context.step("artifacts", keep)
 
     async def _pause(self, context: WorkflowContext, pause_s: float) -> None:
         """A recorded wait: a resumed step does not wait again for attempts that it has made."""
@@ -260,15 +283,18 @@ class Workflows:
         async def call(step: StepContext) -> JsonObject:
             budget = await self._budgets.of(payload.workflow_id, payload.run)
             budget.deadline.check(f"step {payload.step.id!r}")
+            artifacts = StepArtifacts(self._engine, self._settings, step, budget.staged)
+            scope = folder.scope(payload.workflow_id, payload.key, (tool.name,))
             result = await self._toolbox.call(
                 payload.run.principal,
                 tool.name,
                 payload.work,
                 deadline=budget.deadline.earliest(payload.step.timeout_s or self._tool_timeout_s),
-                scope=folder.scope(payload.workflow_id, payload.key, (tool.name,)),
+                scope=replace(scope, artifacts=artifacts),
                 idempotency_key=step.idempotency_key,
             )
             if result.is_error:
+                artifacts.discard()
                 said = result.content.get("message") or result.content.get("detail") or "it failed"
                 raise from_problem(
                     {
@@ -441,6 +467,7 @@ def _step_payload(workflow_id: str, payload: WorkflowPayload, step: Step, start:
         run=payload.run,
         brief=payload.agents.get(step.id),
         briefs=payload.teams.get(step.id),
+        artifacts=start.artifacts,
     )
 
 

@@ -27,6 +27,7 @@ INPUTS_MAX = 100
 OUTPUTS_MAX = 100
 ITEMS_MAX = 1_000
 ATTEMPTS_MAX = 10
+PATTERNS_MAX = 16
 DENY = "deny"
 """The answer to an approval that fails its step."""
 RESERVED = frozenset({"inputs", "steps", "item", "index", "loop", "true", "false", "none"})
@@ -34,6 +35,7 @@ RESERVED = frozenset({"inputs", "steps", "item", "index", "loop", "true", "false
 Id = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 Text = Annotated[str, StringConstraints(min_length=1, max_length=SOURCE_CHARS_MAX)]
 Expression = Annotated[str, StringConstraints(min_length=1, max_length=10_000)]
+Pattern = Annotated[str, StringConstraints(min_length=1, max_length=1_000)]
 Kind = Literal["string", "integer", "number", "boolean", "list", "object", "path"]
 StepState = Literal["completed", "failed", "skipped"]
 
@@ -131,8 +133,9 @@ class Step(Frozen):
     `needs` are the steps before it. `start_when`: "all" of them completed (else it is skipped), "any" of them
     (once all have ended), or "ended", however they did. `when` false skips it. `on_failure`: "fail" ends the
     workflow, "continue" goes on without an output, "fallback" runs the step `fallback` in its place.
-    `timeout_s` bounds one attempt. An approval is asked once, a
-    signal waited for once.
+    `timeout_s` bounds one attempt. An approval is asked once, a signal waited for once. `artifacts` are
+    patterns (templates) of files in the workflow's folders that the run keeps once the step is done; each
+    must match a file then, or the step has failed.
 
     In `team` the goal is a template; folders, path rules, budget and deadline are the workflow's.
     """
@@ -150,6 +153,7 @@ class Step(Frozen):
     when: Expression | None = None
     retry: Retry = Retry(attempts=1)
     timeout_s: Annotated[float, Field(gt=0)] | None = None
+    artifacts: Annotated[tuple[Pattern, ...], Field(max_length=PATTERNS_MAX)] = ()
     on_failure: Literal["fail", "continue", "fallback"] = "fail"
     fallback: Id | None = None
 
@@ -165,6 +169,8 @@ class Step(Frozen):
             raise ValueError("a signal is waited for once: wait_for has no retry")
         if self.approval is not None and self.retry.attempts > 1:
             raise ValueError("a person is asked once: an approval has no retry")
+        if self.artifacts and (self.wait_for is not None or self.approval is not None):
+            raise ValueError(f"a step {kinds[0]} leaves no files, so it has no artifacts")
         if self.on_failure == "fallback" and self.fallback is None:
             raise ValueError("on_failure is 'fallback' and no fallback step is named")
         if self.fallback is not None and self.on_failure != "fallback":
