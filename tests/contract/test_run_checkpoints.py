@@ -429,3 +429,14 @@ def test_what_a_step_leaves_is_under_its_fence(database: RunDatabase) -> None:
     assert checkpoints.write(database, [leaving("a", 1), leaving("a", 4)], again=True) == ["granted"] * 2
     stored = database.rows("SELECT root_id, number, step_index, content FROM af_artifacts ORDER BY number")
     assert stored == [("a", 1, 1, b"\0bytes"), ("a", 2, 4, b"\0bytes")]
+
+
+def test_an_erased_tenant_leaves_no_artifacts(database: RunDatabase) -> None:
+    """Catches bytes of a tenant that outlive its erasure, or another's that go with them."""
+    for tenant in ("t", "u"):
+        checkpoints.write(database, [Accept(row(f"run-{tenant}") | {"tenant": tenant})])
+        plain = step(f"run-{tenant}", 1)
+        left = artifact_row(f"run-{tenant}", plain.rows[0], NewArtifact("n", "text/plain", tenant.encode()))
+        assert checkpoints.write(database, [dataclasses.replace(plain, artifacts=(left,))]) == ["granted"]
+    assert Leases(database, lease_s=LEASE_S).erase_tenant("t") == 1
+    assert database.rows("SELECT root_id, content FROM af_artifacts") == [("run-u", b"u")]

@@ -177,7 +177,7 @@ def test_left_by_agents_and_steps_and_got_everywhere(scene: Scene) -> None:
             "/%2fetc%2fpasswd", "//etc/passwd", "/report.md%00", "/",
         ):  # fmt: skip
             assert get(url, f"{base}{path}")[0] == 404, path
-        for path in ("/report.md?version=0", "/report.md?version=x", "?versions=yes"):
+        for path in ("/report.md?version=0", "/report.md?version=x", "?versions=perhaps", "?surprise=1"):
             assert get(url, f"{base}{path}")[0] == 400, path
         assert get(url, "/v1/runs/run-none/artifacts")[0] == 404
         with Client(url) as client:
