@@ -204,6 +204,7 @@ def test_tool_names_are_those_of_the_tools(tmp_path: Path) -> None:
     from agentic_flow.agentdb.tools import memory_tools
     from agentic_flow.memory.tools import reasoning_tools
     from agentic_flow.swarm import delegation
+    from agentic_flow.swarm.artifact_tools import artifact_tools
     from agentic_flow.swarm.blackboard import board_tools
     from agentic_flow.tools.files import file_tools
     from agentic_flow.tools.shell import shell_tools
@@ -215,6 +216,7 @@ def test_tool_names_are_those_of_the_tools(tmp_path: Path) -> None:
         *memory_tools(store),
         *reasoning_tools(store),
         *board_tools(store),
+        *artifact_tools(),
     ]
     assert {tool.name for tool in tools} | {*delegation.TOOLS} == TOOL_NAMES
     assert set(CLAUDE_TOOLS.values()) <= TOOL_NAMES
