@@ -15,7 +15,7 @@ CRASH := $(wildcard tests/integration/test_*crash*.py)
 PYTEST := $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-integration test-crash check-retrieval bench bench-agentdb bench-peers bench-gateway bench-gateway-soak bench-gateway-peers bench-memory reference lint format lock clean
+.PHONY: help setup setup-dev demo test test-integration test-crash test-containers images check-retrieval bench bench-agentdb bench-peers bench-gateway bench-gateway-soak bench-gateway-peers bench-memory reference lint format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' Makefile
@@ -52,6 +52,12 @@ test-integration: setup-dev ## the wheel in a clean environment, real folders, r
 
 test-crash: setup-dev ## kill -9 at random points, recovery by the same and by another process
 	@$(PYTEST) $(CRASH) $(wildcard tests/simulation)
+
+test-containers: setup-dev ## the images and stacks in a Docker engine, which is made where none runs; some twenty minutes
+	@$(PYTEST) -p no:cacheprovider tests/containers
+
+images: setup-dev ## build the images of deploy/docker/Dockerfile, as agentic-flow:dev and its kin
+	@$(BIN)/python tests/containers/images.py
 
 check-retrieval: setup-dev ## whole runs: the right file among the first three citations, above plain BM25
 	@$(BIN)/python benchmarks/answers.py

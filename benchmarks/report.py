@@ -2,7 +2,7 @@
 
 Usage: python benchmarks/report.py [--only SECTION]… [--kept]
        sections: answers ingest steps swarm queue speedup startup agentdb million http router gateway soak
-       memory-stream minigrid bank
+       memory-stream minigrid bank containers
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ sys.path.insert(0, str(HERE))
 import agentdb_report  # noqa: E402
 import answers  # noqa: E402
 import cli_startup  # noqa: E402
+import containers  # noqa: E402
 import gateway  # noqa: E402
 import http_search  # noqa: E402
 import ingest  # noqa: E402
@@ -57,6 +58,7 @@ SECTIONS: dict[str, tuple[str, Callable[[bool], str]]] = {
     "memory-stream": (memory_stream.TITLE, memory_stream.section),
     "minigrid": (memory_minigrid.TITLE, lambda _: memory_minigrid.section()),
     "bank": (memory_bank.TITLE, lambda _: memory_bank.section()),
+    "containers": (containers.TITLE, lambda _: containers.section()),
 }
 """Name → title and what measures and writes it, in the order of the document."""
 

@@ -24,6 +24,9 @@ find "$site" -depth -type d \( -name tests -o -name test \) -exec rm -r {} +
 find "$site" -depth -type d -path '*/apsw/sqlite_extra_binaries' -exec rm -r {} +
 find "$site" -type f \( -name '*.pyi' -o -name '*.pxd' -o -name '*.pyx' -o -name '*.c' -o -name '*.h' -o -name '*.a' \) \
     -delete
+# rich takes pygments along, whose 500 lexers nothing of ours asks for.
+find "$site" -path '*/pygments/lexers/*' ! -name '__init__.py' ! -name '_mapping.py' ! -name 'python.py' \
+    ! -name 'special.py' -delete
 # What patchelf rewrote (libraries in *.libs folders, and modules that look for them there) strip would damage.
 find "$site" -name '*.so' -not -path '*.libs/*' | while read -r library; do
     if ! readelf --dynamic "$library" | grep -q -E 'RPATH|RUNPATH'; then

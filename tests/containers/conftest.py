@@ -9,18 +9,17 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from container import Project
 from engine import Engine, EngineUnavailable, running, start, stop
 from images import Images
 
 HERE = Path(__file__).resolve().parent
 TEST_TIMEOUT_S = 900
 """A test may be the first to need an image, which then is built within its time."""
-
-Project = Callable[[], str]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import configparser
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,11 @@ REPOSITORIES = {
     "worker": "agentic-flow-worker",
 }
 """Target of the Dockerfile → the image's name. agentic-flow-swarm does the same by the command `worker`."""
-TAG = "dev"
+TAG = os.environ.get("CONTAINER_TESTS_TAG", "dev")
+
+
+CONTEXT = ("LICENSE", "README.md", "pyproject.toml", ".dockerignore", "deploy/docker", "requirements", "src")
+"""What builds read of the repository."""
 
 
 class Images:
@@ -63,8 +68,12 @@ class Images:
 
 
 @contextmanager
-def build_secrets() -> Iterator[list[str]]:
-    """Options that hand this machine's way to the package index to a build, in mounts that no layer keeps."""
+def build_secrets(*, comment: str = "") -> Iterator[list[str]]:
+    """Options that hand this machine's way to the package index to a build, in mounts that no layer keeps.
+
+    Args:
+        comment: A line of pip's configuration that says nothing.
+    """
     configured = _pip_configuration()
     authority = os.environ.get("PIP_CERT") or configured.get("cert")
     index = {
@@ -76,15 +85,27 @@ def build_secrets() -> Iterator[list[str]]:
         options = []
         if authority and Path(authority).is_file():
             options += ["--secret", f"id=pip_ca,src={authority}"]
-        if index:
+        if index or comment:
             parser = configparser.RawConfigParser()
             parser["global"] = index
             text = io.StringIO()
             parser.write(text)
             path = Path(folder) / "pip.conf"
-            path.write_text(text.getvalue(), "utf-8")
+            path.write_text(f"# {comment}\n{text.getvalue()}", "utf-8")
             options += ["--secret", f"id=pip_conf,src={path}"]
         yield options
+
+
+def copy_context(folder: Path) -> Path:
+    """A copy of all that builds read, in `folder`, to be changed."""
+    for name in CONTEXT:
+        source, target = ROOT / name, folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target)
+    return folder
 
 
 def _pip_configuration() -> dict[str, str]:

@@ -9,6 +9,7 @@ import functools
 import itertools
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,7 @@ from agentic_flow.agentdb.records import find_namespace
 from agentic_flow.agentdb.schema import MIGRATIONS
 from agentic_flow.agentdb.service import DATABASE, INDEXES, AgentDB
 from agentic_flow.core.db import Database
+from agentic_flow.core.errors import InvalidSettings
 from agentic_flow.core.settings import AgentDBSettings
 from agentic_flow.core.vectors import IndexTier, Item, SearchQuery
 
@@ -531,3 +533,22 @@ def test_halves_are_widened_exactly() -> None:
     halves = np.arange(65536, dtype=np.uint16).view(np.float16)
     halves = halves[np.isfinite(halves)]
     assert widened(halves.astype("<f2").tobytes()).tobytes() == halves.astype(np.float32).tobytes()
+
+
+async def test_without_faiss_every_vector_is_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches an installation without faiss (the image of the swarm) that fails at its first index."""
+    vectors = clustered(300)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    async with AgentDB(tmp_path / "auto", AgentDBSettings(scan_rows_min=100)) as db:
+        await db.create_namespace(T, SPACE, dimension=DIMENSION)
+        await db.upsert(T, SPACE, items_of(vectors))
+        await db.settle()
+        found = await db.search(T, SPACE, SearchQuery(vector=vectors[7], mode="vector", k=1))
+        assert found.hits[0].item.id == "i00007"
+        assert found.tier == "exact"
+    for asking in (AgentDBSettings(index="graph"), AgentDBSettings(scan_library="faiss")):
+        with pytest.raises(InvalidSettings, match="faiss"):
+            AgentDB(tmp_path / "asked", asking)
+    assert not (tmp_path / "asked").exists()

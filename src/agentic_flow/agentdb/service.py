@@ -28,6 +28,7 @@ from agentic_flow.agentdb.erasure import empty_log, overwrite_free_space
 from agentic_flow.agentdb.filters import Compiled, compile_filter, register_functions
 from agentic_flow.agentdb.history import History, HistoryStatus
 from agentic_flow.agentdb.index.allowed import AllowedKeys
+from agentic_flow.agentdb.index.codes import installable
 from agentic_flow.agentdb.index.indexer import Indexer
 from agentic_flow.agentdb.index.tiers import Indexes
 from agentic_flow.agentdb.names import check_idempotency_key, check_namespace, check_tenant
@@ -98,6 +99,7 @@ class AgentDB:
     Raises:
         Conflict: the database was written by a newer version.
         DataCorrupted: it is not healthy.
+        InvalidSettings: they ask for a library that is not installed.
         Unavailable: it cannot be opened.
     """
 
@@ -112,13 +114,14 @@ class AgentDB:
         self._embedder = embedder or HashedNgramEmbedder(settings.embedding_dimension)
         self._clock = clock
         self._settings = settings
+        fitting = installable(settings)
         self._db = Database(
             data_dir / DATABASE,
             schema.MIGRATIONS,
             mmap_max_bytes=MMAP_MAX_BYTES,
             prepare=_prepare_connection,
         )
-        self._indexes = Indexes(data_dir / INDEXES, settings, self._db.read_sync)
+        self._indexes = Indexes(data_dir / INDEXES, fitting, self._db.read_sync)
         self._searcher = Searcher(self._indexes, AllowedKeys())
         self._indexer = Indexer(self._indexes)
         self._indexes.sweep()

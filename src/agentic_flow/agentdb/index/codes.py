@@ -7,12 +7,15 @@ first cannot do: Euclidean distance and short vectors. Decision record 10 has th
 from __future__ import annotations
 
 import importlib
+from importlib.util import find_spec
 from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agentic_flow.agentdb.index.layout import Keys, Layout, Vectors
+from agentic_flow.core.errors import InvalidSettings
+from agentic_flow.core.settings import AgentDBSettings, env_name
 
 TURBOVEC_DIMENSION_MIN = 64
 """Fewer numbers leave 4-bit codes too little to tell vectors apart."""
@@ -24,6 +27,29 @@ _STEP = 8  # turbovec takes dimensions of whole steps; zeros fill the last one
 def untyped(library: str) -> Any:
     """A library whose stubs, where it has any, say less than is true; imported when it is first needed."""
     return importlib.import_module(library)
+
+
+def installable(settings: AgentDBSettings) -> AgentDBSettings:
+    """Settings that the installed libraries can keep.
+
+    Without faiss, as in the image of the swarm, `auto` means `exact`: every other tier takes part of it.
+
+    Raises:
+        InvalidSettings: faiss is not installed, and a setting asks for what needs it.
+    """
+    if find_spec("faiss") is not None:
+        return settings
+    for name, value, fit in (
+        ("index", settings.index, ("auto", "exact")),
+        ("scan_library", settings.scan_library, ("turbovec",)),
+    ):
+        if value not in fit:
+            raise InvalidSettings(
+                f"agentdb.{name} is {value!r}, which needs the library faiss, and that is not installed",
+                hint=f"set {env_name(f'agentdb.{name}')}={fit[0]}, "
+                f"or name a service that has it: {env_name('peers.agentdb_url')}",
+            )
+    return settings.model_copy(update={"index": "exact"})
 
 
 class Codes(Protocol):

@@ -1,0 +1,187 @@
+"""The images: what they weigh, how soon they are ready, what they take when idle, how soon they are rebuilt.
+
+Each service runs alone, hardened as the stacks run it (read-only root, no capabilities), with its memory in a
+new volume; a worker beside a PostgreSQL. Ready is the first 200 of `/health/ready`, from before `docker run`.
+
+Usage: python benchmarks/containers.py [--json] (needs a Docker engine, or root on Debian)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import secrets
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TITLE = "Containers"
+STARTS, PROBES, IDLE_S, REBUILDS = 5, 20, 20.0, 3
+READY_TARGET_S, REBUILD_TARGET_S, PROBE_TARGET_MS = 10, 10, 60
+LIMITS_MB = {"platform": 320, "agentdb": 220, "swarm": 220, "worker": 220}
+DATABASE = "postgresql://postgres:for-benchmarks@{host}/postgres"
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests" / "containers")]
+
+
+@contextmanager
+def postgres(engine: Any, name: str) -> Iterator[str]:
+    """A network with a PostgreSQL, by the name of both."""
+    from container import until
+    from engine import NEIGHBOURS
+
+    database = f"{name}-db"
+    engine.run("network", "create", name)
+    password = "--env=POSTGRES_PASSWORD=for-benchmarks"
+    engine.run("run", "--detach", f"--name={database}", f"--network={name}", password, NEIGHBOURS["postgres"])
+    try:
+        ready = ("exec", database, "pg_isready", "--host=127.0.0.1")
+        until(lambda: engine.run(*ready, check=False).returncode == 0, "PostgreSQL")
+        yield database
+    finally:
+        engine.run("rm", "--force", "--volumes", database)
+        engine.run("network", "rm", name)
+
+
+def added_mb(engine: Any, image: str) -> float:
+    """What an image adds to its base."""
+    from engine import BASE_IMAGE
+
+    size, base = (
+        int(engine.output("image", "inspect", "--format={{.Size}}", tag)) for tag in (image, BASE_IMAGE)
+    )
+    return (size - base) / 1e6
+
+
+def service_figures(engine: Any, target: str, image: str, options: tuple[str, ...]) -> dict[str, float]:
+    """Start, memory and probes of one image."""
+    from container import Container
+
+    took_s: list[float] = []
+    for count in range(STARTS):
+        name = f"af-bench-{secrets.token_hex(4)}"
+        begun_s = time.monotonic()
+        at = Container.run(engine, name, image, target, options=options).wait_ready()
+        took_s.append(time.monotonic() - begun_s)
+        try:
+            if count == STARTS - 1:
+                time.sleep(IDLE_S)
+                memory_mb = resident_mb(at)
+                probe_ms = probe_cpu_ms(at, target)
+        finally:
+            engine.run("rm", "--force", "--volumes", name)
+    return {
+        "added_mb": added_mb(engine, image),
+        "ready_s": statistics.median(took_s),
+        "memory_mb": memory_mb,
+        "probe_ms": probe_ms,
+    }
+
+
+def resident_mb(at: Any) -> float:
+    """Memory of the container's processes that no other one shares, in millions of bytes."""
+    script = "cat /proc/[0-9]*/smaps_rollup | awk '/^Private_/ {kb += $2} END {print kb}'"
+    _, printed = at.exec("sh", "-c", script)
+    return int(printed.split()[0]) * 1024 / 1e6
+
+
+def probe_cpu_ms(at: Any, target: str) -> float:
+    """CPU time of one health check, by the accounts of a shell that makes many."""
+    loop = f"for n in $(seq {PROBES}); do agentic-flow health {target} > /dev/null || exit 1; done; times"
+    _, printed = at.exec("bash", "-c", loop)
+    words = printed.split()[-2:]  # user and system time of the children, such as 0m1.234s
+    seconds = [
+        60 * float(word.partition("m")[0]) + float(word.partition("m")[2].rstrip("s")) for word in words
+    ]
+    return 1000 * sum(seconds) / PROBES
+
+
+def rebuild_s() -> float:
+    """From a changed line of the source to the image, everything else in the build's cache."""
+    import tempfile
+
+    from engine import build, start
+    from images import build_secrets, copy_context
+
+    engine, took_s = start(), []
+    with tempfile.TemporaryDirectory() as folder, build_secrets() as options:
+        context = copy_context(Path(folder))
+        words = ("--file", context / "deploy/docker/Dockerfile", "--target=agentdb", *options)
+        build(engine, context, "agentic-flow-rebuild:benchmark", *words)
+        changed = context / "src/agentic_flow/core/version.py"
+        for _ in range(REBUILDS):
+            changed.write_text(changed.read_text("utf-8") + f"# {secrets.token_hex(8)}\n", "utf-8")
+            begun_s = time.monotonic()
+            build(engine, context, "agentic-flow-rebuild:benchmark", *words)
+            took_s.append(time.monotonic() - begun_s)
+    engine.run("image", "rm", "agentic-flow-rebuild:benchmark")
+    return statistics.median(took_s)
+
+
+def measure() -> dict[str, Any]:
+    """Everything, by target."""
+    from engine import running, start, stop
+    from images import Images
+
+    before = running()
+    engine = start()
+    try:
+        images = Images(engine)
+        figures: dict[str, Any] = {"rebuild_s": rebuild_s()}
+        for target in ("platform", "agentdb", "swarm"):
+            figures[target] = service_figures(engine, target, images(target), ())
+        with postgres(engine, f"af-bench-{secrets.token_hex(4)}") as database:
+            url = DATABASE.format(host=database)
+            stores = tuple(
+                f"--env=AGENTIC_FLOW_{section}__DATABASE_URL={url}" for section in ("SWARM", "AGENTDB")
+            )
+            options = (f"--network={database.removesuffix('-db')}", *stores)
+            figures["worker"] = service_figures(engine, "worker", images("worker"), options)
+        return figures
+    finally:
+        if before is None:
+            stop()
+
+
+def section() -> str:
+    """The section of RESULTS.md."""
+    figures = measure()
+    rows = []
+    for target, limit_mb in LIMITS_MB.items():
+        own = figures[target]
+        rows.append(
+            f"| {target} | {own['added_mb']:.0f} (≤ {limit_mb}) | {own['ready_s']:.1f} "
+            f"| {own['memory_mb']:.0f} | {own['probe_ms']:.0f} |"
+        )
+    return "\n".join(
+        [
+            f"Targets: ready within {READY_TARGET_S} s, a rebuild after a change of the source within "
+            f"{REBUILD_TARGET_S} s, a health check under {PROBE_TARGET_MS} CPU ms.",
+            "",
+            "| image | MB that it adds to its base | s from `docker run` to ready "
+            "| MB private memory, idle | CPU ms of a health check |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+            f"One changed line of the source is in an image after {figures['rebuild_s']:.1f} s (median of "
+            f"{REBUILDS}). Starts are medians of {STARTS}.",
+            "",
+            "`python benchmarks/containers.py`",
+        ]
+    )
+
+
+def main() -> int:
+    """Print the section, or with `--json` the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    print(json.dumps(measure(), indent=1) if parser.parse_args().json else section())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
