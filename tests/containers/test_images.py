@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import itertools
 import json
+import random
 import re
 import subprocess
 import sys
@@ -177,39 +178,34 @@ def test_agentdb_writes_and_searches(engine: Engine, images: Images, project: Pr
             f"--volume={name}-data:/data",
             "--health-interval=1s",
             # What many rows would bring: every library of the indexes takes part.
-            "--env=AGENTIC_FLOW_AGENTDB__SCAN_ROWS_MIN=10",
-            "--env=AGENTIC_FLOW_AGENTDB__GRAPH_ROWS_MIN=20",
+            "--env=AGENTIC_FLOW_AGENTDB__INDEX=scan",
         ),
     ).wait_ready()
+    numbers = random.Random(7)
     for dimension, metric in ((64, "cosine"), (16, "euclidean")):
         space = f"/v1/namespaces/{metric}"
         made = at.call("PUT", space, {"dimension": dimension, "metric": metric})
         assert made.status == 200, made
         rows = [
-            {"id": f"{number}", "text": f"row {number}", "vector": unit(number, dimension)}
-            for number in range(300)
+            {"id": f"{row}", "text": f"row {row}", "vector": [numbers.gauss() for _ in range(dimension)]}
+            for row in range(2500)
         ]
         stored = at.call("POST", f"{space}/items", {"items": rows})
-        assert stored.data["inserted"] == 300, stored
-        query = {"vector": unit(7, dimension), "mode": "vector", "k": 3}
+        assert stored.data["inserted"] == len(rows), stored
+        query = {"vector": rows[7]["vector"], "mode": "vector", "k": 3}
 
-        def by_graph(space: str = space, query: dict[str, object] = query) -> Answer | None:
+        def by_index(space: str = space, query: dict[str, object] = query) -> Answer | None:
             found = at.call("POST", f"{space}/search", query)
             assert found.status == 200, found
             assert found.data["hits"][0]["item"]["id"] == "7"
-            return found if found.data["tier"] == "graph" else None
+            return found if found.data["tier"] == "scan" else None
 
-        until(by_graph, "the graph, which is made after the commit")
+        until(by_index, "the index, which is made after the commit")
     assert at.call("GET", "/v1/namespaces").data["namespaces"]
     at.key, key = None, at.key
     assert at.call("GET", "/v1/namespaces").status == 401
     at.key = key
     until(lambda: at.state(".State.Health.Status") == "healthy", "the image's own health check")
-
-
-def unit(number: int, dimension: int) -> list[float]:
-    """A vector that differs from those of other numbers."""
-    return [1.0 if place == number % dimension else (number // dimension) / 10 for place in range(dimension)]
 
 
 def test_swarm_does_a_run(engine: Engine, images: Images, project: Project, notes: Path) -> None:
