@@ -229,6 +229,7 @@ def _start_own() -> Engine:
     _install_host_packages()
     _unpack_engine()
     _unpack_plugins()
+    _forget_the_dead()
     tools = FOLDER / "tools" / "usr"
     log = (FOLDER / "dockerd.log").open("ab")
     process = subprocess.Popen(
@@ -259,7 +260,30 @@ def _start_own() -> Engine:
         return engine.run("info", check=False, timeout_s=10).returncode == 0
 
     _wait_for(answers, _START_TIMEOUT_S, "dockerd to answer")
+    _clear(engine)
     return engine
+
+
+def _clear(engine: Engine) -> None:
+    """Remove what an earlier suite left in our engine when it was killed; images and build caches stay."""
+    if left := engine.output("ps", "--all", "--quiet").split():
+        engine.run("rm", "--force", "--volumes", *left)
+    for kind in ("network", "volume"):
+        engine.run(kind, "prune", "--force")
+
+
+def _forget_the_dead() -> None:
+    """Remove the pid files of an engine that was killed: other processes may have those numbers by now."""
+    for path, program in (
+        (FOLDER / "docker.pid", "dockerd"),
+        (FOLDER / "exec/containerd/containerd.pid", "containerd"),
+    ):
+        try:
+            words = Path(f"/proc/{int(path.read_text('ascii'))}/cmdline").read_bytes().split(b"\0")
+        except (OSError, ValueError):
+            words = []
+        if not words or Path(os.fsdecode(words[0])).name != program:
+            path.unlink(missing_ok=True)
 
 
 def _install_host_packages() -> None:

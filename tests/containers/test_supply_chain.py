@@ -19,7 +19,7 @@ from container import call, until
 from cyclonedx.model.bom import Bom
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
-from engine import FOLDER, ROOT, Engine, unpack_packages
+from engine import BASE_IMAGE, FOLDER, ROOT, Engine, unpack_packages
 from images import Images
 
 PROGRAMS = {"cosign": "sid", "docker-registry": "sid"}
@@ -137,9 +137,9 @@ def test_only_what_was_signed_with_the_key_passes(
     assert (tmp_path / "cosign.key").read_text("utf-8").startswith("-----BEGIN ENCRYPTED")
     with registry(programs) as address:
         digests = []
-        for target in ("agentdb", "swarm"):
-            tag = f"{address}/{images(target).partition(':')[0]}:test"
-            engine.run("tag", images(target), tag)
+        for image in (images("agentdb"), BASE_IMAGE):
+            tag = f"{address}/{image.partition(':')[0]}:test"
+            engine.run("tag", image, tag)
             engine.run("push", tag, timeout_s=300)
             digests.append(engine.output("inspect", "--format={{index .RepoDigests 0}}", tag))
             engine.run("image", "rm", tag)
