@@ -8,11 +8,15 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from agentic_flow.agentdb.embedding import HashedNgramEmbedder
 from agentic_flow.agentdb.service import AgentDB
+from agentic_flow.core.auth import Principal
 from agentic_flow.core.clock import SystemClock
 from agentic_flow.core.errors import InvalidInput, NotFound
 from agentic_flow.core.settings import AgentDBSettings, MemorySettings
@@ -21,7 +25,8 @@ from agentic_flow.memory.bank import Added, Bank
 from agentic_flow.memory.confidence import DAY_S, Credit
 from agentic_flow.memory.ledger import LEDGERS
 from agentic_flow.memory.ranking import CLOSING
-from agentic_flow.memory.records import ITEMS, MemoryItem, Source
+from agentic_flow.memory.records import EPISODES, ITEMS, SKILLS, MemoryItem, Source
+from agentic_flow.memory.service import Memory
 
 pytestmark = pytest.mark.anyio
 
@@ -620,6 +625,42 @@ async def test_taking_back_a_wrong_lesson(bank: Bank) -> None:
     assert ([one.trajectory_id for one in red.sources], red.sources_total) == (["t-second.1"], 1)
     assert await bank.retract(T, "t-blue.1", ["blue.1"]) == ["blue.1"]
     assert await bank.get(T, ["blue.1"]) == []
+
+
+class Counted(HashedNgramEmbedder):
+    """Notes what it is asked to embed."""
+
+    def __init__(self) -> None:
+        super().__init__(512)
+        self.asked: list[str] = []
+
+    async def embed(
+        self, texts: Sequence[str], *, kind: Literal["document", "query"] = "document"
+    ) -> NDArray[np.float32]:
+        self.asked += texts if kind == "query" else ()
+        return await super().embed(texts, kind=kind)
+
+
+async def test_a_goal_is_embedded_once(tmp_path: Path) -> None:
+    """Catches a run that pays for an embedding in each of its searches, and vectors that tenants share."""
+    embedder = Counted()
+    async with AgentDB(tmp_path, AgentDBSettings(embedding_dimension=512), embedder) as db:
+        memory = Memory(db, MemorySettings())
+        goal = "open the red door of the castle"
+        for tenant in ("one", "two"):
+            who = Principal(tenant, "owner", frozenset({"memory:*"}))
+            for namespace in (ITEMS, SKILLS, EPISODES):
+                await db.create_namespace(tenant, namespace)
+            await memory.bank.add(tenant, [door("red")], idempotency_key="a")
+            embedder.asked.clear()
+            found = await memory.recall(who, goal)
+            await memory.tries(who, goal)
+            assert [one.item.id for one in found.items] == ["red.1"]
+            assert embedder.asked == [goal]
+        await db.erase_tenant("two")
+        await db.create_namespace("two", ITEMS)
+        await memory.bank.recall("two", goal)
+        assert embedder.asked == [goal, goal]
 
 
 async def test_erasing_a_tenant_leaves_nothing_and_memory_begins_anew(bank: Bank, store: AgentDB) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from agentic_flow.agentdb.service import AgentDB
+from agentic_flow.core.auth import Principal
 from agentic_flow.core.errors import InvalidInput, NotFound
-from agentic_flow.core.settings import AgentDBSettings
+from agentic_flow.core.settings import AgentDBSettings, MemorySettings
 from agentic_flow.core.vectors import Item
 from agentic_flow.memory.records import SKILLS, Outcome, Trajectory, TrajectoryStep, Verdict, VerdictSource
+from agentic_flow.memory.service import Memory
 from agentic_flow.memory.skills import (
     EXAMPLES_MAX,
     RETIRE_USES_MIN,
@@ -252,6 +255,78 @@ async def test_what_is_kept_is_bounded(db: AgentDB) -> None:
     )
     assert await skills.learn(T, long, verdict()) is None
     assert len((await db.list_items(T, SKILLS)).items) == len(rows), "too long to be a procedure"
+
+
+async def test_the_skill_of_the_task_is_found_among_many(db: AgentDB) -> None:
+    """Catches a search that ranks by spelling alone, and one in which the traces of runs crowd skills out."""
+    skills = Skills(db)
+    for number in range(30):
+        for city in CITIES[:3]:
+            task = f"Report the weather number {number} in {city} to the team by radio {number}"
+            run = weather(city, name=f"run-{number}-{city}").model_copy(update={"task": task})
+            tool = TrajectoryStep(name=f"tool:radio-{number}", action=json.dumps({"to": city}))
+            await skills.learn(
+                T, run.model_copy(update={"steps": (*run.steps, tool), "steps_total": 6}), verdict()
+            )
+    assert await skills.count(T) == 30
+    for _ in range(2):  # once by a thread, once here
+        (found,) = await skills.find(T, "Report the weather number 17 in Quito to the team by radio 17", k=1)
+        assert found.skill == await skills.get(T, found.skill.id)
+        assert (found.parameters, "radio-17" in found.skill.tools[-1]) == ({"q": "Quito"}, True)
+    assert await skills.find(T, "bake a cake", k=3) == []
+
+
+async def test_a_skill_is_explained_by_its_runs(tmp_path: Path) -> None:
+    """Catches an explanation that does not add up to the belief that recalls show, and a retired skill that
+    is said to be recalled."""
+    owner = Principal(T, "owner", frozenset({"memory:*"}))
+    async with AgentDB(tmp_path, SETTINGS) as db:
+        memory = Memory(db, MemorySettings())
+        skill = await learned(memory.skills, *CITIES[:4])
+        used = await memory.skills.record_use(T, skill.id, "u0", verdict("success", "test"))
+        found = await memory.explain(owner, skill.id)
+        assert found.recalled
+        assert found.item == as_item(used)
+        weights = sum(one.weight_now for one in found.evidence) + found.folded_successes
+        assert abs(weights - found.belief.evidence) < 1e-6
+        assert {one.trajectory_id: (one.kind, one.counts) for one in found.evidence} == {
+            **{f"run-{city}": ("taught", "for") for city in CITIES[:4]},
+            "u0": ("use", "for"),
+        }
+        for number in range(USES_KEPT_MAX):
+            used = await memory.skills.record_use(T, skill.id, f"f{number}", verdict("failure"))
+        found = await memory.explain(owner, skill.id)
+        assert used.state == "retired"
+        assert not found.recalled
+        assert "retired" in found.reasons[-1]
+        with pytest.raises(NotFound):
+            await memory.explain(owner, "skill-0000")
+
+
+class AlwaysLow(random.Random):
+    """Draws what keeps everything back."""
+
+    def random(self) -> float:
+        return 0.0
+
+
+async def test_a_skill_is_kept_back_by_chance_like_an_item(tmp_path: Path) -> None:
+    """Catches skills that are shown whatever the draw says, or whose absence is not counted as such."""
+    owner = Principal(T, "owner", frozenset({"memory:*"}))
+    async with AgentDB(tmp_path, SETTINGS) as db:
+        memory = Memory(db, MemorySettings(withheld_share=0.2), rng=AlwaysLow())
+        skill = await learned(memory.skills, *CITIES[:3])
+        recall = await memory.recall(owner, "Report the weather in Quito to the team", recall_id="r1")
+        assert (recall.withheld, recall.items, recall.context) == ((skill.id,), (), "")
+        certificate = await memory.certificates.get(T, "r1")
+        assert certificate is not None
+        assert (certificate.withheld, certificate.withheld_share) == ((skill.id,), 0.2)
+        run = weather("Quito").model_copy(update={"recall_id": "r1"})
+        await memory.note_outcome(owner, run, verdict("success", "test"))
+        await memory.rate_skills(owner, run, verdict("success", "test"))
+        (effect,) = (await memory.uplift(owner)).items
+        assert (effect.item_id, effect.randomised.without_n, effect.randomised.with_n) == (skill.id, 1, 0)
+        assert (await memory.skills.get(T, skill.id)).current.uses == 0
 
 
 async def test_a_skill_can_go_into_the_bank(db: AgentDB) -> None:

@@ -395,6 +395,7 @@ def test_mechanical_items_say_what_happened() -> None:
             "close tickets …, … and ….",
         ),
         ("find why 404 is answered on port 8080", "find why 404 is answered on port 8080"),
+        ("close ticket 4711: the login fails", "close ticket …: the login fails"),
         ("update v1.2 to 2.0-rc1 in app-3/x and E1042 at 10:30", None),
     ],
 )

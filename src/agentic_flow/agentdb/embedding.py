@@ -11,12 +11,13 @@ from __future__ import annotations
 import asyncio
 import math
 import zlib
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from agentic_flow.agentdb.analysis import STOP_WORDS, words
 from agentic_flow.core.later import Later
+from agentic_flow.core.ports import Embedder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +30,10 @@ _NGRAMS_WEIGHT = 0.7
 _WORD_CHARS_MAX = 40
 _WORDS_KEPT_MAX = 50_000
 _TEXTS_AT_ONCE = 256
+_CHARS_HERE_MAX = 1000
+
+QUERIES_KNOWN_MAX = 64
+"""Queries whose vectors are remembered."""
 
 
 class HashedNgramEmbedder:
@@ -56,6 +61,9 @@ class HashedNgramEmbedder:
         self, texts: Sequence[str], *, kind: Literal["document", "query"] = "document"
     ) -> NDArray[np.float32]:
         """See Embedder. A text without words is the zero vector."""
+        if sum(map(len, texts)) <= _CHARS_HERE_MAX:
+            # To hand it to another thread takes as long as to do it.
+            return self.embed_now(texts)
         return await asyncio.to_thread(self.embed_now, texts)
 
     def embed_now(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -116,3 +124,41 @@ class HashedNgramEmbedder:
         mixed ^= mixed >> 15
         values[(mixed & 1) == 1] *= -1
         return ((mixed >> 1) % self._dimension).astype(np.int32), values
+
+
+class QueryVectors:
+    """Embeds queries, and remembers the last ones: who looks for one text in several namespaces, as a run
+    does before it begins, pays for one embedding.
+
+    Args:
+        embedder: Makes the vectors.
+    """
+
+    def __init__(self, embedder: Embedder) -> None:
+        self._embedder = embedder
+        self._known: OrderedDict[tuple[str, str], NDArray[np.float32]] = OrderedDict()
+
+    async def of(self, tenant: str, texts: Sequence[str]) -> list[NDArray[np.float32]]:
+        """Their vectors.
+
+        Args:
+            tenant: Whose queries. Each has its own: the time that an answer takes tells nobody what another
+                tenant asked for.
+            texts: The queries' texts.
+        """
+        known = self._known
+        found = {text: known[tenant, text] for text in texts if (tenant, text) in known}
+        fresh = list(dict.fromkeys(text for text in texts if text not in found))
+        if fresh:
+            found |= zip(fresh, await self._embedder.embed(fresh, kind="query"), strict=True)
+        for text, vector in found.items():
+            known[tenant, text] = vector
+            known.move_to_end((tenant, text))
+        while len(known) > QUERIES_KNOWN_MAX:
+            known.popitem(last=False)
+        return [found[text] for text in texts]
+
+    def forget(self, tenant: str) -> None:
+        """Let go of a tenant's queries."""
+        for one in [key for key in self._known if key[0] == tenant]:
+            del self._known[one]

@@ -39,6 +39,8 @@ SPELLING_WEIGHT = 0.25
 
 MOMENTS_KEPT_MAX = 1000
 QUICK_POOL_MAX = 100
+QUICK_ROWS_MAX = 128
+"""Rows that a filter leaves up to which to read and compare them all takes less than asking a thread."""
 NAMED_KEYS_MAX = 32
 """Keys of hits up to which they are bound one by one."""
 QUICK_NUMBERS_MAX: dict[IndexTier, int] = {"exact": 2_000_000, "scan": 100_000_000}
@@ -123,15 +125,21 @@ class Searcher:
         self._seen = threading.local()
 
     def is_quick(self, layout: Layout, request: Request) -> bool:
-        """Whether the search is likely to end within about a millisecond: its index stands in memory."""
-        if request.mode != "vector" or request.query.exact:
+        """Whether the search is likely to end within about a millisecond: its index stands in memory, or its
+        filter left few rows when it was last asked for."""
+        if request.mode != "vector" or request.query.exact or request.pool > QUICK_POOL_MAX:
             return False
         index = self.indexes.loaded(layout)
-        if index is None or request.pool > QUICK_POOL_MAX:
-            return False
         if request.where is not None:
             admitted = self.allowed.count(layout.namespace_id, request.where)
-            return admitted is not None and admitted <= GATHERED_MAX and index.recent is not None
+            if admitted is None or admitted > GATHERED_MAX:
+                return False
+            if admitted <= QUICK_ROWS_MAX:
+                return True
+            if index is not None and index.tier != "exact":
+                return index.recent is not None
+        if index is None:
+            return False
         return index.tier == "graph" or len(index) * layout.dimension <= QUICK_NUMBERS_MAX[index.tier]
 
     def run(self, connection: apsw.Connection, namespace: NamespaceRow, request: Request) -> Found:

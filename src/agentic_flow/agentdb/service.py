@@ -23,7 +23,7 @@ import structlog
 from numpy.typing import NDArray
 
 from agentic_flow.agentdb import schema, writing
-from agentic_flow.agentdb.embedding import HashedNgramEmbedder
+from agentic_flow.agentdb.embedding import HashedNgramEmbedder, QueryVectors
 from agentic_flow.agentdb.erasure import empty_log, overwrite_free_space
 from agentic_flow.agentdb.filters import Compiled, compile_filter, register_functions
 from agentic_flow.agentdb.history import History, HistoryStatus
@@ -112,6 +112,7 @@ class AgentDB:
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._embedder = embedder or HashedNgramEmbedder(settings.embedding_dimension)
+        self._queries = QueryVectors(self._embedder)
         self._clock = clock
         self._settings = settings
         fitting = installable(settings)
@@ -277,6 +278,7 @@ class AgentDB:
                 erase again.
         """
         check_tenant(tenant)
+        self._queries.forget(tenant)
         now_s = self._clock.time_s()
 
         def job(connection: apsw.Connection) -> tuple[int, list[int]]:
@@ -508,7 +510,7 @@ class AgentDB:
     async def _searched(
         self, tenant: str, row: NamespaceRow, queries: Sequence[SearchQuery]
     ) -> list[SearchResult]:
-        requests = await self._requests(row, queries)
+        requests = await self._requests(tenant, row, queries)
         semantic = not row.callers_vectors and self._embedder.semantic
 
         def job(connection: apsw.Connection) -> list[SearchResult]:
@@ -533,7 +535,9 @@ class AgentDB:
             return self._db.read_here(job)
         return await self._db.read(job)
 
-    async def _requests(self, row: NamespaceRow, queries: Sequence[SearchQuery]) -> list[Request]:
+    async def _requests(
+        self, tenant: str, row: NamespaceRow, queries: Sequence[SearchQuery]
+    ) -> list[Request]:
         """What the database needs of each query: modes decided, texts embedded, filters compiled."""
         modes: list[Mode] = [self._mode(row, query) for query in queries]
         bare = [
@@ -544,8 +548,7 @@ class AgentDB:
         vectors: dict[int, NDArray[np.float32]] = {}
         if bare:
             texts = [queries[position].text[: schema.QUERY_CHARS_MAX] for position in bare]
-            embedded = await self._embedder.embed(texts, kind="query")
-            vectors = dict(zip(bare, embedded, strict=True))
+            vectors = dict(zip(bare, await self._queries.of(tenant, texts), strict=True))
         semantic = not row.callers_vectors and self._embedder.semantic
         now_s = self._clock.time_s()
         requests: list[Request] = []

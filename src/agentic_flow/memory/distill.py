@@ -46,7 +46,7 @@ _STEPS_TOLD_MAX = 12
 _TOLD_CHARS_MAX = 200
 # Counts, tickets, days; not what stands within a name, a version or a path.
 _DIGITS = re.compile(r"\d+(?:[.,]\d+)*")
-_NUMBER = re.compile(rf"(?<![\w./:-]){_DIGITS.pattern}(?![\w/:-]|[.,]\w)")
+_NUMBER = re.compile(rf"(?<![\w./:-]){_DIGITS.pattern}(?![\w/-]|[.,:]\w)")
 
 _FORM = (
     "An item has a title of a few words; a description that says in a sentence or two when it applies and "

@@ -178,7 +178,8 @@ class Episodes:
             task: What is to be done.
             k: Episodes at most.
         """
-        query = SearchQuery(text=task[:TASK_CHARS_MAX], k=min(1000, 8 * k))
+        # By vectors alone, at a tenth of the cost of full text: words are compared here.
+        query = SearchQuery(text=task[:TASK_CHARS_MAX], k=min(1000, 8 * k), mode="vector")
         found = [_read(hit.item) for hit in await self._rows.search(tenant, query) if _alike(hit, task)]
         return sorted(found, key=lambda one: (-one.at_s, one.id))[:k]
 

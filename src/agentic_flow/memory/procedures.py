@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, cast
 
 import orjson
@@ -155,8 +156,14 @@ def trace_of(trajectory: Trajectory) -> Trace | None:
 
 def likeness(task: str, other: str) -> float:
     """Share of the words of two tasks that both have, 0 to 1."""
-    ours, theirs = ({w.casefold() for w in _WORD.findall(text)} for text in (task, other))
+    ours, theirs = _task_words(task), _task_words(other)
     return len(ours & theirs) / len(ours | theirs) if ours or theirs else 0.0
+
+
+@lru_cache(maxsize=1024)
+def _task_words(task: str) -> frozenset[str]:
+    """A task is compared with many others, one after the other."""
+    return frozenset(map(str.casefold, _WORD.findall(task)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,11 +393,16 @@ def read_task(procedure: Procedure, task: str) -> dict[str, str] | None:
 
     A value ends where the fixed text behind it begins first.
     """
+    return read_form(procedure.task, task)
+
+
+def read_form(form: Sequence[Piece], task: str) -> dict[str, str] | None:
+    """`read_task` of the form that a procedure's tasks have."""
     rest = " ".join(task.split())
-    texts = [_SPACES.sub(" ", piece.text) for piece in procedure.task]
+    texts = [_SPACES.sub(" ", piece.text) for piece in form]
     texts[0], texts[-1] = texts[0].lstrip(), texts[-1].rstrip()
     values: dict[str, str] = {}
-    for number, piece in enumerate(procedure.task):
+    for number, piece in enumerate(form):
         if piece.hole is None:
             fixed = texts[number]
             if rest[: len(fixed)].casefold() != fixed.casefold():

@@ -54,7 +54,7 @@ from agentic_flow.memory.records import (
     Verdict,
 )
 from agentic_flow.memory.series import MemorySeries, memory_series
-from agentic_flow.memory.skills import SKILL_ID, FoundSkill, Skills, as_item
+from agentic_flow.memory.skills import SKILL_ID, FoundSkill, Skills, as_item, explained
 from agentic_flow.memory.trajectories import Trajectories
 from agentic_flow.memory.uplift import Exposure, Uplift, UpliftReport, assign
 
@@ -412,6 +412,9 @@ class Memory(KnowHow):
     async def explain(self, principal: Principal, item_id: str) -> Explanation:
         """See MemoryService."""
         principal.demand(READ)
+        if item_id.startswith(SKILL_ID):
+            for skill in await self.skills.get_many(principal.tenant, [item_id]):
+                return explained(skill, self._clock.time_s(), self.settings.recency_half_life_days)
         return await self.bank.explain(principal.tenant, item_id)
 
     async def edit(self, principal: Principal, item_id: str, edit: Edit) -> MemoryItem:

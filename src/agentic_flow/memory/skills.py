@@ -21,16 +21,19 @@ from agentic_flow.core.errors import Conflict, NotFound
 from agentic_flow.core.messages import Frozen
 from agentic_flow.core.ports import VectorStore
 from agentic_flow.core.vectors import Item, SearchQuery
+from agentic_flow.memory.beliefs import Explanation, explanation
 from agentic_flow.memory.confidence import TAUGHT_WEIGHT
 from agentic_flow.memory.intervals import wilson
+from agentic_flow.memory.ledger import TAUGHT_RANK, Entry, Ledger
 from agentic_flow.memory.procedures import (
     FilledStep,
+    Piece,
     Procedure,
     Trace,
     fill,
     generalise,
     likeness,
-    read_task,
+    read_form,
     shown,
     trace_of,
     written,
@@ -80,6 +83,13 @@ _TURN_RETRY_S = 0.02
 _CANDIDATES = 20
 _DAY_S = 86_400.0
 _TRACE, _SKILL, _TURN = "t.", "s.", "turn."
+_COUNTED = ("for", "against")
+_COUNTS: dict[Outcome, Literal["for", "against", "neither"]] = {
+    "success": "for",
+    "failure": "against",
+    "impossible": "neither",
+    "unknown": "neither",
+}
 
 
 class SkillVersion(Frozen):
@@ -99,7 +109,7 @@ class SkillVersion(Frozen):
     @property
     def success_share(self) -> float:
         """Expected chance of success: the mean of a Beta posterior over a uniform prior."""
-        return (self.successes + 1) / (self.uses + 2)
+        return success_share(self.successes, self.failures)
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -322,25 +332,33 @@ class Skills:
             task: What is to be done.
             k: Skills at most.
         """
+        # By vectors alone: full text would weigh the words of every run's trace as well, at ten times the
+        # cost, and what is found is compared with the task word by word here.
         hits = await self._rows.search(
             tenant,
-            SearchQuery(text=task, k=min(1000, 4 * k), filter={"kind": "skill", "state": "active"}),
+            SearchQuery(
+                text=task,
+                k=min(1000, 4 * k),
+                mode="vector",
+                filter={"kind": "skill", "state": "active"},
+            ),
         )
-        found: list[FoundSkill] = []
+        # Of the bare rows, as far as that goes: to validate a skill takes longer than to search for it.
+        fitting: list[tuple[tuple[bool, float, str], Item, float, dict[str, str] | None]] = []
         for hit in hits:
-            skill = _read_skill(hit.item)
-            like = max((likeness(one.task, task) for one in skill.examples), default=0.0)
-            parameters = read_task(skill.current.procedure, task)
+            stored = hit.item.metadata
+            like = max((likeness(one["task"], task) for one in stored["examples"]), default=0.0)
+            current = stored["versions"][-1]
+            form = [Piece.model_validate(piece) for piece in current["procedure"]["task"]]
+            parameters = read_form(form, task)
             if parameters is not None or like >= LIKENESS_MIN:
-                found.append(FoundSkill(skill=skill, likeness=like, parameters=parameters))
-        found.sort(
-            key=lambda one: (
-                one.parameters is None,
-                -one.likeness * one.skill.current.success_share,
-                one.skill.id,
-            )
-        )
-        return found[:k]
+                worth = like * success_share(current["successes"], current["failures"])
+                fitting.append(((parameters is None, -worth, stored["id"]), hit.item, like, parameters))
+        fitting.sort(key=lambda one: one[0])
+        return [
+            FoundSkill(skill=_read_skill(row), likeness=like, parameters=parameters)
+            for _, row, like, parameters in fitting[:k]
+        ]
 
     async def get(self, tenant: str, skill_id: str) -> Skill:
         """One skill.
@@ -496,6 +514,11 @@ class Skills:
         )
 
 
+def success_share(successes: int, failures: int) -> float:
+    """Expected chance of success after uses that ended so."""
+    return (successes + 1) / (successes + failures + 2)
+
+
 def as_item(skill: Skill) -> MemoryItem:
     """The skill as recalls show it. As with items, a run that taught it counts half of one that used it."""
     current = skill.current
@@ -522,6 +545,51 @@ def as_item(skill: Skill) -> MemoryItem:
         created_at_s=skill.created_at_s,
         updated_at_s=skill.updated_at_s,
     )
+
+
+def explained(skill: Skill, now_s: float, half_life_days: float) -> Explanation:
+    """Why the skill is believed: the runs that taught it, and the uses of its current version.
+
+    Args:
+        skill: As it is stored.
+        now_s: Unix seconds.
+        half_life_days: Age at which evidence counts half; as recalls count it, from the skill's last change.
+    """
+    item = as_item(skill)
+    entries = {
+        one.trajectory_id: Entry(
+            kind="taught", counts="for", weight=TAUGHT_WEIGHT, rank=TAUGHT_RANK, at_s=skill.updated_at_s
+        )
+        for one in skill.examples
+    }
+    for trajectory_id, use in skill.uses.items():
+        if use.version == skill.current.version:
+            says = _COUNTS[use.outcome]
+            entries[trajectory_id] = Entry(
+                kind="use",
+                counts=says,
+                weight=0.0 if says == "neither" else 1.0,
+                rank=VERDICT_RANK[use.source],
+                at_s=skill.updated_at_s,
+            )
+    known = {says: sum(one.weight for one in entries.values() if one.counts == says) for says in _COUNTED}
+    ledger = Ledger(
+        entries=entries,
+        # Runs behind it and uses of it that are no longer kept by name.
+        folded_successes=max(0.0, item.successes - known["for"]),
+        folded_failures=max(0.0, item.failures - known["against"]),
+        folded_at_s=skill.updated_at_s,
+        sources=item.sources,
+        sources_total=item.sources_total,
+    )
+    found = explanation(item, ledger, {}, now_s, half_life_days)
+    if skill.state == "active":
+        return found
+    why = (
+        f"it is not recalled: it was retired, with {skill.current.failures} failures in "
+        f"{skill.current.uses} uses and {skill.supported} runs behind it"
+    )
+    return found.model_copy(update={"recalled": False, "reasons": (*found.reasons[:-1], why)})
 
 
 def _used(skill: Skill, trajectory_id: str, use: Use) -> Skill:

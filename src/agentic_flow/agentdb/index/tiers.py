@@ -271,8 +271,9 @@ class Indexes:
             query: Comparable: a unit vector under cosine.
             newest: The namespace's last operation, where the caller knows it.
         """
-        if allowed is not None and len(allowed) <= GATHERED_MAX:
-            held = self._held.get(layout.namespace_id)
+        held = self._held.get(layout.namespace_id)
+        in_memory = held is not None and held.matrix is not None
+        if allowed is not None and len(allowed) <= GATHERED_MAX and not in_memory:
             keys, scores = self._decided(connection, layout, held, query, allowed, count, newest)
             return Near(*best(keys, scores, count), "exact")
         if exact:
