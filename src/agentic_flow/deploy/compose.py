@@ -181,7 +181,7 @@ def _service(
         found["cap_add"] = list(part.capabilities)
     found["security_opt"] = ["no-new-privileges:true"]
     settings = {name: value.replace("$", "$$") for name, value in part.environment.items()}
-    environment = {**settings, **{name: f"${{{name}:-}}" for name in part.passed}}
+    environment = {**settings, **{name: f"${{{name}:-{settings.get(name, '')}}}" for name in part.passed}}
     if environment:
         found["environment"] = environment
     if secrets := _secret_names(part):

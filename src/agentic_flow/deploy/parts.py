@@ -72,8 +72,8 @@ class Part:
         command: Its arguments; None: the image's own.
         entry: The program in place of the image's own.
         environment: Settings by their variables.
-        passed: Variables of the operator's environment that it takes as they are; an empty one counts as
-            absent.
+        passed: Variables of the operator's environment that it takes as they are; where one is absent or
+            empty, that of `environment` holds.
         has_certificate: Whether it shows one of its own: `ca.crt`, `<name>.crt`, `<name>.key`.
         files: Content that it reads: path inside → path among the rendered files.
         scratch: Folders in memory, gone with the part.

@@ -31,6 +31,8 @@ from agentic_flow.deploy.spec import Provider, StackSpec
 
 AGENT = "agent"
 TRIES = 3
+_RESULTS = Volume("agent-metrics", DATA_DIR)
+_SCRATCH = ("/tmp",)  # noqa: S108 - inside the container
 QUESTION = "How is this software organised, and where is its main job done?"
 """What the teams in parallel are asked about the folder of inputs."""
 
@@ -151,7 +153,7 @@ def parallel(spec: StackSpec) -> SidePlan:
     jobs = [_job(origin, team, asked) for team in TEAMS]
     measured = ("swarm", "bench", "--input", INPUTS_DIR, "--task", "index", "--out", f"{DATA_DIR}/results")
     bench = _job(origin, BENCHMARK, measured)
-    jobs.append(replace(bench, data=Volume("agent-metrics", DATA_DIR), scratch=("/tmp",)))  # noqa: S108
+    jobs.append(replace(bench, passed=("ITERATIONS",), data=_RESULTS, scratch=_SCRATCH))
     return SidePlan(f"{spec.name}-parallel", origin, tuple(jobs), networks=(), published=())
 
 
