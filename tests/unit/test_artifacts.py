@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import os
 from pathlib import Path, PurePosixPath
@@ -154,6 +155,14 @@ async def test_limits_hold_for_steps_at_once_and_for_every_version() -> None:
     under_way[gone][1].discard()
     assert under_way[gone][0].artifacts == []
     assert (await case.leave("more", "x" * 8)).is_new
+    step, artifacts = case.step("cancelled")
+    with pytest.raises(LimitExceeded):
+        await artifacts.leave(NewArtifact("more2", "text/plain", b"xx"))
+    del under_way[left.index(True, gone + 1)], step, artifacts
+    gc.collect()
+    step, artifacts = case.step("next")
+    assert (await artifacts.leave(NewArtifact("more2", "text/plain", b"xx"))).is_new, "a step that is gone"
+    case.shelf.store(step)
     await case.leave("small", "")
     with pytest.raises(LimitExceeded, match="4 artifacts"):
         await case.leave("one-more", "")

@@ -6,9 +6,11 @@ Every implementation, in process or over HTTP, passes the same contract suite
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -335,7 +337,7 @@ RunState = Literal["queued", "running", "paused", "interrupted", "completed", "f
 and the process that ran it is gone; it can be resumed."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class NewArtifact:
     """Bytes under a name that a step leaves besides its result."""
 
@@ -343,8 +345,13 @@ class NewArtifact:
     media_type: str
     content: bytes
 
+    @cached_property
+    def sha256(self) -> str:
+        """Digest of the bytes, in hexadecimal digits; made once, because it takes its time."""
+        return hashlib.sha256(self.content).hexdigest()
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class StepContext:
     """Given to a step while it executes.
 

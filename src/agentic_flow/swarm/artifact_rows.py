@@ -55,7 +55,7 @@ def artifact_row(root_id: str, step: Mapping[str, Any], artifact: NewArtifact) -
         "name": artifact.name,
         "media_type": artifact.media_type,
         "size_bytes": len(artifact.content),
-        "sha256": hashlib.sha256(artifact.content).hexdigest(),
+        "sha256": artifact.sha256,
         "created_at_s": step["completed_at_s"],
         "content": artifact.content,
     }

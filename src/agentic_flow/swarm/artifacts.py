@@ -11,11 +11,12 @@ executed by one process at a time, which keeps the list of the latter (`Staged`)
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
 import mimetypes
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from weakref import ref
 
 from agentic_flow.core.errors import Conflict, InvalidInput, LimitExceeded, NotFound, TooLarge
 from agentic_flow.core.ports import ArtifactRecord, NewArtifact, RunEngine, StepContext
@@ -97,16 +98,37 @@ class _Entry:
     sha256: str
 
 
-@dataclass
 class Staged:
-    """What steps of one run have left in this process; an entry stays when it is stored. By step and name."""
+    """What steps of one run have under way in this process.
 
-    entries: dict[tuple[str, str], _Entry] = field(default_factory=dict[tuple[str, str], "_Entry"])
+    An entry is good for as long as its step executes: then it is stored, or was refused with its step.
+    """
 
-    def besides(self, stored: Sequence[ArtifactRecord]) -> list[_Entry]:
-        """Those that are not stored yet."""
-        known = {(f"{one.workflow_id}:{one.index}", one.name) for one in stored}
-        return [entry for key, entry in self.entries.items() if key not in known]
+    def __init__(self) -> None:
+        self._entries: dict[tuple[str, str], tuple[ref[StepContext], _Entry]] = {}
+
+    def put(self, step: StepContext, entry: _Entry) -> None:
+        """A step leaves this, in place of what it has left under the name."""
+        self._entries[step.idempotency_key, entry.name] = (ref(step), entry)
+
+    def drop(self, step: StepContext, name: str) -> None:
+        """A step leaves nothing under this name after all."""
+        self._entries.pop((step.idempotency_key, name), None)
+
+    def over(self) -> set[tuple[str, str]]:
+        """Those whose step has ended: whoever reads the store from now on finds them there, or never."""
+        return {key for key, (step, _) in self._entries.items() if step() is None}
+
+    def besides(self, stored: Sequence[ArtifactRecord], over: set[tuple[str, str]]) -> list[_Entry]:
+        """Those that are not stored yet.
+
+        Args:
+            stored: What the store had.
+            over: What `over` said before the store was read.
+        """
+        for key in over | {(f"{one.workflow_id}:{one.index}", one.name) for one in stored}:
+            self._entries.pop(key, None)
+        return [entry for _, entry in self._entries.values()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,14 +205,14 @@ class StepArtifacts:
                 f"artifact {name!r} has {size_bytes:,} bytes, and at most {self.max_bytes:,} are kept",
                 hint="leave less, split it, or have the operator raise swarm.artifact_max_bytes",
             )
-        sha256 = hashlib.sha256(artifact.content).hexdigest()
+        sha256 = await asyncio.to_thread(lambda: artifact.sha256)
+        over = self._staged.over()
         stored = await self.every()
         # From here on nothing waits: what other steps stage meanwhile would not be counted.
-        own_key = (self._step.idempotency_key, name)
-        self._staged.entries.pop(own_key, None)
+        self._staged.drop(self._step, name)
         kept = [
             _Entry(one.name, one.workflow_id, one.media_type, one.size_bytes, one.sha256) for one in stored
-        ] + self._staged.besides(stored)
+        ] + self._staged.besides(stored, over)
         versions = [entry for entry in kept if entry.name == name]
         if not replaces_others or expected_version is not None:
             self._check_version(name, versions, expected_version)
@@ -198,14 +220,14 @@ class StepArtifacts:
             return Left(name, len(versions), artifact.media_type, size_bytes, sha256, is_new=False)
         self._check_room(name, size_bytes, kept)
         entry = _Entry(name, self._workflow_id, artifact.media_type, size_bytes, sha256)
-        self._staged.entries[own_key] = entry
+        self._staged.put(self._step, entry)
         self._step.artifacts.append(artifact)
         return Left(name, len(versions) + 1, artifact.media_type, size_bytes, sha256, is_new=True)
 
     def discard(self) -> None:
         """Leave nothing with this step after all."""
         for artifact in self._step.artifacts:
-            self._staged.entries.pop((self._step.idempotency_key, artifact.name), None)
+            self._staged.drop(self._step, artifact.name)
         self._step.artifacts.clear()
 
     def _check_version(self, name: str, versions: Sequence[_Entry], expected: int | None) -> None:
