@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 import string
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentic_flow.core.errors import AgenticFlowError, Conflict, DataCorrupted, InvalidInput, NotFound
-from agentic_flow.deploy.certs import SERVICES, CertificateFolder, read_hosts, write_kept
+from agentic_flow.deploy.certs import SERVICES, CertificateFolder, read_hosts
 
 NOW = datetime(2026, 11, 30, 12, 0, tzinfo=UTC)
 
@@ -189,25 +188,38 @@ def test_a_renewed_authority_leaves_what_it_signed_good(tmp_path: Path) -> None:
 
 def test_keys_are_private_and_files_keep_their_inode(tmp_path: Path) -> None:
     """Catches a key that others can read, and a renewal that containers with a mounted file never see."""
-    group = os.getgid()
-    CertificateFolder(tmp_path, group=group).init(["swarm"])
-    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
-    assert (modes["ca.key"], modes["swarm.key"], modes["swarm.crt"]) == (0o600, 0o640, 0o644)
+    CertificateFolder(tmp_path).init(["swarm"])
+    assert modes(tmp_path) == (0o600, 0o600, 0o644)
     before = {name: (tmp_path / name).stat().st_ino for name in ("swarm.key", "swarm.crt", "ca.crt")}
     first = content(tmp_path)
     CertificateFolder(tmp_path).renew(within_days=5000)
     assert {name: (tmp_path / name).stat().st_ino for name in before} == before
     assert all((tmp_path / name).read_bytes() != first[name] for name in before)
-    assert stat.S_IMODE((tmp_path / "swarm.key").stat().st_mode) == 0o600
+    assert modes(tmp_path) == (0o600, 0o600, 0o644)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(first)
+    mounted = tmp_path / "mounted"
+    CertificateFolder(mounted, mounted=True).init(["swarm"])
+    CertificateFolder(mounted).renew(within_days=5000)
+    assert modes(mounted) == (0o600, 0o644, 0o644)
+    assert stat.S_IMODE(mounted.stat().st_mode) == 0o700
+
+
+def modes(folder: Path) -> tuple[int, ...]:
+    return tuple(
+        stat.S_IMODE((folder / name).stat().st_mode) for name in ("ca.key", "swarm.key", "swarm.crt")
+    )
 
 
 def test_a_shorter_content_leaves_nothing_of_the_longer(tmp_path: Path) -> None:
-    """Catches the tail of an old secret behind a new one."""
-    path = tmp_path / "token"
-    for value in (b"a long old value", b"new"):
-        write_kept(path, value)
-        assert path.read_bytes() == value
+    """Catches the tail of an old certificate behind a new one."""
+    certificates = CertificateFolder(tmp_path)
+    certificates.init(["swarm"], hosts={"*": [f"host-{number}.example" for number in range(20)]})
+    before = (tmp_path / "swarm.crt").stat().st_size
+    (tmp_path / "swarm.key").unlink()
+    (tmp_path / "swarm.crt").write_bytes((tmp_path / "swarm.crt").read_bytes()[:100] + b"x" * before)
+    certificates.renew()
+    assert (tmp_path / "swarm.crt").read_bytes().endswith(b"-----END CERTIFICATE-----\n")
+    assert (tmp_path / "swarm.crt").stat().st_size < before
 
 
 def test_many_at_once_make_one_authority(tmp_path: Path) -> None:

@@ -22,10 +22,10 @@ AuthorityDays = Annotated[
     int | None,
     typer.Option("--authority-days", help="Days that the authority is valid. [default: 3650]", metavar="N"),
 ]
-Group = Annotated[
-    int | None,
+Mounted = Annotated[
+    bool,
     typer.Option(
-        "--group", help="Id of a group that may read the services' keys. [default: none may]", metavar="GID"
+        "--mounted", help="For containers: keys that all can read, in a folder that only you can enter."
     ),
 ]
 _FOLDER = Path("certs")
@@ -60,7 +60,7 @@ def init(
     ] = None,
     days: Days = None,
     authority_days: AuthorityDays = None,
-    group: Group = None,
+    mounted: Mounted = False,
     force: Annotated[
         bool, typer.Option("--force", help="Make the services' anew, whatever is there.")
     ] = False,
@@ -79,7 +79,7 @@ def init(
     )
 
     session.start()
-    changes = CertificateFolder(folder, group=group).init(
+    changes = CertificateFolder(folder, mounted=mounted).init(
         services or SERVICES,
         hosts=read_hosts(host or ()),
         days=CERTIFICATE_DAYS if days is None else days,
@@ -107,7 +107,6 @@ def renew(
     ] = None,
     days: Days = None,
     authority_days: AuthorityDays = None,
-    group: Group = None,
 ) -> None:
     """Make anew what expires soon or cannot be used. Servers take it up without a restart (tls.reload_s).
 
@@ -121,7 +120,7 @@ def renew(
     )
 
     session.start()
-    changes = CertificateFolder(folder, group=group).renew(
+    changes = CertificateFolder(folder).renew(
         services or (),
         within_days=RENEW_WITHIN_DAYS if within is None else within,
         days=CERTIFICATE_DAYS if days is None else days,

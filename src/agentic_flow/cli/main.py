@@ -31,6 +31,7 @@ from agentic_flow.cli import (
     schedules,
     secrets,
     serve,
+    stack,
     swarm,
     tenants,
     version,
@@ -66,7 +67,7 @@ def shared(
     remember_shared(data_dir, log_level, as_json)
 
 
-for _module in (run, serve, worker, doctor, health, version):
+for _module in (run, serve, stack, worker, doctor, health, version):
     _module.register(app)
 for _name, _module in (
     ("runs", runs),

@@ -90,14 +90,15 @@ class CertificateFolder:
 
     Args:
         folder: Made when the first certificate is.
-        group: Id of a group that may read the services' keys beside their owner (mode 0640), such as that of
-            the processes in containers. None: the owner alone (0600), as ever of the authority's key.
+        mounted: Whether containers mount the files: their user has a number that the host does not know, so
+            the services' keys can be read by all, in a folder that is its owner's alone. Else each key is its
+            owner's alone, as the authority's ever is. What is renewed keeps its mode.
         now: The present; the clock's by default.
     """
 
-    def __init__(self, folder: Path, *, group: int | None = None, now: datetime | None = None) -> None:
+    def __init__(self, folder: Path, *, mounted: bool = False, now: datetime | None = None) -> None:
         self._folder = folder
-        self._group = group
+        self._mounted = mounted
         self._given_now = now
 
     def init(
@@ -299,7 +300,7 @@ class CertificateFolder:
             ]
         )
         certificate = self._authority_certificate(subject, key, serial, days)
-        self._write(AUTHORITY, "key", _key_pem(key))
+        self._write(AUTHORITY, "key", _key_pem(key), mode=0o600)
         self._write_certificate(AUTHORITY, certificate)
         return Change(AUTHORITY, "made", "was not there")
 
@@ -362,7 +363,7 @@ class CertificateFolder:
             .sign(authority.key, hashes.SHA256())
         )
         # Servers take up a pair only when it is one, so it matters little which comes first.
-        self._write(name, "key", _key_pem(key), group=self._group)
+        self._write(name, "key", _key_pem(key), mode=0o644 if self._mounted else 0o600)
         self._write_certificate(name, certificate)
 
     def _authority(self) -> _Pair:
@@ -396,15 +397,14 @@ class CertificateFolder:
     def _write_certificate(self, name: str, certificate: x509.Certificate) -> None:
         self._write(name, "crt", certificate.public_bytes(serialization.Encoding.PEM), mode=0o644)
 
-    def _write(
-        self, name: str, ending: str, content: bytes, *, mode: int = 0o600, group: int | None = None
-    ) -> None:
+    def _write(self, name: str, ending: str, content: bytes, *, mode: int) -> None:
         path = self._path(name, ending)
         try:
-            write_kept(path, content)
-            if group is not None:
-                os.chown(path, -1, group)
-            os.chmod(path, 0o640 if group is not None else mode)
+            if path.exists():
+                _write_within(path, content)
+            else:
+                write_private(path, content)
+                os.chmod(path, mode)
         except OSError as error:
             raise PathNotFound(
                 f"{str(path)!r} cannot be written: {error.strerror}", hint="check the folder's permissions"
@@ -423,6 +423,8 @@ class CertificateFolder:
 
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            if self._mounted:
+                self._folder.chmod(0o700)
             descriptor = os.open(self._folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise PathNotFound(
@@ -436,20 +438,8 @@ class CertificateFolder:
             os.close(descriptor)
 
 
-def write_kept(path: Path, content: bytes) -> None:
-    """Write a private file that keeps its inode when it exists: it is mounted in containers by that.
-
-    A new file appears whole or not at all. What is written into an existing one stands beside it first, as
-    `NAME.new`, for the case that the machine fails in between.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    if not path.exists():
-        write_private(path, content)
-        return
-    spare = path.with_name(f"{path.name}.new")
-    write_private(spare, content)
+def _write_within(path: Path, content: bytes) -> None:
+    """Change what is in a file; its inode, by which containers have it, and its mode stay."""
     descriptor = os.open(path, os.O_WRONLY)
     try:
         os.pwrite(descriptor, content, 0)
@@ -457,7 +447,6 @@ def write_kept(path: Path, content: bytes) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    spare.unlink()
 
 
 def said(fault: Fault) -> str:

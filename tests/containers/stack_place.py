@@ -1,0 +1,126 @@
+"""A stack as its operator meets it: a folder of its own, commands of ours as child processes, a free port."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from engine import Engine
+from images import TAG
+
+COMMAND_TIMEOUT_S = 400.0
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command left."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def data(self) -> Any:
+        """Standard output as the one JSON value it is."""
+        return json.loads(self.out)
+
+
+def free_port() -> int:
+    """A port that nobody listens on now. It is held until all that were asked for are known to differ."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class StackPlace:
+    """One stack of the images under test.
+
+    Args:
+        folder: An empty folder.
+        engine: Whose environment the commands get.
+        project: Name of the stack.
+        spec: More of its description.
+    """
+
+    def __init__(self, folder: Path, engine: Engine, project: str, **spec: Any) -> None:
+        self.folder = folder
+        self.stack = folder / "stack"
+        self.engine = engine
+        self.project = project
+        self.ports = {"platform": free_port(), "swarm": free_port(), **spec.pop("ports", {})}
+        self.spec = {
+            "name": project,
+            "images": {"tag": os.environ.get("STK7_TAG", TAG)},
+            "ports": self.ports,
+            **spec,
+        }
+        self.write_spec()
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if k in ("PATH", "PYTHONPATH", "LANG", "TMPDIR")},
+            **engine.environment,
+            "HOME": str(folder),
+            "AGENTIC_FLOW_DATA_DIR": str(folder / "data"),
+        }
+
+    def write_spec(self, **changes: Any) -> None:
+        """Write the description, with changes."""
+        self.spec |= changes
+        (self.folder / "spec.yaml").write_text(yaml.safe_dump(self.spec))
+
+    @property
+    def url(self) -> str:
+        """Where clients find the platform."""
+        return f"https://localhost:{self.ports['platform']}"
+
+    @property
+    def client_environment(self) -> dict[str, str]:
+        """What `up` tells people to set."""
+        return {
+            "AGENTIC_FLOW_PEERS__TOKEN_FILE": str(self.stack / "secrets" / "owner_key"),
+            "AGENTIC_FLOW_TLS__CA_FILE": str(self.stack / "certs" / "ca.crt"),
+            "AGENTIC_FLOW_PEERS__PLATFORM_URL": self.url,
+            "AGENTIC_FLOW_PEERS__SWARM_URL": self.url,
+            "AGENTIC_FLOW_PEERS__AGENTDB_URL": self.url,
+        }
+
+    def run(self, *words: str | Path, **variables: str) -> Done:
+        """Run a command of ours to its end."""
+        done = subprocess.run(
+            [sys.executable, "-m", "agentic_flow", *map(str, words)],
+            cwd=self.folder,
+            env={**self.environment, **variables},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_TIMEOUT_S,
+            check=False,
+        )
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    def client(self, *words: str | Path) -> Done:
+        """The same, as a client of the stack."""
+        return self.run(*words, **self.client_environment)
+
+    def up(self, *words: str) -> Done:
+        """Start it."""
+        return self.run("up", "--spec", "spec.yaml", "--json", *words)
+
+    def container(self, service: str) -> str:
+        """Id of a service's one container."""
+        return self.engine.output("ps", "-q", "--no-trunc", *self.filters(service)).strip()
+
+    def filters(self, service: str) -> list[str]:
+        """Options of `docker ps` that choose a service's containers."""
+        return [
+            "--filter",
+            f"label=com.docker.compose.project={self.project}",
+            "--filter",
+            f"label=com.docker.compose.service={service}",
+        ]
