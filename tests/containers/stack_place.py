@@ -57,7 +57,7 @@ class StackPlace:
         self.ports = {"platform": free_port(), "swarm": free_port(), **spec.pop("ports", {})}
         self.spec = {
             "name": project,
-            "images": {"tag": os.environ.get("STK7_TAG", TAG)},
+            "images": {"tag": TAG},
             "ports": self.ports,
             **spec,
         }

@@ -22,7 +22,7 @@ SCRIPT = ROOT / "scripts" / "health-check.sh"
 @pytest.fixture(scope="module")
 def place(engine: Engine, images: Images, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StackPlace]:
     """A stack that is up."""
-    for target in () if os.environ.get("STK7_TAG") else ("platform", "agentdb", "swarm"):
+    for target in ("platform", "agentdb", "swarm"):
         images(target)
     folder = tmp_path_factory.mktemp("doctor")
     place = StackPlace(folder, engine, f"af-test-{os.urandom(4).hex()}")
