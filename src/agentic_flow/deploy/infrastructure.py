@@ -142,7 +142,7 @@ def prometheus(tier: Tier) -> Part:
         limits=_LIMITS[tier]["prometheus"],
         user="65534:65534",
         groups=(FILES_GROUP,),
-        probe=("promtool", "check", "ready", f"--http.url=http://127.0.0.1:{PROMETHEUS_PORT}"),
+        probe=("promtool", "check", "ready", f"--url=http://127.0.0.1:{PROMETHEUS_PORT}"),
         stop_s=30,
         ours=False,
     )

@@ -12,14 +12,24 @@ _EVERY_S = 15
 
 
 def configuration() -> dict[str, Any]:
-    """prometheus.yml. Every replica of a service is found by its name."""
+    """prometheus.yml. Every replica of a service is found by its name.
+
+    Workers, which a stack may be without, are looked for less often: each look in vain is a line of its log.
+    """
     ca, certificate, key = certificate_files("prometheus")
     jobs = [
         {
             "job_name": name,
             "scheme": "https",
             "tls_config": {"ca_file": ca, "cert_file": certificate, "key_file": key, "server_name": name},
-            "dns_sd_configs": [{"names": [name], "type": "A", "port": port, "refresh_interval": "10s"}],
+            "dns_sd_configs": [
+                {
+                    "names": [name],
+                    "type": "A",
+                    "port": port,
+                    "refresh_interval": "60s" if name == "worker" else "10s",
+                }
+            ],
         }
         for name, port in PORTS.items()
     ]
