@@ -253,3 +253,46 @@ def test_limits_missing_files_and_what_a_check_finds(tmp_path: Path) -> None:
         assert told in " ".join(map(str, problems)), problems
     bare = check_text(f'name: one\nsteps:\n{reads}  artifacts: ["x"]\n', "yaml")[1]
     assert "has no folder" in " ".join(map(str, bare))
+
+
+def test_a_retried_run_goes_on_with_what_was_left_before(tmp_path: Path) -> None:
+    """Catches a retry that lacks what kept steps have left, or finds what is done again there already."""
+    flow = tmp_path / "flow.yaml"
+    flow.write_text(
+        """
+name: again
+inputs: {folder: {type: path}}
+folders: ["{{ inputs.folder }}"]
+steps:
+  - id: a
+    tool: {name: artifact_write, arguments: {name: n.txt, text: "first"}}
+  - id: b
+    needs: [a]
+    tool: {name: artifact_write, arguments: {name: n.txt, text: "second", expected_version: 1}}
+  - id: c
+    needs: [b]
+    tool: {name: file_read, arguments: {path: "late.txt"}}
+""",
+        "utf-8",
+    )
+    given = {"data_dir": str(tmp_path / "data"), "memory.enabled": False}
+    settings = load(given, environ={}, directory=tmp_path, user_config=tmp_path / "none.toml").settings
+
+    async def main() -> None:
+        async with AsyncClient(settings=settings) as client:
+            result = await client.workflows.run(flow, {"folder": str(tmp_path)})
+            assert result.state == "failed"
+            before = [(one.version, one.agent) for one in result.artifacts]
+            (tmp_path / "late.txt").write_text("here", "utf-8")
+            for step in (None, "b"):
+                again = await client.runs.wait(await client.runs.retry(result.run_id, from_step=step))
+                assert again.state == "completed", again.error
+                assert [(one.version, one.agent) for one in again.artifacts] == before == [(2, "b")]
+                every = await client.runs.artifacts(again.run_id, versions=True)
+                texts = [
+                    (await client.runs.artifact(again.run_id, one.name, version=one.version)).text
+                    for one in every
+                ]
+                assert texts == ["first", "second"]
+
+    asyncio.run(main())
