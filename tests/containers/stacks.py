@@ -25,7 +25,7 @@ from agentic_flow.client import Client
 from agentic_flow.core.settings import load
 from agentic_flow.deploy import compose, render, secret_files
 from agentic_flow.deploy.certs import CertificateFolder
-from agentic_flow.deploy.parts import FILES_GROUP, Secret
+from agentic_flow.deploy.parts import Secret
 from agentic_flow.deploy.spec import StackSpec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,7 +181,7 @@ def prepare(
     named = {Path(one["file"]) for one in merged.get("secrets", {}).values()}
     certificates = sorted(path.stem for path in named if path.suffix == ".key")
     if certificates:
-        CertificateFolder(folder / compose.CERTIFICATES_DIR, group=FILES_GROUP).init(certificates)
+        CertificateFolder(folder / compose.CERTIFICATES_DIR, mounted=True).init(certificates)
     wanted = tuple(_secret(path.name) for path in sorted(named) if path.parent.name == compose.SECRETS_DIR)
     secret_files.make_missing(
         folder / compose.SECRETS_DIR, wanted, lambda provider: f"sk-{provider}-{secrets.token_hex(12)}"
