@@ -164,6 +164,14 @@ def test_runs_skills_and_episodes(say: Say, tmp_path: Path) -> None:
     assert "file_edit" in say("memory", "use", skill["id"], *values).out
     counted = say("memory", "used", skill["id"], "rename-3", "success", "--json").data
     assert counted["versions"][-1]["successes"] == 1
+    why = say("memory", "explain", skill["id"], "--json").data
+    assert [(one["trajectory_id"], one["kind"]) for one in why["evidence"]] == [
+        ("rename-1", "taught"),
+        ("rename-2", "taught"),
+        ("rename-3", "use"),
+    ]
+    assert why["recalled"]
+    assert "rename-3" in say("memory", "explain", skill["id"]).out
     assert say("memory", "forget", skill["id"], "--kind", "skill").code == 0
     assert say("memory", "skills", "--json").data["skills"] == []
 
