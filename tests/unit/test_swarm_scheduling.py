@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -200,6 +200,23 @@ def test_limits_of_queues_and_tenants_hold(
         for left in set(waiting) - set(got):
             full = left.queue == "p" and of_queue["p"] >= queue_max
             assert full or of_tenant[left.tenant] >= tenant_max
+
+
+@given(waits, st.integers(0, 8), st.integers(0, 4), st.sets(st.integers(0, 30)))
+def test_rates_of_queues_hold(
+    wanted: list[tuple[str, str, int, int]], free: int, starts: int, returned: set[int]
+) -> None:
+    """Catches more starts of a queue than are left, one that holds back what had begun, or another queue."""
+    waiting = [
+        replace(one, is_start=number not in returned) for number, one in enumerate(queued(wanted), start=0)
+    ]
+    got = chosen(waiting, {}, free, queue_runs_max={}, tenant_runs_max=None, starts_left={"p": starts})
+    begun = [one for one in got if one.queue == "p" and one.is_start]
+    assert len(begun) <= starts
+    if len(got) < free:
+        rest = set(waiting) - set(got)
+        assert all(one.queue == "p" and one.is_start for one in rest)
+        assert not rest or len(begun) == starts
 
 
 @given(waits, st.integers(1, 40))

@@ -336,6 +336,10 @@ class SwarmSettings(Section):
         default_factory=dict[str, int],
         description="Queue → runs of it at a time, over all processes with this setting; else any number.",
     )
+    queue_starts_per_minute: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict[str, int],
+        description="Queue → runs of it that begin in any minute, over all such processes; more wait.",
+    )
     tenant_runs_max: Count | None = Field(
         default=None, description="Runs of one tenant at a time that come from shared queues. Unset: any."
     )

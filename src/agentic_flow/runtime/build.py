@@ -351,6 +351,7 @@ class Runtime:
                 runs_parallel_max=own.runs_parallel_max,
                 queue_runs_max=own.queue_runs_max,
                 tenant_runs_max=own.tenant_runs_max,
+                queue_starts_per_minute=own.queue_starts_per_minute,
             ),
             catalog=await asyncio.to_thread(definition_catalog, settings),
             schedules=ScheduleStore(url, settings.data_dir, SYSTEM_CLOCK),

@@ -67,6 +67,7 @@ from agentic_flow.swarm.heartbeat import Heartbeat, answers, keep, unbroken
 from agentic_flow.swarm.inbox import Inbox, Waiters, oldest_patiently, woken_before
 from agentic_flow.swarm.leases import NOBODY, Claim, Leases, RunDatabase, root_of
 from agentic_flow.swarm.pauses import Pauses
+from agentic_flow.swarm.queue_rates import WINDOW_S, QueueRates
 from agentic_flow.swarm.queue_rows import check_priority
 from agentic_flow.swarm.queues import RunQueues, late_error
 from agentic_flow.swarm.reader import RunReader, decoded_object
@@ -96,6 +97,9 @@ class SqlRunEngine:
             With 0 it executes none: what is started goes to a shared queue.
         queue_runs_max: Queue → runs of it at a time, in all processes with this limit; no entry: any number.
         tenant_runs_max: Runs of a tenant at a time that come from shared queues; None: any number.
+        queue_starts_per_minute: Queue → runs of it that may begin in any minute, in all processes with this
+            limit; no entry: any number. What is gone on with does not count.
+        minute_s: How long that minute is, in seconds.
         clock: Stamps what is stored.
     """
 
@@ -108,11 +112,17 @@ class SqlRunEngine:
         runs_parallel_max: int,
         queue_runs_max: Mapping[str, int] | None = None,
         tenant_runs_max: int | None = None,
+        queue_starts_per_minute: Mapping[str, int] | None = None,
+        minute_s: float = WINDOW_S,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._database = RunDatabase(database_url, data_dir)
         self._queues = RunQueues(
-            self._database, clock, queue_runs_max=queue_runs_max or {}, tenant_runs_max=tenant_runs_max
+            self._database,
+            clock,
+            queue_runs_max=queue_runs_max or {},
+            tenant_runs_max=tenant_runs_max,
+            rates=QueueRates(self._database, clock, queue_starts_per_minute or {}, window_s=minute_s),
         )
         self._leases = Leases(self._database, lease_s=lease_s, clock=clock)
         self._dependencies = Dependencies(self._database, clock)

@@ -1,6 +1,6 @@
 """The run database: who owns which workflow, and what the store says about it.
 
-Ten tables, in SQLite or PostgreSQL:
+Eleven tables, in SQLite or PostgreSQL:
 
     af_executors  one row per process, with its last heartbeat
     af_workflows  one row per workflow. A top-level one carries its owner, and an epoch that grows when it
@@ -12,6 +12,7 @@ Ten tables, in SQLite or PostgreSQL:
     af_queued     one row per top-level workflow that was put into a shared queue (`queues`)
     af_after      one row per top-level workflow that another one waits for (`dependencies`)
     af_artifacts  one row per version of an artifact, with its bytes, numbered in its tree (`artifact_rows`)
+    af_starts     one row per recent start from a queue whose starts are limited (`queue_rates`)
     af_schedules  one row per schedule, which makes top-level workflows (`schedule_store`)
 
 An owner is alive while its heartbeat is fresh and, on SQLite, while it holds the lock on its lock file: the
@@ -43,6 +44,7 @@ from agentic_flow.swarm.locks import hold_lock, is_locked, lock_path
 from agentic_flow.swarm.queue_rows import (
     CREATE_AFTER,
     CREATE_QUEUED,
+    CREATE_STARTS,
     enqueue,
     make_ready,
     notify,
@@ -91,6 +93,7 @@ _CREATE = (
         root_id TEXT PRIMARY KEY, at_s DOUBLE PRECISION NOT NULL, sender TEXT NOT NULL)""",
     *CREATE_QUEUED,
     *CREATE_AFTER,
+    *CREATE_STARTS,
     *CREATE_SCHEDULES,
     "CREATE INDEX IF NOT EXISTS af_workflows_unfinished ON af_workflows (executor_id, accepted_at_s) "
     f"WHERE parent_id IS NULL AND {_UNFINISHED}",
@@ -150,6 +153,13 @@ class RunDatabase(SqlDatabase):
         if self.has_table("af_leases"):
             self.create()
         return self.has_table("af_workflows")
+
+    def now_s(self, connection: Connection, clock: Clock) -> float:
+        """The time of the one clock that all processes on this database share: for SQLite the machine's,
+        which is `clock`, else the server's."""
+        if self.is_sqlite:
+            return clock.time_s()
+        return float(connection.execute("SELECT EXTRACT(EPOCH FROM clock_timestamp())").scalar_one())
 
     def has_table(self, name: str) -> bool:
         """Whether there is a table of this name."""
@@ -525,9 +535,7 @@ class Leases:
         return self._runs_seen
 
     def _now_s(self, connection: Connection) -> float:
-        if self._database.is_sqlite:
-            return self._clock.time_s()
-        return float(connection.execute("SELECT EXTRACT(EPOCH FROM clock_timestamp())").scalar_one())
+        return self._database.now_s(connection, self._clock)
 
 
 def root_of(workflow_id: str) -> str:

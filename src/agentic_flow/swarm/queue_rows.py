@@ -33,6 +33,10 @@ CREATE_AFTER = (
         PRIMARY KEY (root_id, needed_id))""",
     "CREATE INDEX IF NOT EXISTS af_after_needed ON af_after (needed_id)",
 )
+CREATE_STARTS = (
+    "CREATE TABLE IF NOT EXISTS af_starts (queue TEXT NOT NULL, at_s DOUBLE PRECISION NOT NULL)",
+    "CREATE INDEX IF NOT EXISTS af_starts_at ON af_starts (queue, at_s)",
+)
 CREATE_QUEUED = (
     """CREATE TABLE IF NOT EXISTS af_queued (
         root_id TEXT PRIMARY KEY, queue TEXT NOT NULL, priority INTEGER NOT NULL, tenant TEXT NOT NULL,
@@ -41,6 +45,8 @@ CREATE_QUEUED = (
         taken_at_s DOUBLE PRECISION)""",
     "CREATE INDEX IF NOT EXISTS af_queued_ready ON af_queued (queue, line, at_s, root_id) "
     "WHERE state = 'ready'",
+    "CREATE INDEX IF NOT EXISTS af_queued_returned ON af_queued (queue, line, at_s) "
+    "WHERE state = 'ready' AND taken_at_s IS NOT NULL",
     "CREATE INDEX IF NOT EXISTS af_queued_delayed ON af_queued (not_before_s) WHERE state = 'delayed'",
     "CREATE INDEX IF NOT EXISTS af_queued_deadlines ON af_queued (deadline_s) "
     "WHERE state <> 'taken' AND deadline_s IS NOT NULL",

@@ -21,6 +21,7 @@ from agentic_flow.core.ports import EventKind, QueueDepth
 from agentic_flow.core.sql import Connection, execute
 from agentic_flow.swarm.event_log import append, end_data, event
 from agentic_flow.swarm.leases import VERSION, Claim, RunDatabase
+from agentic_flow.swarm.queue_rates import QueueRates
 from agentic_flow.swarm.queue_rows import notify, set_state, tenant_of
 from agentic_flow.swarm.scheduling import QUEUED_BY, Fence, Queued, chosen
 
@@ -29,6 +30,10 @@ from agentic_flow.swarm.scheduling import QUEUED_BY, Fence, Queued, chosen
 _TAKEN_MAX = 64
 _LINES_MAX = 64
 _EXPIRED_MAX = 100
+_NEW, _RETURNED = "AND taken_at_s IS NULL", "AND taken_at_s IS NOT NULL"
+_LINES_RETURNED = """SELECT DISTINCT q.line, (SELECT MAX(s.taken_at_s) FROM af_queued s
+    WHERE s.taken_at_s IS NOT NULL AND s.tenant = q.tenant)
+FROM af_queued q WHERE q.state = 'ready' AND q.queue = :queue AND q.taken_at_s IS NOT NULL LIMIT 1000"""
 _LINES = """WITH RECURSIVE lines(line) AS (
     SELECT MIN(line) FROM af_queued WHERE state = 'ready' AND queue = :queue
     UNION ALL
@@ -48,6 +53,7 @@ class RunQueues:
         clock: Stamps what is stored, and says what is due.
         queue_runs_max: See `scheduling.chosen`.
         tenant_runs_max: Likewise.
+        rates: How many runs of which queue may begin in a minute.
     """
 
     def __init__(
@@ -57,20 +63,26 @@ class RunQueues:
         *,
         queue_runs_max: Mapping[str, int],
         tenant_runs_max: int | None,
+        rates: QueueRates | None = None,
     ) -> None:
         self._database = database
         self._clock = clock
         self._queue_runs_max = queue_runs_max
         self._tenant_runs_max = tenant_runs_max
+        self._rates = rates or QueueRates(database, clock, {})
 
     def has_work(self, queues: Collection[str]) -> bool:
         """Whether anything may wait in these queues: a question that takes no lock."""
         if not queues:  # who works for none takes nothing; PostgreSQL does not know the type of an empty list
             return False
+        closed = self._rates.closed(queues)
         rows = self._database.rows(
             "SELECT 1 WHERE EXISTS (SELECT 1 FROM af_queued WHERE state = 'ready' AND queue IN :queues) OR "
+            "EXISTS (SELECT 1 FROM af_queued WHERE state = 'ready' AND queue IN :closed "
+            "AND taken_at_s IS NOT NULL) OR "
             "EXISTS (SELECT 1 FROM af_queued WHERE state = 'delayed' AND not_before_s <= :now)",
-            queues=sorted(queues),
+            queues=sorted(set(queues) - closed),
+            closed=sorted(closed),
             now=self._clock.time_s(),
         )
         return bool(rows)
@@ -95,14 +107,21 @@ class RunQueues:
                 now=now_s,
             )
             running = _running(connection)
+            left = self._rates.left(connection, queues)
             next_ones = chosen(
-                self._candidates(connection, queues, names, running, free, now_s),
+                self._candidates(connection, queues, names, running, left, free, now_s),
                 running,
                 free,
                 queue_runs_max=self._queue_runs_max,
                 tenant_runs_max=self._tenant_runs_max,
+                starts_left=left,
             )
-            return self._taken(connection, executor_id, [one.run_id for one in next_ones], now_s)
+            taken = self._taken(connection, executor_id, [one.run_id for one in next_ones], now_s)
+            begun = {claim.workflow_id for claim in taken}
+            self._rates.note(
+                connection, [one.queue for one in next_ones if one.is_start and one.run_id in begun]
+            )
+            return taken
 
     def _candidates(
         self,
@@ -110,39 +129,58 @@ class RunQueues:
         queues: Sequence[str],
         names: Collection[str],
         running: Mapping[tuple[str, str], int],
+        starts_left: Mapping[str, int],
         free: int,
         now_s: float,
     ) -> list[Queued]:
         """The oldest runs of the lines that are next; at least so many that the choice is the right one."""
-        by_tenant = Counter[str]()
-        for (_, tenant), count in running.items():
+        by_tenant, by_queue = Counter[str](), Counter[str]()
+        for (queue, tenant), count in running.items():
+            by_queue[queue] += count
             by_tenant[tenant] += count
+        # Queues whose limit is reached must not crowd the others out of what is looked at.
+        full = {queue for queue, most in self._queue_runs_max.items() if by_queue[queue] >= most}
         lines = [
             (queue, str(row[0]), float(row[1] or 0.0))
             for queue in queues
-            for row in execute(connection, _LINES, queue=queue)
+            if queue not in full
+            for row in execute(
+                connection, _LINES if starts_left.get(queue, 1) else _LINES_RETURNED, queue=queue
+            )
         ]
         limit = self._tenant_runs_max
         lines = [line for line in lines if limit is None or by_tenant[tenant_of(line[1])] < limit]
         lines.sort(key=lambda line: (line[1].partition(":")[0], by_tenant[tenant_of(line[1])], line[2]))
         found: list[Queued] = []
         for queue, line, served_at_s in lines[:_LINES_MAX]:
-            rows = execute(
-                connection,
-                "SELECT root_id, priority, tenant, at_s FROM af_queued WHERE state = 'ready' "
-                "AND queue = :queue AND line = :line AND name IN :names AND version = :version "
-                "AND (deadline_s IS NULL OR deadline_s > :now) ORDER BY at_s, root_id LIMIT :free",
-                queue=queue,
-                line=line,
-                names=sorted(names),
-                version=VERSION,
-                now=now_s,
-                free=free,
-            )
-            found += [
-                Queued(str(row[0]), queue, int(row[1]), str(row[2]), float(row[3]), served_at_s)
-                for row in rows
-            ]
+            left = starts_left.get(queue)
+            parts = [("", free)] if left is None else [(_RETURNED, free), (_NEW, min(free, left))]
+            for which, limit in parts:
+                rows = execute(
+                    connection,
+                    "SELECT root_id, priority, tenant, at_s, taken_at_s FROM af_queued "
+                    "WHERE state = 'ready' AND queue = :queue AND line = :line AND name IN :names "
+                    f"AND version = :version AND (deadline_s IS NULL OR deadline_s > :now) {which} "
+                    "ORDER BY at_s, root_id LIMIT :limit",
+                    queue=queue,
+                    line=line,
+                    names=sorted(names),
+                    version=VERSION,
+                    now=now_s,
+                    limit=limit,
+                )
+                found += [
+                    Queued(
+                        str(row[0]),
+                        queue,
+                        int(row[1]),
+                        str(row[2]),
+                        float(row[3]),
+                        served_at_s,
+                        row[4] is None,
+                    )
+                    for row in rows
+                ]
         return found
 
     def _taken(

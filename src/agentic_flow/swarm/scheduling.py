@@ -162,6 +162,7 @@ class Queued:
         tenant: Whose it is.
         at_s: Since when it waits.
         served_at_s: When a run of its tenant was last taken from a queue; 0: never.
+        is_start: Nobody has taken it before.
     """
 
     run_id: str
@@ -170,6 +171,7 @@ class Queued:
     tenant: str
     at_s: float
     served_at_s: float
+    is_start: bool = True
 
 
 def chosen(
@@ -179,6 +181,7 @@ def chosen(
     *,
     queue_runs_max: Mapping[str, int],
     tenant_runs_max: int | None,
+    starts_left: Mapping[str, int] | None = None,
 ) -> list[Queued]:
     """Who gets the free places of a process, in order: by priority, then fair among tenants, then by age.
 
@@ -191,10 +194,13 @@ def chosen(
         free: Places.
         queue_runs_max: Queue → how many of its runs may be taken at a time; no entry: any number.
         tenant_runs_max: So many runs of one tenant may be taken at a time; None: any number.
+        starts_left: Queue → how many of its runs may be begun now, beside those that are gone on with; no
+            entry: any number.
     """
-    lines: dict[tuple[str, int, str], deque[Queued]] = {}
+    left = dict(starts_left or {})
+    lines: dict[tuple[str, int, str, bool], deque[Queued]] = {}
     for one in sorted(waiting, key=lambda each: (each.at_s, each.run_id)):
-        lines.setdefault((one.queue, one.priority, one.tenant), deque()).append(one)
+        lines.setdefault((one.queue, one.priority, one.tenant, one.is_start), deque()).append(one)
     of_queue, of_tenant = Counter[str](), Counter[str]()
     for (queue, tenant), count in running.items():
         of_queue[queue] += count
@@ -210,8 +216,9 @@ def chosen(
     while len(found) < free:
         heads = [
             line
-            for (queue, _, tenant), line in lines.items()
+            for (queue, _, tenant, is_start), line in lines.items()
             if line
+            and not (is_start and left.get(queue, 1) <= 0)
             and (queue not in queue_runs_max or of_queue[queue] < queue_runs_max[queue])
             and (tenant_runs_max is None or of_tenant[tenant] < tenant_runs_max)
         ]
@@ -221,6 +228,8 @@ def chosen(
         found.append(one)
         of_queue[one.queue] += 1
         of_tenant[one.tenant] += 1
+        if one.is_start and one.queue in left:
+            left[one.queue] -= 1
         served_here[one.tenant] = len(found)
     return found
 

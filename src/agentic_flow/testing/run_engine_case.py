@@ -25,6 +25,8 @@ class MakeEngine(Protocol):
         runs_parallel_max: int = 8,
         queue_runs_max: Mapping[str, int] | None = None,
         tenant_runs_max: int | None = None,
+        queue_starts_per_minute: Mapping[str, int] | None = None,
+        minute_s: float = 60.0,
     ) -> RunEngine: ...
 
 

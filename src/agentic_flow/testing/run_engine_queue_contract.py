@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 from agentic_flow.core.errors import InvalidInput
@@ -309,6 +310,64 @@ async def holds_what_is_paused(case: RunEngineCase) -> None:
             await _completed(submitter, held)
 
 
+@asynccontextmanager
+async def _limited(
+    case: RunEngineCase, most: int, minute_s: float, flow: Workflow
+) -> AsyncGenerator[RunEngine]:
+    """A worker of the case's queue, of which so many runs may begin in a minute of this length."""
+    engine = case.make(
+        runs_parallel_max=8, queue_starts_per_minute={case.id("queue"): most}, minute_s=minute_s
+    )
+    engine.register(case.id("flow"), flow)
+    async with engine.open(takeover=True, queues=[case.id("queue")]):
+        yield engine
+
+
+async def keeps_to_rates(case: RunEngineCase) -> None:
+    """A burst waits instead of failing: so many runs begin in a minute, fair among tenants, in two processes
+    and after a restart of both; what had begun before goes on whatever the rate."""
+    journal = Journal()
+    begun: set[str] = set()
+
+    async def flow(context: WorkflowContext, payload: JsonObject) -> JsonObject:
+        begun.add(context.workflow_id)
+        return await context.step("held", journal.hold(context.workflow_id))
+
+    async def has_begun() -> bool:
+        return len(begun) == 4
+
+    async with case.engine(flow=flow) as submitter:
+        runs = [await _put(case, submitter, f"x{number}", f"{case.prefix}x") for number in range(8)]
+        runs += [await _put(case, submitter, f"y{number}", f"{case.prefix}y") for number in range(2)]
+        async with _limited(case, 4, 600.0, flow), _limited(case, 4, 600.0, flow):
+            await until(has_begun)
+        assert begun == set(map(case.id, ("x0", "x1", "y0", "y1")))
+        depth = await _depth(case, submitter)
+        assert depth is not None
+        assert (depth.waiting, depth.running) == (10, 0), "handed back, and waiting"
+        journal.gate.set()
+        async with _limited(case, 4, 600.0, flow) as worker:
+            await _completed(worker, *begun)
+            assert len(begun) == 4, "a restart does not begin the minute anew"
+            depth = await _depth(case, submitter)
+            assert depth is not None
+            assert (depth.waiting, depth.running) == (6, 0)
+            for run in set(runs) - begun:
+                assert await state_of(submitter, run) == "queued"
+        async with case.worker(flow=flow):  # without the limit
+            await _completed(submitter, *runs)
+
+
+async def begins_the_rest_of_a_burst_later(case: RunEngineCase) -> None:
+    """What a rate holds back begins when the minute is over, without anybody asking for it."""
+    journal = Journal()
+    async with case.engine(flow=noting(journal)) as submitter:
+        runs = [await _put(case, submitter, f"r{number}") for number in range(5)]
+        async with _limited(case, 2, 0.3, noting(journal)):
+            await _completed(submitter, *runs)
+    assert journal.calls == runs
+
+
 QUEUE_CHECKS: tuple[Callable[[RunEngineCase], Awaitable[None]], ...] = (
     accepts_what_others_execute,
     refuses_what_no_line_has,
@@ -316,6 +375,8 @@ QUEUE_CHECKS: tuple[Callable[[RunEngineCase], Awaitable[None]], ...] = (
     starves_nobody,
     keeps_to_tenant_limits,
     keeps_to_queue_limits,
+    keeps_to_rates,
+    begins_the_rest_of_a_burst_later,
     begins_nothing_too_early,
     fails_what_begins_too_late,
     cancels_what_waits,
