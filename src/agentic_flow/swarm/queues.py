@@ -76,16 +76,18 @@ class RunQueues:
         if not queues:  # who works for none takes nothing; PostgreSQL does not know the type of an empty list
             return False
         closed = self._rates.closed(queues)
-        rows = self._database.rows(
-            "SELECT 1 WHERE EXISTS (SELECT 1 FROM af_queued WHERE state = 'ready' AND queue IN :queues) OR "
-            "EXISTS (SELECT 1 FROM af_queued WHERE state = 'ready' AND queue IN :closed "
-            "AND taken_at_s IS NOT NULL) OR "
-            "EXISTS (SELECT 1 FROM af_queued WHERE state = 'delayed' AND not_before_s <= :now)",
-            queues=sorted(set(queues) - closed),
-            closed=sorted(closed),
-            now=self._clock.time_s(),
-        )
-        return bool(rows)
+        ready = "EXISTS (SELECT 1 FROM af_queued WHERE state = 'ready' AND queue IN"
+        asked = ["EXISTS (SELECT 1 FROM af_queued WHERE state = 'delayed' AND not_before_s <= :now)"]
+        lists: dict[str, list[str]] = {}
+        # An empty list has no type, and PostgreSQL compares no text with it.
+        if opened := sorted(set(queues) - closed):
+            asked.append(f"{ready} :opened)")
+            lists["opened"] = opened
+        if closed:
+            asked.append(f"{ready} :closed {_RETURNED})")
+            lists["closed"] = sorted(closed)
+        statement = f"SELECT 1 WHERE {' OR '.join(asked)}"
+        return bool(self._database.rows(statement, now=self._clock.time_s(), **lists))
 
     def take(self, executor_id: str, queues: Sequence[str], names: Collection[str], free: int) -> list[Claim]:
         """Become the owner of the next runs of these queues.
