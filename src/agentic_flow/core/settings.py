@@ -344,8 +344,8 @@ class SwarmSettings(Section):
         default=None, description="Runs of one tenant at a time that come from shared queues. Unset: any."
     )
     drain_s: Annotated[float, Field(ge=0.0, le=86_400.0)] = Field(
-        default=30.0,
-        description="Longest time that a worker finishes runs after SIGTERM; the rest goes back.",
+        default=20.0,
+        description="Longest time that a server or worker finishes runs after SIGTERM; others do the rest.",
     )
     lease_s: Positive = Field(default=10.0, description="A process silent for this long has lost its runs.")
     artifact_max_bytes: Annotated[int, Field(ge=1, le=128 * MIB)] = Field(

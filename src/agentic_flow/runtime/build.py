@@ -121,6 +121,18 @@ class Runtime:
         assert isinstance(runs, Swarm), "a worker serves runs itself"
         return runs
 
+    async def drain_runs(self) -> int:
+        """Take no more runs, finish those at work here for `swarm.drain_s`; how many are left to others.
+
+        What is left goes on elsewhere as soon as this runtime is closed.
+        """
+        from agentic_flow.swarm.service import Swarm
+
+        if self._watch is not None:
+            await self._watch.close()
+        runs = self._made.get("swarm")
+        return await runs.drain(self.settings.swarm.drain_s) if isinstance(runs, Swarm) else 0
+
     async def watch_runs(self) -> RunWatch:
         """Continue interrupted runs, now and whenever one appears. Until there is one, or a caller asks for
         `swarm`, no run engine is made.

@@ -24,6 +24,9 @@ from agentic_flow.swarm.queue_metrics import QueueMetrics
 from agentic_flow.swarm.queues import RunQueues
 from agentic_flow.swarm.schedule_rows import is_any_due
 
+_LOOK_S = 1.0
+"""So long what another process hands on, or puts into a queue, waits for a process that was idle so far."""
+
 _log: structlog.stdlib.BoundLogger = structlog.get_logger("agentic_flow.serve")
 
 
@@ -92,7 +95,7 @@ class RunWatch:
         self._names = settings.queues if settings.runs_parallel_max else ()
         self.metrics = QueueMetrics(lambda: asyncio.to_thread(self._queues.depths), settings.queues)
         """How the shared queues stand, for `/metrics`; there are figures once `start` was called."""
-        self._interval_s = settings.lease_s / 2
+        self._interval_s = min(_LOOK_S, settings.lease_s / 2)
         self._begun = begun
         self._begin = begin
         self._task: asyncio.Task[None] | None = None

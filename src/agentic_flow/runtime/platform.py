@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Map
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
+import structlog
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from agentic_flow.core.remote_auth import RemoteAuthenticator
 
 PROBE_TIMEOUT_S = 2.0
+_log: structlog.stdlib.BoundLogger = structlog.get_logger("agentic_flow.serve")
 RUN_ROOTS = ("/v1/runs", "/v1/workflows", "/v1/schedules")
 RUN_DOCUMENT_PATH = "/v1/runs/openapi.json"  # of swarm.routes, which is loaded when it is asked for
 MEMORY_DOCUMENT_PATH = "/v1/memory/openapi.json"  # of memory.routes, which is loaded when it is asked for
@@ -86,13 +88,28 @@ async def serve_services(
                 urls = [f"{scheme}://{f'[{at}]' if ':' in at else at}:{port}" for at, port in addresses]
                 on_ready(dict(zip(chosen, urls, strict=True)))
 
-        await serve(
-            [(app, host, ports[name]) for name, app in apps.items()],
-            tls=settings.tls,
-            drain_timeout_s=settings.serve.drain_timeout_s,
-            on_ready=ready,
-            stop=stop,
-        )
+        stop = stop or asyncio.Event()
+        draining = asyncio.create_task(_drained_after(stop, runtime))
+        try:
+            await serve(
+                [(app, host, ports[name]) for name, app in apps.items()],
+                tls=settings.tls,
+                drain_timeout_s=settings.serve.drain_timeout_s,
+                on_ready=ready,
+                stop=stop,
+            )
+            stop.set()
+            await draining  # runs may take longer than requests
+        finally:
+            draining.cancel()
+            await asyncio.wait([draining])
+
+
+async def _drained_after(stop: asyncio.Event, runtime: Runtime) -> None:
+    await stop.wait()
+    left = await runtime.drain_runs()
+    if left:
+        _log.info("runs_handed_on", runs=left)
 
 
 def chosen_services(names: Sequence[str]) -> tuple[str, ...]:

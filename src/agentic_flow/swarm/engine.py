@@ -189,6 +189,7 @@ class SqlRunEngine:
             if takeover:
                 # The lease and this must be within 15 s, with the default lease of 10 s and some to spare.
                 self._keepers.append(keep(self._lease_s / 4, self._take_orphans))
+                self._keepers.append(keep(_SETTLE_S, self._take_handed_on))
             self._keepers.append(keep(_SETTLE_S, self._settle_own))
             if takeover or queues:
                 self._keepers.append(keep(_EXPIRE_S, self._expire))
@@ -262,9 +263,17 @@ class SqlRunEngine:
         """See RunEngine."""
         self._check_open()
         self._is_draining = True
-        for run in [run for run in self._runs.values() if run.is_accepted and not run.has_place]:
-            if not self._executions.get(run.workflow_id):
-                self._leave(run, None)  # not begun: kept as ours until the close, which hands it back
+        not_begun = [
+            run
+            for run in self._runs.values()
+            if run.is_accepted and not run.has_place and not self._executions.get(run.workflow_id)
+        ]
+        for run in not_begun:
+            self._leave(run, None)
+        try:
+            await unbroken(asyncio.to_thread(self._hand_over, [run.workflow_id for run in not_begun]))
+        except AgenticFlowError as error:  # the close will try again
+            log.warning("hand_over_failed", error=error.message)
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while any(run.has_place for run in self._runs.values()):
@@ -276,6 +285,10 @@ class SqlRunEngine:
     def working(self) -> int:
         """See RunEngine."""
         return sum(run.has_place for run in self._runs.values())
+
+    def _hand_over(self, run_ids: Sequence[str]) -> None:
+        self._queues.hand_back(self._executor_id, run_ids)
+        self._leases.hand_on(self._executor_id, run_ids)
 
     async def health(self) -> EngineHealth:
         """See RunEngine."""
@@ -369,6 +382,11 @@ class SqlRunEngine:
         for workflow_id in await self.resume_interrupted():
             log.info("workflow_taken_over", workflow_id=workflow_id)
 
+    async def _take_handed_on(self) -> None:
+        """What another process has let go of needs no lease to run out."""
+        if self._places_max and await asyncio.to_thread(self._leases.has_handed_on):
+            await self._take_orphans()
+
     # ---- callers -----------------------------------------------------------------------------------------
 
     async def start(
@@ -416,6 +434,7 @@ class SqlRunEngine:
         if queue is not None:
             queued = {"queue": queue, "not_before_s": not_before_s, "deadline_s": deadline_s}
             return await self._queue(workflow_id, Accept(row_of(run), queued, unmet, after_any_end))
+        self._check_begins()
         run.is_held = bool(unmet)
         self._enter(run)
         run.starts_at_once = run.has_place  # stored as running: no second write when it begins
@@ -573,11 +592,14 @@ class SqlRunEngine:
             await self._left(workflow_id, "cancelled")
         if record.queue is not None or not self._places_max:
             return await unbroken(self._put_back(workflow_id, asked=True))
+        self._check_begins()
         return await unbroken(self._continue(workflow_id, asked=True))
 
     async def resume_interrupted(self) -> list[str]:
         """See RunEngine. Takes only workflows whose name is registered here."""
         self._check_open()
+        if self._is_draining:
+            return []
         me = self._executor_id
         queued = await asyncio.to_thread(self._leases.orphans, None, asker=me, queued=True)
         found = [each for each in queued if await unbroken(self._put_back(each, asked=False))]
@@ -618,6 +640,8 @@ class SqlRunEngine:
             accept = Retries(self._database, self.clock).accept
             queue = record.queue if record is not None else None
             queue = queue if self._places_max else queue or DEFAULT_QUEUE
+            if queue is None:
+                self._check_begins()
             me = self._executor_id if queue is None else NOBODY
             accepted_at_s = await asyncio.to_thread(
                 accept, workflow_id, new_id, payload, from_step=from_step, executor_id=me
@@ -660,7 +684,7 @@ class SqlRunEngine:
 
     async def _continue(self, workflow_id: str, *, asked: bool) -> bool:
         """Claim a workflow and execute its unfinished part here."""
-        if not self._is_open or workflow_id in self._claiming:
+        if not self._is_open or self._is_draining or workflow_id in self._claiming:
             return False
         self._claiming.add(workflow_id)
         try:
@@ -688,6 +712,9 @@ class SqlRunEngine:
     async def _enter_taken(self, claims: Sequence[Claim]) -> None:
         """Begin what was taken from a shared queue for the places that are free."""
         ids = {claim.workflow_id for claim in claims}
+        if self._is_draining:  # since it was asked for
+            await asyncio.to_thread(self._hand_over, sorted(ids))
+            return
         self._claiming |= ids
         try:
             paused = await asyncio.to_thread(self._pauses.among, ids) if ids else set[str]()
@@ -998,6 +1025,13 @@ class SqlRunEngine:
     @property
     def _inbox(self) -> Inbox:
         return self._open_inbox if self._is_open else self._closed_inbox
+
+    def _check_begins(self) -> None:
+        if self._is_draining:
+            raise Unavailable(
+                "this process is about to stop, and begins no more runs",
+                hint="send it again: to another process, or when this one is back",
+            )
 
     def _check_open(self) -> None:
         if not self._is_open:

@@ -53,6 +53,7 @@ from agentic_flow.swarm.queue_rows import (
 from agentic_flow.swarm.schedule_rows import CREATE_SCHEDULES
 from agentic_flow.swarm.scheduling import (
     DEFAULT_QUEUE,
+    HANDED_ON,
     QUEUED_BY,
     UNFINISHED,
     Fence,
@@ -238,9 +239,44 @@ class Leases:
                 pid=os.getpid(),
             )
 
-    def leave(self, executor_id: str) -> None:
-        """Say that this process has let go of everything, so that others need not wait."""
+    def hand_on(self, executor_id: str, run_ids: Sequence[str] | None = None) -> None:
+        """Let others go on with what this process has and does not execute any more; they look for it twice
+        a second. What it would still record is refused.
+
+        Args:
+            executor_id: The process.
+            run_ids: Only these top-level workflows; None: all.
+        """
         with self._database.transaction() as connection:
+            self._hand_on(connection, executor_id, run_ids)
+
+    def _hand_on(self, connection: Connection, executor_id: str, run_ids: Sequence[str] | None) -> None:
+        if run_ids is not None and not run_ids:
+            return
+        only: dict[str, Any] = {} if run_ids is None else {"ids": list(run_ids)}
+        execute(
+            connection,
+            f"UPDATE af_workflows SET executor_id = :nobody WHERE parent_id IS NULL AND {_UNFINISHED} "
+            f"AND executor_id = :me {'AND workflow_id IN :ids' if only else ''}",
+            nobody=HANDED_ON,
+            me=executor_id,
+            **only,
+        )
+
+    def has_handed_on(self) -> bool:
+        """Whether any workflow waits for whoever goes on with it: a question that takes no lock."""
+        return bool(
+            self._database.rows(
+                f"SELECT 1 FROM af_workflows WHERE parent_id IS NULL AND {_UNFINISHED} "
+                "AND executor_id = :nobody LIMIT 1",
+                nobody=HANDED_ON,
+            )
+        )
+
+    def leave(self, executor_id: str) -> None:
+        """Let go of everything, so that others need not wait."""
+        with self._database.transaction() as connection:
+            self._hand_on(connection, executor_id, None)
             execute(connection, "DELETE FROM af_executors WHERE executor_id = :id", id=executor_id)
 
     def forget_the_dead(self) -> None:
@@ -360,7 +396,9 @@ class Leases:
             data: JsonObject = {"asked": asked, "epoch": epoch + 1}
             kind: EventKind = "handed_back" if executor_id == QUEUED_BY else "taken_over"
             self._tell(connection, workflow_id, kind, str(row[5]), data)
-            self._take(connection, workflow_id, executor_id, status, asked=asked)
+            # A process that has let go of it was not taken down by it.
+            counted = owner != HANDED_ON
+            self._take(connection, workflow_id, executor_id, status, asked=asked, counted=counted)
             self._move_in_queue(connection, workflow_id, executor_id, row, queue)
             return Claim(
                 workflow_id=workflow_id,
@@ -373,14 +411,21 @@ class Leases:
             )
 
     def _take(
-        self, connection: Connection, workflow_id: str, executor_id: str, status: str, *, asked: bool
+        self,
+        connection: Connection,
+        workflow_id: str,
+        executor_id: str,
+        status: str,
+        *,
+        asked: bool,
+        counted: bool,
     ) -> None:
         now_s = self._clock.time_s()
         execute(
             connection,
             "UPDATE af_workflows SET executor_id = :me, epoch = epoch + 1, status = 'queued', "
-            f"takeovers = {'0' if asked else 'takeovers + 1'}, cancelled_with = NULL, ended_at_s = NULL, "
-            "updated_at_s = :now WHERE workflow_id = :id",
+            f"takeovers = {'0' if asked else f'takeovers + {int(counted)}'}, cancelled_with = NULL, "
+            "ended_at_s = NULL, updated_at_s = :now WHERE workflow_id = :id",
             id=workflow_id,
             me=executor_id,
             now=now_s,

@@ -233,19 +233,28 @@ class RunQueues:
             if (row := stored.get(run_id)) is not None
         ]
 
-    def hand_back(self, executor_id: str) -> list[str]:
+    def hand_back(self, executor_id: str, run_ids: Sequence[str] | None = None) -> list[str]:
         """Give what this process took and has not finished back to its queues, for others to go on with.
 
-        The process must have stopped: what it would still record is refused.
+        The process must have stopped it: what it would still record is refused.
+
+        Args:
+            executor_id: The process.
+            run_ids: Only these; None: all.
         """
+        if run_ids is not None and not run_ids:
+            return []
+        only: dict[str, Any] = {} if run_ids is None else {"ids": list(run_ids)}
         with self._database.transaction() as connection:
             rows = execute(
                 connection,
                 "SELECT workflow_id, name FROM af_workflows WHERE parent_id IS NULL "
                 "AND status IN ('queued', 'running') AND executor_id = :me "
                 f"AND workflow_id IN (SELECT root_id FROM af_queued) "
+                f"{'AND workflow_id IN :ids ' if only else ''}"
                 f"ORDER BY workflow_id{self._database.for_update}",
                 me=executor_id,
+                **only,
             )
             names = {str(row[0]): str(row[1]) for row in rows}
             if not names:

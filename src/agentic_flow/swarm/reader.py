@@ -16,7 +16,7 @@ from agentic_flow.core.sql import execute
 from agentic_flow.swarm.artifact_rows import artifacts_of, content_of
 from agentic_flow.swarm.event_log import events_of
 from agentic_flow.swarm.leases import NOBODY, TREE, Leases, RunDatabase, root_of, tree_of
-from agentic_flow.swarm.scheduling import QUEUED_BY, TAKEOVERS_MAX, UNFINISHED, state_of
+from agentic_flow.swarm.scheduling import HANDED_ON, QUEUED_BY, TAKEOVERS_MAX, UNFINISHED, state_of
 
 # ruff: noqa: S608 - what is interpolated into SQL here is constants; values are bound.
 
@@ -228,7 +228,7 @@ def record_of(
         error=read["error"],
         created_at_s=accepted_at_s,
         updated_at_s=updated_at_s,
-        owner=None if owner in (NOBODY, QUEUED_BY) else owner,
+        owner=None if owner in (NOBODY, QUEUED_BY, HANDED_ON) else owner,
         priority=priority,
         queue=queue,
         not_before_s=not_before_s,

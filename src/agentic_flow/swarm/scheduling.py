@@ -23,6 +23,8 @@ TAKEOVERS_MAX = 100
 
 QUEUED_BY = "(queue)"
 """The owner of what waits in a shared queue: no process, and yet not dead."""
+HANDED_ON = "(handed on)"
+"""The owner of what a process has let go of on purpose: no process, and dead, but nobody to wait for."""
 DEFAULT_QUEUE = "default"
 
 Permission = Literal["granted", "cancelled", "lost"]

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from agentic_flow.core.errors import InvalidInput
+from agentic_flow.core.errors import InvalidInput, Unavailable
 from agentic_flow.core.messages import JsonObject
 from agentic_flow.core.ports import QueueDepth, RunEngine, StepContext, Workflow, WorkflowContext
 from agentic_flow.testing.run_engine_case import (
@@ -276,6 +276,35 @@ async def drains(case: RunEngineCase) -> None:
     assert journal.calls == [one]
 
 
+async def hands_on_while_it_drains(case: RunEngineCase) -> None:
+    """What a draining process has not begun, with or without a queue, others do meanwhile; it begins nothing
+    new, but accepts for queues."""
+    journal = Journal()
+    async with case.engine(True, 1, flow=noting(journal)) as leaving:
+        held, waiting, later = case.id("held"), case.id("waiting"), case.id("later")
+        begun = asyncio.Event()
+
+        async def hold(context: WorkflowContext, payload: JsonObject) -> JsonObject:
+            begun.set()
+            return await context.step("held", journal.hold(context.workflow_id))
+
+        leaving.register(case.id("hold"), hold)
+        await leaving.start(case.id("hold"), held, {}, tenant=TENANT)
+        await begun.wait()
+        await leaving.start(case.id("flow"), waiting, {}, tenant=TENANT)
+        async with case.worker(flow=noting(journal)) as other:
+            draining = asyncio.create_task(leaving.drain(TIMEOUT_S))
+            await _completed(other, waiting)
+            assert not draining.done()
+            await refused(leaving.start(case.id("flow"), later, {}, tenant=TENANT), Unavailable)
+            assert await other.get(later) is None
+            await _completed(other, await _put(case, leaving, "queued"))
+            journal.gate.set()
+            assert await draining == 0
+            assert await state_of(other, held) == "completed"
+    assert journal.calls.count(waiting) == 1
+
+
 async def shares_among_workers(case: RunEngineCase) -> None:
     """Runs that two workers take at the same time are executed once each, and by both of them."""
     journal = Journal()
@@ -382,6 +411,7 @@ QUEUE_CHECKS: tuple[Callable[[RunEngineCase], Awaitable[None]], ...] = (
     cancels_what_waits,
     hands_back_on_leaving,
     drains,
+    hands_on_while_it_drains,
     shares_among_workers,
     holds_what_is_paused,
 )
