@@ -50,11 +50,15 @@ def _print_table(result: RunResult) -> None:
     )
     headers = ("agent", "role", "state", "steps", "tool calls", "tokens", "cost", "time")
     print_table(headers, [*rows, total])
+    for agent in result.agents:
+        if agent.error is not None:
+            sys.stdout.write(f"{agent.name} failed: {agent.error}\n")
+            sys.stdout.write(f"  hint: {agent.hint}\n" if agent.hint else "")
     queue = f", queue {result.queue}" if result.queue is not None else ""
     after = f", after {', '.join(result.after)}" if result.after else ""
-    sys.stdout.write(
-        f"run {result.run_id} ({result.state}), {result.topology}, model {result.model}{queue}{after}\n"
-    )
+    retry = f", retry of {result.retry_of}" if result.retry_of is not None else ""
+    about = f"{result.topology}, model {result.model}{queue}{after}{retry}"
+    sys.stdout.write(f"run {result.run_id} ({result.state}), {about}\n")
     if result.ingest is not None:
         report = result.ingest
         skipped = {

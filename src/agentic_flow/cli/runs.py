@@ -84,6 +84,9 @@ def show(
 
     def human() -> None:
         print_result(result)
+        if result.error is not None:
+            print(f"{result.state}: {result.error.get('detail')}")
+            print(f"hint: {result.error.get('hint') or 'look at its steps with --steps'}")
         if steps:
             print_steps(recorded)
 

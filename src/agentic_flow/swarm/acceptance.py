@@ -162,7 +162,7 @@ class Acceptance:
         if "error" in result:
             error = from_problem(result["error"])
             usage = RunUsage.model_validate(error.details.get("usage", {}))
-            failed = report_of(key, "reviewer", brief.model, "failed", usage, error.message)
+            failed = report_of(key, "reviewer", brief.model, "failed", usage, error)
             return Checked(criterion=criterion, met=False, reason=f"nobody could say: {error.message}"), [
                 failed
             ]

@@ -154,6 +154,7 @@ class SqlRunEngine:
         self._executions: dict[str, set[Execution]] = {}
         self._keepers: list[asyncio.Task[None]] = []
         self._claiming: set[str] = set()
+        self._taking_over = asyncio.Lock()
         self._custody = Custody()
         self._background: set[asyncio.Task[Any]] = set()
         self._writer: CheckpointWriter | None = None
@@ -379,8 +380,9 @@ class SqlRunEngine:
                 self._leave(run, None)  # it can never begin, and has failed
 
     async def _take_orphans(self) -> None:
-        for workflow_id in await self.resume_interrupted():
-            log.info("workflow_taken_over", workflow_id=workflow_id)
+        async with self._taking_over:  # one after the other, so that the oldest are first
+            for workflow_id in await self.resume_interrupted():
+                log.info("workflow_taken_over", workflow_id=workflow_id)
 
     async def _take_handed_on(self) -> None:
         """What another process has let go of needs no lease to run out."""

@@ -278,7 +278,7 @@ class _RecordedCalls:
         self._depth = max(self._depth, 1)
         if "error" in result:
             error = from_problem(result["error"])
-            self._note(child, "failed", error.details.get("usage", {}), error.message)
+            self._note(child, "failed", error.details.get("usage", {}), error)
             self._adopt([AgentReport.model_validate(one) for one in error.details.get("delegates", [])])
             return _result(call, as_tool_error(error), is_error=True)
         output = AgentOutput.model_validate(result)
@@ -289,7 +289,11 @@ class _RecordedCalls:
         return _result(call, {"answer": output.text, "answered_by": child.agent}, is_error=False)
 
     def _note(
-        self, child: AgentPayload, state: Literal["completed", "failed"], usage: JsonObject, error: str | None
+        self,
+        child: AgentPayload,
+        state: Literal["completed", "failed"],
+        usage: JsonObject,
+        error: AgenticFlowError | None,
     ) -> None:
         used = RunUsage.model_validate(usage)
         self._depth = max(self._depth, 1 + used.delegation_depth)
@@ -319,7 +323,7 @@ def report_of(
     model: str,
     state: Literal["completed", "failed"],
     usage: RunUsage,
-    error: str | None,
+    error: AgenticFlowError | None,
 ) -> AgentReport:
     """An agent's share of a run."""
     return AgentReport(
@@ -329,7 +333,8 @@ def report_of(
         state=state,
         steps=usage.model_calls + usage.tool_calls,
         usage=usage,
-        error=error,
+        error=None if error is None else error.message,
+        hint=None if error is None else error.hint,
     )
 
 

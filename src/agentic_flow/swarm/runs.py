@@ -145,6 +145,8 @@ class AgentReport(Frozen):
     steps: int
     usage: RunUsage
     error: str | None = None
+    hint: str | None = None
+    """What to do about the error."""
 
 
 class RunNote(Frozen):

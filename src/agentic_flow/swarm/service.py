@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from agentic_flow.core.auth import LOCAL_OWNER, Principal
 from agentic_flow.core.errors import Conflict, Forbidden, InvalidInput, NotFound
@@ -570,7 +570,9 @@ class Swarm:
         if record.state == "completed":
             result = summary_of(record)
         else:
-            result = partial_result(record, await self._engine.steps(record.workflow_id))
+            steps = await self._engine.steps(record.workflow_id)
+            events = await self._engine.events(record.workflow_id)
+            result = partial_result(record, steps, _ends_of(events))
         left = newest(await self._engine.artifacts(record.workflow_id))
         artifacts = tuple(_artifact(record.workflow_id, one) for one in left)
         return result.model_copy(update={"artifacts": artifacts})
@@ -617,10 +619,12 @@ def _run_payload(record: WorkflowRecord) -> RunPayload:
     return RunPayload.model_validate(record.payload["run"] if record.name == WORKFLOW else record.payload)
 
 
-def partial_result(record: WorkflowRecord, steps: Sequence[StepRecord]) -> RunResult:
-    """What an unfinished run has done so far, from its recorded steps."""
+def partial_result(
+    record: WorkflowRecord, steps: Sequence[StepRecord], ends: Mapping[str, JsonObject]
+) -> RunResult:
+    """What a run without a result has done, from its recorded steps and how its agents ended."""
     base = summary_of(record)
-    if base.agents or base.workflow is not None:
+    if base.workflow is not None:
         return base
     assigned: dict[str, Assignment] = {}
     by_agent: dict[str, list[StepRecord]] = {}
@@ -629,9 +633,15 @@ def partial_result(record: WorkflowRecord, steps: Sequence[StepRecord]) -> RunRe
             by_agent.setdefault(step.workflow_id.removeprefix(f"{record.workflow_id}."), []).append(step)
         elif step.name == "assign" and step.output:
             assigned |= {entry["key"]: from_record(entry) for entry in step.output["assignments"]}
-    agents = tuple(
-        _agent_so_far(key, assigned.get(key), own, base.model) for key, own in sorted(by_agent.items())
-    )
+    known = {agent.name for agent in base.agents}  # by a run that failed; not those that were at work then
+    more = [
+        _agent_so_far(_agent_name(key, assigned), key, assigned.get(key), own, base.model, ends.get(key, {}))
+        for key, own in sorted(by_agent.items())
+        if _agent_name(key, assigned) not in known
+    ]
+    if base.agents and not more:
+        return base
+    agents = (*base.agents, *more)
     usage = RunUsage(
         input_tokens=sum(agent.usage.input_tokens for agent in agents),
         output_tokens=sum(agent.usage.output_tokens for agent in agents),
@@ -640,20 +650,40 @@ def partial_result(record: WorkflowRecord, steps: Sequence[StepRecord]) -> RunRe
         tool_calls=sum(agent.usage.tool_calls for agent in agents),
         time_s=max(0.0, record.updated_at_s - record.created_at_s),
     )
-    return base.model_copy(update={"agents": agents, "usage": usage, "memory": memory_of(steps)})
+    return base.model_copy(
+        update={"agents": agents, "usage": usage, "memory": base.memory or memory_of(steps)}
+    )
+
+
+def _agent_name(key: str, assigned: Mapping[str, Assignment]) -> str:
+    """Whoever has a topology's task is named by it; one that was asked by another, after that one."""
+    if key in assigned:
+        return assigned[key].agent
+    asker, _, own = key.rpartition(".")
+    return f"{_agent_name(asker, assigned)}-{own}" if asker else key
 
 
 def _agent_so_far(
-    key: str, assignment: Assignment | None, steps: Sequence[StepRecord], model: str
+    name: str,
+    key: str,
+    assignment: Assignment | None,
+    steps: Sequence[StepRecord],
+    model: str,
+    end: JsonObject,
 ) -> AgentReport:
     completions = [Completion.model_validate(s.output) for s in steps if s.name == "model" and s.output]
-    error = next((str(s.error.get("detail")) for s in reversed(steps) if s.error), None)
+    problem: JsonObject | None = end.get("error")
+    if problem is None:
+        problem = next((s.error for s in reversed(steps) if s.error), None)
+    state: Literal["completed", "failed", "unfinished"] = "failed" if problem else "unfinished"
+    if end.get("state") == "completed":
+        state, problem = "completed", None
     stamps = [t for s in steps for t in (s.started_at_s, s.completed_at_s) if t is not None]
     return AgentReport(
-        name=assignment.agent if assignment else key.replace(".", "-"),
+        name=name,
         role=assignment.role if assignment else key.rpartition(".")[2].partition("-")[0],
         model=completions[-1].model if completions else model,
-        state="failed" if error else "unfinished",
+        state=state,
         steps=len(steps),
         usage=RunUsage(
             input_tokens=sum(c.usage.input_tokens for c in completions),
@@ -663,8 +693,14 @@ def _agent_so_far(
             tool_calls=sum(1 for s in steps if s.name.startswith("tool:")),
             time_s=max(stamps) - min(stamps) if stamps else 0.0,
         ),
-        error=error,
+        error=None if problem is None else str(problem.get("detail")),
+        hint=None if problem is None else problem.get("hint"),
     )
+
+
+def _ends_of(events: Sequence[EventRecord]) -> dict[str, JsonObject]:
+    """Agent → its state at its end, and its problem if it has one."""
+    return {event.agent: event.data for event in events if event.kind == "child_ended"}
 
 
 def _sum_cost(costs: Sequence[float | None]) -> float | None:

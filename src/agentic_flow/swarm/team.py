@@ -15,6 +15,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from agentic_flow.agentdb.ingest import IngestReport
 from agentic_flow.core.errors import (
@@ -83,6 +84,7 @@ class _Progress:
     reviewed: list[Claim] = field(default_factory=list[Claim])
     fell: int = 0
     shown: Shown = field(default_factory=Shown)
+    ingest: IngestReport | None = None
     cited: dict[str, None] = field(default_factory=dict[str, None])
 
     def worked(self) -> list[str]:
@@ -137,9 +139,10 @@ class Team:
         finally:
             self._budgets.forget(run_id)
         await self._record(context, payload, progress, None, failure)
-        if result is not None:  # there is an answer; it is just not what was asked for
-            result = result.model_copy(update={"state": "failed", "notes": tuple(progress.notes)})
-            failure.details["result"] = result.model_dump(mode="json")
+        # Perhaps there is an answer that is just not what was asked for; else what its agents did.
+        result = result or self._result(context, payload, progress, state="failed")
+        result = result.model_copy(update={"state": "failed", "notes": tuple(progress.notes)})
+        failure.details["result"] = result.model_dump(mode="json")
         raise failure
 
     def _out_of_time(self, spec: RunSpec) -> AgenticFlowError:
@@ -158,7 +161,7 @@ class Team:
         progress.shown = await self._recall(context, payload)
         if progress.shown.problem is not None:
             progress.notes.append(f"memory was not asked: {progress.shown.problem}")
-        ingest = await self._ingest(context, payload)
+        progress.ingest = await self._ingest(context, payload)
         if not payload.briefs["planner"].generative:
             tasks = prompts.split_goal(spec.goal, spec.agents)
             progress.plans[PLAN] = tuple(Task(question) for question in tasks)
@@ -168,7 +171,7 @@ class Team:
             )
         while batch := await self._next(context, payload, progress):
             await self._run_batch(context, payload, batch, progress)
-        return await self._conclude(context, payload, progress, ingest)
+        return await self._conclude(context, payload, progress)
 
     async def _next(
         self, context: WorkflowContext, payload: RunPayload, progress: _Progress
@@ -407,7 +410,7 @@ class Team:
         progress.errors.append(error)
         progress.done[assignment.key] = False
         name, role = assignment.agent, assignment.role
-        progress.reports.append(report_of(name, role, model, "failed", usage, error.message))
+        progress.reports.append(report_of(name, role, model, "failed", usage, error))
         progress.reports += delegates
         progress.notes.append(f"{name} failed: {error.message}")
 
@@ -515,7 +518,6 @@ class Team:
         context: WorkflowContext,
         payload: RunPayload,
         progress: _Progress,
-        ingest: IngestReport | None,
     ) -> RunResult:
         """The answer, its citations checked once more, what was asked of it, and the account of the run."""
         if not progress.worked():
@@ -533,20 +535,36 @@ class Team:
             f"criterion {name_of(entry.criterion)} is {'met' if entry.met else 'not met'}: {entry.reason}"
             for entry in acceptance
         ]
+        result = self._result(context, payload, progress, state="completed")
+        return result.model_copy(
+            update={
+                "answer": answer.text,
+                "citations": answer.citations,
+                "acceptance": tuple(acceptance),
+            }
+        )
+
+    def _result(
+        self,
+        context: WorkflowContext,
+        payload: RunPayload,
+        progress: _Progress,
+        *,
+        state: Literal["completed", "failed"],
+    ) -> RunResult:
+        """The account of the run, without its answer."""
         return RunResult(
             run_id=context.workflow_id,
-            state="completed",
+            state=state,
             goal=payload.spec.goal,
             topology=payload.spec.topology,
             model=payload.briefs["worker"].model,
-            answer=answer.text,
-            citations=answer.citations,
+            answer="",
             usage=findings.total(progress.reports, time.time() - payload.started_at_s),
             agents=tuple(progress.reports),
-            ingest=ingest,
+            ingest=progress.ingest,
             notes=tuple(progress.notes),
             memory=progress.shown.as_result(tuple(progress.cited)),
-            acceptance=tuple(acceptance),
             created_at_s=payload.started_at_s,
         )
 

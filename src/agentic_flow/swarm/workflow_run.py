@@ -360,7 +360,7 @@ class Workflows:
         if "error" in result:
             error = from_problem(result["error"])
             used = RunUsage.model_validate(error.details.get("usage", {}))
-            reports.append(report_of(payload.key, agent.role, brief.model, "failed", used, error.message))
+            reports.append(report_of(payload.key, agent.role, brief.model, "failed", used, error))
             reports += [AgentReport.model_validate(one) for one in error.details.get("delegates", [])]
             raise error
         output = AgentOutput.model_validate(result)
