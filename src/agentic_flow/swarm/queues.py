@@ -73,7 +73,7 @@ class RunQueues:
 
     def has_work(self, queues: Collection[str]) -> bool:
         """Whether anything may wait in these queues: a question that takes no lock."""
-        if not queues:  # who works for none takes nothing; PostgreSQL does not know the type of an empty list
+        if not queues:  # who works for none takes nothing
             return False
         closed = self._rates.closed(queues)
         ready = "EXISTS (SELECT 1 FROM af_queued WHERE state = 'ready' AND queue IN"
