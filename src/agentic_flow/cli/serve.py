@@ -81,7 +81,11 @@ def register(app: typer.Typer) -> None:
             talk(f"owner key (shown only this once): {key}")
 
         try:
-            run(serve_services(session.start(), chosen, on_ready=ready, on_owner_key=owner_key))
+            run(
+                serve_services(
+                    session.start("-".join(chosen)), chosen, on_ready=ready, on_owner_key=owner_key
+                )
+            )
         finally:
             gc.enable()
 

@@ -75,13 +75,17 @@ class Session:
         """The settings themselves."""
         return self.loaded.settings
 
-    def start(self) -> Settings:
-        """The settings, for a command that is about to use services: sets up logs on stderr first."""
+    def start(self, service: str = "cli") -> Settings:
+        """The settings, for a command that is about to use services: sets up logs on stderr first.
+
+        Args:
+            service: What this process is called in traces and metrics.
+        """
         from agentic_flow.core.telemetry import configure
 
         if not self._started:
             self._started = True
-            atexit.register(configure(self.settings.telemetry, "cli"))
+            atexit.register(configure(self.settings.telemetry, service))
         return self.settings
 
     @contextmanager

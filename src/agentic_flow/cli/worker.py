@@ -81,7 +81,7 @@ def register(app: typer.Typer) -> None:
         session.flags["serve.worker_port"] = port
         if session.as_json:
             session.flags["telemetry.log_format"] = "json"
-        own = session.start().swarm
+        own = session.start("worker").swarm
         if not own.runs_parallel_max or not own.queues:
             raise InvalidSettings(
                 f"a worker with {own.runs_parallel_max!r} places for {list(own.queues)!r} does nothing",

@@ -45,6 +45,7 @@ from agentic_flow.swarm.inputs import Folder
 from agentic_flow.swarm.payloads import AGENT, AgentOutput, AgentPayload, RunPayload
 from agentic_flow.swarm.runs import AgentReport, RunUsage
 from agentic_flow.swarm.topology import Role
+from agentic_flow.swarm.tracing import working
 
 
 class Budgets:
@@ -130,8 +131,15 @@ class Members:
             output_tokens_max=spec.output_tokens_max or settings.output_tokens_max,
             stream=self._stream,
         )
+        attributes = {
+            "gen_ai.operation.name": "invoke_agent",
+            "gen_ai.agent.name": payload.agent,
+            "gen_ai.request.model": task.model,
+            "agentic_flow.run_id": payload.run_id,
+        }
         try:
-            text = await self._loop.run(task, calls)
+            with working(f"invoke_agent {payload.agent}", attributes):
+                text = await self._loop.run(task, calls)
         except AgenticFlowError as error:
             error.details["usage"] = calls.usage(time.monotonic() - started).model_dump(mode="json")
             error.details["delegates"] = [report.model_dump(mode="json") for report in calls.delegates]
@@ -180,15 +188,17 @@ class Members:
         """One tool call; executed inside a step. Refusals and failures are results a model can read."""
         budget = await self._budgets.of(payload.run_id, payload.run)
         artifacts = StepArtifacts(self._engine, self.settings, step, budget.staged)
+        attributes = {"gen_ai.operation.name": "execute_tool", "gen_ai.tool.name": call.name}
         try:
-            result = await self._toolbox.call(
-                payload.run.principal,
-                call.name,
-                call.arguments,
-                deadline=budget.deadline.earliest(self._tool_timeout_s),
-                scope=replace(scope, artifacts=artifacts),
-                idempotency_key=step.idempotency_key,
-            )
+            with working(f"execute_tool {call.name}", attributes):
+                result = await self._toolbox.call(
+                    payload.run.principal,
+                    call.name,
+                    call.arguments,
+                    deadline=budget.deadline.earliest(self._tool_timeout_s),
+                    scope=replace(scope, artifacts=artifacts),
+                    idempotency_key=step.idempotency_key,
+                )
         except AgenticFlowError as error:
             artifacts.discard()
             return {"content": as_problem(error), "is_error": True, "truncated": False}

@@ -28,7 +28,8 @@ class RunPayload(Frozen):
     """All that a run needs to be done again elsewhere; what the engine stores as its input.
 
     `briefs` has one persona for each role, and one for each stage of a pipeline (`stage-1`). `account`: whose
-    budget it draws on; None: its own. `retry_of`: the run whose steps before `retry_from` it has taken over.
+    budget it draws on; None: its own. `retry_of`: the run whose steps before `retry_from` it has taken over,
+    and `retry_traceparent` its trace. `traceparent`: the trace that all work on it belongs to.
     """
 
     spec: RunSpec
@@ -41,6 +42,8 @@ class RunPayload(Frozen):
     account: Account | None = None
     retry_of: str | None = None
     retry_from: str | None = None
+    traceparent: str | None = None
+    retry_traceparent: str | None = None
 
     @property
     def principal(self) -> Principal:

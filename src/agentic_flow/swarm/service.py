@@ -62,6 +62,7 @@ from agentic_flow.swarm.schedule_store import ScheduleStore
 from agentic_flow.swarm.scheduler import Scheduler
 from agentic_flow.swarm.team import DEFAULT_TOOLS, Team
 from agentic_flow.swarm.topology import Assignment, Role
+from agentic_flow.swarm.tracing import accepting
 from agentic_flow.swarm.workflow_admission import WorkflowAdmission
 from agentic_flow.swarm.workflow_run import WORKFLOW, WorkflowPayload, Workflows
 from agentic_flow.swarm.workflow_spec import Validation, WorkflowRequest, WorkflowSource
@@ -231,17 +232,18 @@ class Swarm:
             started_at_s=time.time(),
         )
         run_id = _run_id(principal.tenant, idempotency_key)
-        accepted = await self._engine.start(
-            RUN,
-            run_id,
-            payload.model_dump(mode="json"),
-            tenant=principal.tenant,
-            queue=spec.queue,
-            priority=spec.priority,
-            deadline_s=None if spec.deadline_s is None else payload.started_at_s + spec.deadline_s,
-            after=spec.after,
-            after_any_end=spec.after_any_end,
-        )
+        with accepting(run_id) as traceparent:
+            accepted = await self._engine.start(
+                RUN,
+                run_id,
+                payload.model_copy(update={"traceparent": traceparent}).model_dump(mode="json"),
+                tenant=principal.tenant,
+                queue=spec.queue,
+                priority=spec.priority,
+                deadline_s=None if spec.deadline_s is None else payload.started_at_s + spec.deadline_s,
+                after=spec.after,
+                after_any_end=spec.after_any_end,
+            )
         if not accepted:
             record = await self._record(principal, run_id)
             if record.name != RUN or RunPayload.model_validate(record.payload).spec != spec:
@@ -260,19 +262,20 @@ class Swarm:
         principal.demand("runs:write")
         payload = await self._admission.admit(principal, request, time.time())
         run_id = _run_id(principal.tenant, idempotency_key)
-        data = payload.model_dump(mode="json")
         deadline_s = payload.workflow.deadline_s
-        accepted = await self._engine.start(
-            WORKFLOW,
-            run_id,
-            data,
-            tenant=principal.tenant,
-            queue=request.queue,
-            priority=request.priority,
-            deadline_s=None if deadline_s is None else payload.run.started_at_s + deadline_s,
-            after=request.after,
-            after_any_end=request.after_any_end,
-        )
+        with accepting(run_id) as traceparent:
+            run = payload.run.model_copy(update={"traceparent": traceparent})
+            accepted = await self._engine.start(
+                WORKFLOW,
+                run_id,
+                payload.model_copy(update={"run": run}).model_dump(mode="json"),
+                tenant=principal.tenant,
+                queue=request.queue,
+                priority=request.priority,
+                deadline_s=None if deadline_s is None else payload.run.started_at_s + deadline_s,
+                after=request.after,
+                after_any_end=request.after_any_end,
+            )
         if not accepted:
             record = await self._record(principal, run_id)
             if record.name != WORKFLOW:
@@ -405,18 +408,22 @@ class Swarm:
         record = await self._record(principal, run_id)
         old = _run_payload(record)
         self._check_inputs(principal, old.spec)
-        new = old.model_copy(
-            update={
-                "subject": principal.subject,
-                "scopes": tuple(sorted(principal.scopes)),
-                "started_at_s": time.time(),
-                "retry_of": run_id,
-                "retry_from": from_step,
-            }
-        ).model_dump(mode="json")
-        payload = record.payload | {"run": new} if record.name == WORKFLOW else new
         new_id = _run_id(principal.tenant, idempotency_key)
-        if not await self._engine.retry(run_id, new_id, payload, from_step=from_step):
+        with accepting(new_id) as traceparent:
+            new = old.model_copy(
+                update={
+                    "subject": principal.subject,
+                    "scopes": tuple(sorted(principal.scopes)),
+                    "started_at_s": time.time(),
+                    "retry_of": run_id,
+                    "retry_from": from_step,
+                    "traceparent": traceparent,
+                    "retry_traceparent": old.traceparent,
+                }
+            ).model_dump(mode="json")
+            payload = record.payload | {"run": new} if record.name == WORKFLOW else new
+            accepted = await self._engine.retry(run_id, new_id, payload, from_step=from_step)
+        if not accepted:
             known = _run_payload(await self._record(principal, new_id))
             if (known.retry_of, known.retry_from) != (run_id, from_step):
                 raise _other_run(idempotency_key, new_id)

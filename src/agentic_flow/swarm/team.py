@@ -59,6 +59,7 @@ from agentic_flow.swarm.topology import (
     phases,
     topology_named,
 )
+from agentic_flow.swarm.tracing import working
 from agentic_flow.swarm.voting import agreement, majority_of
 
 DEFAULT_TOOLS = ("file_find", "file_list", "file_read", "file_search", "memory_search")
@@ -119,6 +120,15 @@ class Team:
     async def run(self, context: WorkflowContext, data: JsonObject) -> JsonObject:
         """The workflow of a run; returns a RunResult as JSON."""
         payload = RunPayload.model_validate(data)
+        attributes = {
+            "agentic_flow.run_id": context.workflow_id,
+            "agentic_flow.tenant": payload.tenant,
+            "agentic_flow.topology": payload.spec.topology,
+        }
+        with working("run", attributes, traceparent=payload.traceparent, linked=payload.retry_traceparent):
+            return await self._run(context, payload)
+
+    async def _run(self, context: WorkflowContext, payload: RunPayload) -> JsonObject:
         run_id = context.workflow_id
         progress = _Progress()
         result: RunResult | None = None

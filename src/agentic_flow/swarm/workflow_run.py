@@ -49,6 +49,7 @@ from agentic_flow.swarm.runs import (
     WorkflowReport,
     WorkflowStepReport,
 )
+from agentic_flow.swarm.tracing import working
 from agentic_flow.swarm.workflow_plan import Outcome, Plan, Start, advance, conclude
 from agentic_flow.swarm.workflow_spec import DENY, Step, WorkflowSpec
 from agentic_flow.swarm.workflow_text import as_text
@@ -136,6 +137,16 @@ class Workflows:
     async def run(self, context: WorkflowContext, data: JsonObject) -> JsonObject:
         """The workflow itself; returns a RunResult as JSON. A failure carries what there is of it."""
         payload = WorkflowPayload.model_validate(data)
+        own = payload.run
+        attributes = {
+            "agentic_flow.run_id": context.workflow_id,
+            "agentic_flow.tenant": own.tenant,
+            "agentic_flow.workflow": payload.workflow.name,
+        }
+        with working("workflow", attributes, traceparent=own.traceparent, linked=own.retry_traceparent):
+            return await self._run(context, payload)
+
+    async def _run(self, context: WorkflowContext, payload: WorkflowPayload) -> JsonObject:
         run_id = context.workflow_id
         progress = _Progress()
         outputs: dict[str, Any] = {}
