@@ -310,6 +310,7 @@ class AsyncRuns:
         memory: bool = True,
         refines: Sequence[str] = (),
         idempotency_key: str | None = None,
+        detached: bool = False,
         **more: Any,
     ) -> str:
         """Accept a run durably and return its id at once; arguments as in `AsyncClient.run`.
@@ -317,6 +318,11 @@ class AsyncRuns:
         Args:
             refines: Earlier runs of this goal, of which the team is told how they went.
             idempotency_key: The same key and arguments give the same run, however often they are sent.
+            detached: Another process is to do it: a client without a server puts it into a shared queue, by
+                default `default`.
+
+        Raises:
+            Unavailable: detached, and no process that lives takes runs from the queue.
         """
         spec = self.spec(
             goal,
@@ -332,6 +338,13 @@ class AsyncRuns:
             **more,
         )
         runtime, swarm = await self._client._swarm()  # pyright: ignore[reportPrivateUsage]
+        if detached:
+            from agentic_flow.swarm.scheduling import DEFAULT_QUEUE
+            from agentic_flow.swarm.service import Swarm
+
+            if isinstance(swarm, Swarm):  # else the server that is asked does it, or knows who does
+                spec = spec.model_copy(update={"queue": spec.queue or DEFAULT_QUEUE})
+                await swarm.check_served(spec.queue or DEFAULT_QUEUE)
         return await swarm.submit(runtime.principal, spec, idempotency_key=idempotency_key)
 
     def spec(

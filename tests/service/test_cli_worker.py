@@ -166,6 +166,49 @@ def test_a_worker_says_that_its_port_is_taken(tmp_path: Path) -> None:
     assert not (place.data_dir / "runs").exists()
 
 
+DETACHED = ("run", QUESTION, "--input", "project", "--agents", "1", "--detach")
+
+
+def test_a_detached_run_is_refused_where_nobody_would_do_it(tmp_path: Path) -> None:
+    """Catches a run that is left where nobody does it: no worker, a dead one, or one of another queue."""
+    place = Place(tmp_path)
+    make_folder(tmp_path)
+    words = DETACHED
+    nobody = place.run(*words)
+    assert nobody.code != 0
+    assert "no process takes runs from the queue 'default'" in nobody.problem
+    assert "agentic-flow worker --queue default" in nobody.err
+    with place.start("worker", "--queue", "gpu") as worker:
+        worker.until(lambda line: "takes runs from gpu" in line)
+        assert place.run(*words).code == nobody.code, "a worker of another queue"
+        on_gpu = place.run(*words, "--queue", "gpu", "--json")
+        assert on_gpu.code == 0, on_gpu.err
+        worker.signal(signal.SIGKILL)
+        worker.end()
+    assert place.run(*words, "--queue", "gpu").code == nobody.code, "a dead worker"
+    assert place.run_ids() == [on_gpu.data["run_id"]]
+
+
+def test_a_detached_run_is_left_to_others(tmp_path: Path) -> None:
+    """Catches a command that waits for the run, or that takes a server which is idle for none."""
+    place = Place(tmp_path)
+    make_folder(tmp_path)
+    words = DETACHED
+    with place.start("serve", "all") as server:  # idle: its run engine is not at work
+        url = server.addresses()["platform"]
+        detached = place.run(*words)
+        assert detached.code == 0, detached.err
+        run_id = detached.out.strip()
+        assert f"runs show {run_id}" in detached.err
+        with remote(url, place) as client:
+            assert client.runs.wait(run_id).state == "completed"
+            assert client.runs.show(run_id).queue == "default"
+        by_url = place.run(*words, AGENTIC_FLOW_PEERS__PLATFORM_URL=url)
+        assert by_url.code == 0, by_url.err
+        with remote(url, place) as client:
+            assert client.runs.wait(by_url.out.strip()).state == "completed"
+
+
 def test_a_worker_with_nothing_to_do_is_refused(tmp_path: Path) -> None:
     """Catches a worker that starts and can never take a run."""
     place = Place(tmp_path)

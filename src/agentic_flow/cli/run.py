@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from agentic_flow.cli.session import Session, command
+
+if TYPE_CHECKING:
+    from agentic_flow.client import AsyncClient
 
 
 def register(app: typer.Typer) -> None:
@@ -20,6 +24,7 @@ def register(app: typer.Typer) -> None:
             'agentic-flow run "How are timeouts implemented?" --input src',
             'agentic-flow run "Compare the two parsers" -i a.py -i b.py --topology mesh --agents 3',
             'agentic-flow run "How is state kept?" -i src --agents 8 --teams 2 --accept min_citations:3',
+            'agentic-flow run "What has changed?" -i src --queue nightly --detach',
             'agentic-flow run "What is risky here?" -i . --forbid "secrets/**" --budget-usd 0.50 --json',
         ),
     )
@@ -158,6 +163,10 @@ def register(app: typer.Typer) -> None:
         watch: Annotated[
             bool, typer.Option("--watch", help="Show the whole team at work, as `swarm watch` does.")
         ] = False,
+        detach: Annotated[
+            bool,
+            typer.Option("--detach", help="Leave it to a server or worker, print its id and end at once."),
+        ] = False,
     ) -> None:
         """Put a team of agents to work on a goal and print its answer with citations.
 
@@ -167,7 +176,6 @@ def register(app: typer.Typer) -> None:
         """
         from agentic_flow.cli.follow import follow
         from agentic_flow.cli.run_options import spec_options
-        from agentic_flow.client import AsyncClient
         from agentic_flow.swarm.topology import topology_named
 
         if topology is not None:
@@ -200,7 +208,31 @@ def register(app: typer.Typer) -> None:
                 paths_allowed=allow or (),
                 paths_forbidden=forbid or (),
                 memory=not no_memory,
+                detached=detach,
                 **given,
             )
 
-        follow(session, submit, whole=watch)
+        if detach:
+            _detach(session, submit, watch=watch)
+        else:
+            follow(session, submit, whole=watch)
+
+
+def _detach(session: Session, submit: Callable[[AsyncClient], Awaitable[str]], *, watch: bool) -> None:
+    """Submit, say under which id, and leave."""
+    import asyncio
+
+    from agentic_flow.cli.output import talk
+    from agentic_flow.client import AsyncClient
+    from agentic_flow.core.errors import InvalidInput
+
+    if watch:
+        raise InvalidInput("--detach leaves the run alone, and --watch stays", hint="give one of the two")
+
+    async def main() -> str:
+        async with AsyncClient(settings=session.start()) as client:
+            return await submit(client)
+
+    run_id = asyncio.run(main())
+    session.show({"run_id": run_id}, lambda: print(run_id))
+    talk(f"`agentic-flow runs show {run_id}` tells how it goes, `agentic-flow swarm watch {run_id}` shows it")

@@ -662,6 +662,10 @@ class RunEngine(Protocol):
         """How this process is; answered within seconds also when the database is away."""
         ...
 
+    async def is_served(self, queue: str) -> bool:
+        """Whether a process that lives, this one or another, takes workflows from this shared queue."""
+        ...
+
     async def queue_depths(self) -> list[QueueDepth]:
         """Every shared queue that has unfinished workflows, by name."""
         ...

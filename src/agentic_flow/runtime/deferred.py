@@ -7,7 +7,10 @@ memory for its callers. What is wrong with the databases that are there is said 
 from __future__ import annotations
 
 import asyncio
+import secrets
+import socket
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import structlog
@@ -18,7 +21,7 @@ from agentic_flow.core.clock import SYSTEM_CLOCK
 from agentic_flow.core.errors import AgenticFlowError
 from agentic_flow.core.settings import SwarmSettings
 from agentic_flow.swarm.dependencies import Dependencies
-from agentic_flow.swarm.heartbeat import answers
+from agentic_flow.swarm.heartbeat import Heartbeat, answers
 from agentic_flow.swarm.leases import Leases, RunDatabase
 from agentic_flow.swarm.queue_metrics import QueueMetrics
 from agentic_flow.swarm.queues import RunQueues
@@ -95,6 +98,11 @@ class RunWatch:
         self._names = settings.queues if settings.runs_parallel_max else ()
         self.metrics = QueueMetrics(lambda: asyncio.to_thread(self._queues.depths), settings.queues)
         """How the shared queues stand, for `/metrics`; there are figures once `start` was called."""
+        self._heartbeat = Heartbeat(
+            self._leases, f"{socket.gethostname()}-watch-{secrets.token_hex(6)}", settings.lease_s / 4
+        )
+        self._present = ExitStack()
+        self._announced = False
         self._interval_s = min(_LOOK_S, settings.lease_s / 2)
         self._begun = begun
         self._begin = begin
@@ -109,9 +117,30 @@ class RunWatch:
             DataCorrupted: it is damaged.
         """
         await asyncio.to_thread(self._database.create)
+        if self._names:
+            await asyncio.to_thread(self._announce)
         self._measuring = asyncio.create_task(self.metrics.keep_fresh(), name="queue-metrics")
         if not await self._look():
             self._task = asyncio.create_task(self._keep_looking(), name="run-watch")
+
+    def _announce(self) -> None:
+        """Let others know that the queues are served, though the engine is not at work yet."""
+        executor_id = self._heartbeat.executor_id
+        self._present.enter_context(self._leases.presence(executor_id))
+        self._heartbeat.start()
+        self._announced = True
+        self._leases.serve(executor_id, self._names)
+
+    def _withdraw(self) -> None:
+        if self._announced:
+            self._announced = False
+            self._heartbeat.stop()
+            try:
+                self._leases.leave(self._heartbeat.executor_id)
+            except AgenticFlowError as error:  # others then wait for its lease to run out
+                _log.warning("leave_failed", error=error.message)
+        self._present.close()
+        self._database.close()
 
     async def works(self) -> bool:
         """Whether the run database can be read."""
@@ -125,7 +154,7 @@ class RunWatch:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
-        await asyncio.to_thread(self._database.close)
+        await asyncio.to_thread(self._withdraw)
 
     async def _look(self) -> bool:
         """Whether there is nothing left to look for: the run engine is at work."""

@@ -182,7 +182,7 @@ class SqlRunEngine:
         self._opened = True
         self._reset()
         try:
-            await unbroken(asyncio.to_thread(self._prepare))
+            await unbroken(asyncio.to_thread(self._prepare, queues if self._places_max else ()))
             self._writer = CheckpointWriter(self._database, patience_s=self._lease_s)
             self._is_open = True
             self._keepers.append(keep(_WATCH_S, self._watch))
@@ -221,12 +221,14 @@ class SqlRunEngine:
         if not self._database.is_sqlite:
             self._keepers.append(asyncio.create_task(self._claimer.listen()))
 
-    def _prepare(self) -> None:
+    def _prepare(self, queues: Sequence[str]) -> None:
         self._database.create()
         self._leases.forget_the_dead()
         self._present.enter_context(self._leases.presence(self._executor_id))
         self._heartbeat = Heartbeat(self._leases, self._executor_id, self._lease_s / 4)
         self._heartbeat.start()
+        if queues:
+            self._leases.serve(self._executor_id, queues)
 
     async def _close(self) -> None:
         """Let go without recording anything: what was in flight runs again wherever it is resumed."""
@@ -272,6 +274,7 @@ class SqlRunEngine:
         for run in not_begun:
             self._leave(run, None)
         try:
+            await unbroken(asyncio.to_thread(self._leases.serve, self._executor_id, ()))
             await unbroken(asyncio.to_thread(self._hand_over, [run.workflow_id for run in not_begun]))
         except AgenticFlowError as error:  # the close will try again
             log.warning("hand_over_failed", error=error.message)
@@ -676,6 +679,11 @@ class SqlRunEngine:
             keep_bytes=keep_bytes,
             dry_run=dry_run,
         )
+
+    async def is_served(self, queue: str) -> bool:
+        """See RunEngine."""
+        self._check_open()
+        return await asyncio.to_thread(self._leases.is_served, queue)
 
     async def queue_depths(self) -> list[QueueDepth]:
         """See RunEngine."""

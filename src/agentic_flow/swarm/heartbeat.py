@@ -23,7 +23,7 @@ class Heartbeat:
 
     def __init__(self, leases: Leases, executor_id: str, interval_s: float) -> None:
         self._leases = leases
-        self._executor_id = executor_id
+        self.executor_id = executor_id
         self._interval_s = interval_s
         self.has_begun = False
         self._written_s = 0.0
@@ -41,13 +41,14 @@ class Heartbeat:
         return self.has_begun and time.monotonic() - self._written_s < lease_s
 
     def stop(self) -> None:
+        """Beat no more. Idempotent."""
         self._end.set()
         if self._thread.is_alive():
             self._thread.join()
 
     def _beat(self) -> None:
         began_s = time.monotonic()  # what is stored is not younger than this
-        self._leases.beat(self._executor_id)
+        self._leases.beat(self.executor_id)
         self._written_s = began_s
 
     def _run(self) -> None:

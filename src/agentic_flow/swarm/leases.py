@@ -1,6 +1,6 @@
 """The run database: who owns which workflow, and what the store says about it.
 
-Eleven tables, in SQLite or PostgreSQL:
+Twelve tables, in SQLite or PostgreSQL:
 
     af_executors  one row per process, with its last heartbeat
     af_workflows  one row per workflow. A top-level one carries its owner, and an epoch that grows when it
@@ -13,6 +13,7 @@ Eleven tables, in SQLite or PostgreSQL:
     af_after      one row per top-level workflow that another one waits for (`dependencies`)
     af_artifacts  one row per version of an artifact, with its bytes, numbered in its tree (`artifact_rows`)
     af_starts     one row per recent start from a queue whose starts are limited (`queue_rates`)
+    af_serving    one row per process and queue that it takes runs from
     af_schedules  one row per schedule, which makes top-level workflows (`schedule_store`)
 
 An owner is alive while its heartbeat is fresh and, on SQLite, while it holds the lock on its lock file: the
@@ -44,6 +45,7 @@ from agentic_flow.swarm.locks import hold_lock, is_locked, lock_path
 from agentic_flow.swarm.queue_rows import (
     CREATE_AFTER,
     CREATE_QUEUED,
+    CREATE_SERVING,
     CREATE_STARTS,
     enqueue,
     make_ready,
@@ -95,6 +97,7 @@ _CREATE = (
     *CREATE_QUEUED,
     *CREATE_AFTER,
     *CREATE_STARTS,
+    *CREATE_SERVING,
     *CREATE_SCHEDULES,
     "CREATE INDEX IF NOT EXISTS af_workflows_unfinished ON af_workflows (executor_id, accepted_at_s) "
     f"WHERE parent_id IS NULL AND {_UNFINISHED}",
@@ -263,6 +266,26 @@ class Leases:
             **only,
         )
 
+    def serve(self, executor_id: str, queues: Collection[str]) -> None:
+        """Say from which shared queues this process, whose heart beats, takes runs; from no others."""
+        with self._database.transaction() as connection:
+            execute(connection, "DELETE FROM af_serving WHERE executor_id = :id", id=executor_id)
+            for queue in sorted(set(queues)):
+                execute(
+                    connection,
+                    "INSERT INTO af_serving (executor_id, queue) VALUES (:id, :queue)",
+                    id=executor_id,
+                    queue=queue,
+                )
+
+    def is_served(self, queue: str) -> bool:
+        """Whether any process that lives takes runs from this queue."""
+        with self._database.reading() as connection:
+            found = execute(
+                connection, "SELECT executor_id FROM af_serving WHERE queue = :queue", queue=queue
+            )
+            return bool(self.alive(connection, {str(row[0]) for row in found}))
+
     def has_handed_on(self) -> bool:
         """Whether any workflow waits for whoever goes on with it: a question that takes no lock."""
         return bool(
@@ -277,6 +300,7 @@ class Leases:
         """Let go of everything, so that others need not wait."""
         with self._database.transaction() as connection:
             self._hand_on(connection, executor_id, None)
+            execute(connection, "DELETE FROM af_serving WHERE executor_id = :id", id=executor_id)
             execute(connection, "DELETE FROM af_executors WHERE executor_id = :id", id=executor_id)
 
     def forget_the_dead(self) -> None:
@@ -284,6 +308,10 @@ class Leases:
         with self._database.transaction() as connection:
             before_s = self._now_s(connection) - 10 * self._lease_s
             execute(connection, "DELETE FROM af_executors WHERE heartbeat_at_s < :before", before=before_s)
+            execute(
+                connection,
+                "DELETE FROM af_serving WHERE executor_id NOT IN (SELECT executor_id FROM af_executors)",
+            )
         if self._database.is_sqlite:
             for path in (self._database.folder / "executors").glob("*.lock"):
                 if not is_locked(path):

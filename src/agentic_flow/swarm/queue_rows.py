@@ -37,6 +37,10 @@ CREATE_STARTS = (
     "CREATE TABLE IF NOT EXISTS af_starts (queue TEXT NOT NULL, at_s DOUBLE PRECISION NOT NULL)",
     "CREATE INDEX IF NOT EXISTS af_starts_at ON af_starts (queue, at_s)",
 )
+CREATE_SERVING = (
+    "CREATE TABLE IF NOT EXISTS af_serving (executor_id TEXT NOT NULL, queue TEXT NOT NULL, "
+    "PRIMARY KEY (executor_id, queue))",
+)
 CREATE_QUEUED = (
     """CREATE TABLE IF NOT EXISTS af_queued (
         root_id TEXT PRIMARY KEY, queue TEXT NOT NULL, priority INTEGER NOT NULL, tenant TEXT NOT NULL,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from agentic_flow.core.auth import LOCAL_OWNER, Principal
-from agentic_flow.core.errors import Conflict, Forbidden, InvalidInput, NotFound
+from agentic_flow.core.errors import Conflict, Forbidden, InvalidInput, NotFound, Unavailable
 from agentic_flow.core.messages import Completion, JsonObject, ModelInfo
 from agentic_flow.core.ports import (
     ArtifactRecord,
@@ -207,6 +207,18 @@ class Swarm:
     async def health(self) -> EngineHealth:
         """How this process is. See RunEngine."""
         return await self._engine.health()
+
+    async def check_served(self, queue: str) -> None:
+        """Refuse a queue from which no process that lives takes runs.
+
+        Raises:
+            Unavailable: there is none.
+        """
+        if not await self._engine.is_served(queue):
+            raise Unavailable(
+                f"no process takes runs from the queue {queue!r}",
+                hint=f"start `agentic-flow worker --queue {queue}` or a server on this run database",
+            )
 
     async def queue_depths(self) -> list[QueueDepth]:
         """How the shared queues stand. See RunEngine."""

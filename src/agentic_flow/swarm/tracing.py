@@ -2,7 +2,7 @@
 
 Whoever accepts a run stores the trace that it was accepted in; whoever works on it, from its beginning or
 from where another process left it, goes on in that trace. A run that is accepted outside of any trace has one
-that follows from its id. Names and attributes of spans are those of the GenAI conventions where they have some.
+that follows from its id. Spans have the names and attributes of the GenAI conventions where there are some.
 
 Sources: W3C Trace Context; OpenTelemetry semantic conventions for generative AI agents.
 """
