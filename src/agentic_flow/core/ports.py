@@ -304,11 +304,26 @@ class ToolResult:
     duration_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Approval:
+    """What somebody said to a tool call for which the policy asks. `by` None: nobody answered in time."""
+
+    granted: bool
+    by: str | None
+
+
 class ToolBox(Protocol):
     """Validates, authorises, runs and audits tool calls. MCP, agents and the CLI use this one call."""
 
     def specs(self, principal: Principal, scope: ToolScope) -> list[ToolSpec]:
         """The tools this principal may call in this scope, in name order."""
+        ...
+
+    def asks(
+        self, principal: Principal, name: str, arguments: Mapping[str, Any], scope: ToolScope
+    ) -> JsonObject | None:
+        """Whether this call passes only with somebody's yes: `{"tool": …, "arguments": …, "reason": …}`, to be
+        shown to whoever is asked, or None. Wrong calls need none: they are refused anyway."""
         ...
 
     async def call(
@@ -320,8 +335,18 @@ class ToolBox(Protocol):
         deadline: Deadline,
         scope: ToolScope,
         idempotency_key: str | None = None,
+        approval: Approval | None = None,
     ) -> ToolResult:
         """Run one tool. A refused or failed call is a result with `is_error`, which a model can read.
+
+        Args:
+            principal: Who calls.
+            name: The tool.
+            arguments: For it.
+            deadline: When it must have ended.
+            scope: What it may touch.
+            idempotency_key: The same for a call that is made again.
+            approval: What somebody said to it, where `asks` says that this is needed.
 
         Raises:
             NotFound: no tool has this name in this scope.
@@ -410,6 +435,7 @@ class WorkflowContext(Protocol):
         options: Sequence[str] = (),
         timeout_s: float | None = None,
         default: str | None = None,
+        scope: str | None = None,
     ) -> JsonObject:
         """Ask a person, and wait as `receive` does: `{"answer": …, "by": sender, "timed_out": false}`.
 
@@ -418,6 +444,7 @@ class WorkflowContext(Protocol):
             options: The only answers that are taken; empty: any text.
             timeout_s: So long it waits; None: for ever.
             default: The answer to go on with when none came.
+            scope: What whoever answers must hold; None: what answers need anyway.
 
         Raises:
             InvalidInput: no question, or a default that is no option.

@@ -280,6 +280,10 @@ class ToolsSettings(Section):
         default=(), description="Programs that shell_run may start, by name. Empty: none."
     )
     policy_file: Path | None = Field(default=None, description="TOML file of allow, ask and deny rules.")
+    approval_timeout_s: Positive = Field(
+        default=900.0,
+        description="How long a run waits for a yes where the policy asks; then the call is refused.",
+    )
 
 
 BUILT_IN_TOPOLOGIES = ("adaptive", "hierarchical", "mesh", "pipeline", "ring", "star")

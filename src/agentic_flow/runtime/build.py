@@ -370,6 +370,7 @@ class Runtime:
             ingest_settings=settings.agentdb,
             stream=settings.gateway.stream,
             tool_timeout_s=settings.tools.timeout_s,
+            approval_timeout_s=settings.tools.approval_timeout_s,
         )
 
     async def _make_toolbox(self) -> ToolBox:
@@ -399,7 +400,7 @@ class Runtime:
         tools += reasoning_tools(await self.memory())
         for toolset in plugins.load_all("agentic_flow.toolsets").values():
             tools += toolset()
-        return StandardToolBox(tools, settings=settings, policy=policy, audit=audit)
+        return StandardToolBox(tools, settings=settings, policy=policy, audit=audit, asked_by_callers=True)
 
     async def _audit(self) -> AuditLog:
         return await self._once("audit", self._make_audit)

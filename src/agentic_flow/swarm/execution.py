@@ -222,6 +222,7 @@ class Context:
         options: Sequence[str] = (),
         timeout_s: float | None = None,
         default: str | None = None,
+        scope: str | None = None,
     ) -> JsonObject:
         """See WorkflowContext. Two steps: `question:ID`, and the receipt of a message `answer:ID`."""
         check_question(question, options, default)
@@ -233,7 +234,8 @@ class Context:
             async def begin(step: StepContext) -> JsonObject:
                 until_s = None if timeout_s is None else self._engine.clock.time_s() + timeout_s
                 asked: JsonObject = {"id": question_id, "text": question, "options": list(options)}
-                return asked | {"default": default, "until_s": until_s}
+                needed: JsonObject = {} if scope is None else {"scope": scope}
+                return asked | {"default": default, "until_s": until_s} | needed
 
             asked = await self._step(f"{QUESTION}{question_id}", begin, told_as="question")
             instead: JsonObject | None = None if default is None else {"answer": default}

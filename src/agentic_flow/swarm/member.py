@@ -27,6 +27,7 @@ from agentic_flow.core.messages import (
     Usage,
 )
 from agentic_flow.core.ports import (
+    Approval,
     Completer,
     RunEngine,
     StepContext,
@@ -37,6 +38,7 @@ from agentic_flow.core.ports import (
 from agentic_flow.core.settings import SwarmSettings
 from agentic_flow.swarm import delegation, prompts
 from agentic_flow.swarm.agent_loop import AgentLoop, AgentTask
+from agentic_flow.swarm.approvals import answer_to, asking
 from agentic_flow.swarm.artifacts import StepArtifacts
 from agentic_flow.swarm.blackboard import TOOLS as BOARD_TOOLS
 from agentic_flow.swarm.blackboard import board_name
@@ -104,8 +106,10 @@ class Members:
         loop: AgentLoop,
         stream: bool,
         tool_timeout_s: float,
+        approval_timeout_s: float,
     ) -> None:
         self.settings = settings
+        self.approval_timeout_s = approval_timeout_s
         self._completer = completer
         self._toolbox = toolbox
         self._engine = engine
@@ -183,9 +187,21 @@ class Members:
         return completion
 
     async def call_tool(
-        self, payload: AgentPayload, scope: ToolScope, call: ToolCallPart, step: StepContext
+        self,
+        payload: AgentPayload,
+        scope: ToolScope,
+        call: ToolCallPart,
+        step: StepContext,
+        approval: Approval | None = None,
     ) -> JsonObject:
-        """One tool call; executed inside a step. Refusals and failures are results a model can read."""
+        """One tool call; executed inside a step. Refusals and failures are results a model can read.
+
+        One that needs somebody's yes is not made without: the output says what to ask.
+        """
+        if approval is None:
+            asked = self._toolbox.asks(payload.run.principal, call.name, call.arguments, scope)
+            if asked is not None:
+                return asking(f"agent {payload.agent}", asked)
         budget = await self._budgets.of(payload.run_id, payload.run)
         artifacts = StepArtifacts(self._engine, self.settings, step, budget.staged)
         attributes = {"gen_ai.operation.name": "execute_tool", "gen_ai.tool.name": call.name}
@@ -198,6 +214,7 @@ class Members:
                     deadline=budget.deadline.earliest(self._tool_timeout_s),
                     scope=replace(scope, artifacts=artifacts),
                     idempotency_key=step.idempotency_key,
+                    approval=approval,
                 )
         except AgenticFlowError as error:
             artifacts.discard()
@@ -247,10 +264,15 @@ class _RecordedCalls:
         if call.name in delegation.TOOLS:
             return await self._pass_on(call)
 
+        approval: Approval | None = None
+
         async def execute(step: StepContext) -> JsonObject:
-            return await self._members.call_tool(self._payload, self.scope, call, step)
+            return await self._members.call_tool(self._payload, self.scope, call, step, approval)
 
         recorded = await self._context.step(f"tool:{call.name}", execute)
+        approval = await answer_to(self._context, recorded, self._members.approval_timeout_s)
+        if approval is not None:
+            recorded = await self._context.step(f"tool:{call.name}", execute)
         self.tool_calls += 1
         content = dict(recorded["content"])
         if recorded["truncated"]:

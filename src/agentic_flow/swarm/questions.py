@@ -47,6 +47,8 @@ class Question(Frozen):
     until_s: float | None = None
     answer: str | None = None
     answered_by: str | None = None
+    scope: str | None = None
+    """What whoever answers must hold beside `runs:write`."""
 
 
 def check_question(text: str, options: Sequence[str], default: str | None) -> None:
@@ -141,6 +143,7 @@ def _question(
         until_s=until_s,
         answer=answer,
         answered_by=by,
+        scope=asked.get("scope"),
     )
 
 

@@ -97,6 +97,7 @@ class Swarm:
         ingest_settings: The `agentdb` section: how folders are read.
         stream: Whether agents' model calls use the provider's streaming format.
         tool_timeout_s: Deadline of one tool call.
+        approval_timeout_s: So long a tool call waits for the yes that the policy asks for.
         loop: The agent loop.
     """
 
@@ -115,6 +116,7 @@ class Swarm:
         memory_enabled: bool = True,
         stream: bool = True,
         tool_timeout_s: float = 30.0,
+        approval_timeout_s: float = 900.0,
         loop: AgentLoop | None = None,
     ) -> None:
         self._settings = settings
@@ -136,6 +138,7 @@ class Swarm:
             loop=loop or PydanticAgentLoop(),
             stream=stream,
             tool_timeout_s=tool_timeout_s,
+            approval_timeout_s=approval_timeout_s,
         )
         inputs = Inputs(store, ingest_settings)
         self._workflows = Workflows(
@@ -145,6 +148,7 @@ class Swarm:
             inputs=inputs,
             budgets=budgets,
             tool_timeout_s=tool_timeout_s,
+            approval_timeout_s=approval_timeout_s,
             on_ingest=self._note_ingest,
         )
         self._admission = WorkflowAdmission(
@@ -361,6 +365,8 @@ class Swarm:
                 f"run {run_id!r} has asked no question {question_id!r}",
                 hint=f"list them with `agentic-flow runs questions {run_id}`",
             )
+        if question.scope is not None and not principal.allows("platform:admin"):
+            principal.demand(question.scope)
         check_answer(question, answer)
         return await self._engine.send(
             run_id,

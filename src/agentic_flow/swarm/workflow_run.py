@@ -31,9 +31,10 @@ from agentic_flow.core.errors import (
     from_problem,
 )
 from agentic_flow.core.messages import Frozen, JsonObject
-from agentic_flow.core.ports import RunEngine, StepContext, ToolBox, WorkflowContext
+from agentic_flow.core.ports import Approval, RunEngine, StepContext, ToolBox, WorkflowContext
 from agentic_flow.core.settings import SwarmSettings
 from agentic_flow.swarm import findings
+from agentic_flow.swarm.approvals import answer_to, asking
 from agentic_flow.swarm.artifact_files import keep_files
 from agentic_flow.swarm.artifacts import StepArtifacts
 from agentic_flow.swarm.citations import parse_claims, rank, verify
@@ -108,6 +109,7 @@ class Workflows:
         inputs: Reads folders.
         budgets: One for each workflow.
         tool_timeout_s: Deadline of one tool call whose step names none.
+        approval_timeout_s: So long a call waits for the yes that the policy asks for.
         on_ingest: Told of progress: run id, files done, files in all.
     """
 
@@ -120,10 +122,12 @@ class Workflows:
         inputs: Inputs,
         budgets: Budgets,
         tool_timeout_s: float,
+        approval_timeout_s: float,
         on_ingest: Callable[[str, int, int], None],
     ) -> None:
         self._settings = settings
         self._engine = engine
+        self._approval_timeout_s = approval_timeout_s
         self._toolbox = toolbox
         self._inputs = inputs
         self._budgets = budgets
@@ -291,11 +295,17 @@ class Workflows:
         assert tool is not None
         folder = Folder.from_json(payload.run.folder) if payload.run.folder else Folder({}, "none", (), ())
 
+        scope = folder.scope(payload.workflow_id, payload.key, (tool.name,))
+        approval: Approval | None = None
+
         async def call(step: StepContext) -> JsonObject:
+            if approval is None:
+                asked = self._toolbox.asks(payload.run.principal, tool.name, payload.work, scope)
+                if asked is not None:
+                    return asking(f"step {payload.step.id}", asked)
             budget = await self._budgets.of(payload.workflow_id, payload.run)
             budget.deadline.check(f"step {payload.step.id!r}")
             artifacts = StepArtifacts(self._engine, self._settings, step, budget.staged)
-            scope = folder.scope(payload.workflow_id, payload.key, (tool.name,))
             result = await self._toolbox.call(
                 payload.run.principal,
                 tool.name,
@@ -303,6 +313,7 @@ class Workflows:
                 deadline=budget.deadline.earliest(payload.step.timeout_s or self._tool_timeout_s),
                 scope=replace(scope, artifacts=artifacts),
                 idempotency_key=step.idempotency_key,
+                approval=approval,
             )
             if result.is_error:
                 artifacts.discard()
@@ -316,7 +327,9 @@ class Workflows:
                 )
             return {**result.content, "truncated": True} if result.truncated else dict(result.content)
 
-        return await context.step(f"tool:{tool.name}", call)
+        output = await context.step(f"tool:{tool.name}", call)
+        approval = await answer_to(context, output, self._approval_timeout_s)
+        return output if approval is None else await context.step(f"tool:{tool.name}", call)
 
     async def _approval(self, context: WorkflowContext, payload: StepPayload) -> JsonObject:
         """The wait has no place of its process, and goes on elsewhere with the same deadline."""

@@ -27,7 +27,7 @@ from agentic_flow.core.errors import (
     as_tool_error,
 )
 from agentic_flow.core.messages import JsonObject, ToolSpec
-from agentic_flow.core.ports import ToolResult, ToolScope
+from agentic_flow.core.ports import Approval, ToolResult, ToolScope
 from agentic_flow.core.settings import ToolsSettings
 from agentic_flow.core.toolkit import Tool, ToolCall, ToolInput
 from agentic_flow.tools.audit import AuditLog, Entry, Outcome
@@ -70,6 +70,7 @@ class StandardToolBox:
         policy: Who may call what.
         audit: Where each call is recorded; closed by whoever opened it.
         approver: Asked where the policy says `ask`; None refuses.
+        asked_by_callers: Callers find somebody who says yes (`asks`), so that tools which need it are shown.
         clock: Time of the records and the deadlines.
     """
 
@@ -81,6 +82,7 @@ class StandardToolBox:
         policy: Policy,
         audit: AuditLog,
         approver: Approver | None = None,
+        asked_by_callers: bool = False,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._tools = Registry(tools)
@@ -89,6 +91,7 @@ class StandardToolBox:
         self._policy = policy
         self._audit = audit
         self._approver = approver
+        self._may_ask = asked_by_callers or approver is not None
         self._clock = clock
 
     def specs(self, principal: Principal, scope: ToolScope) -> list[ToolSpec]:
@@ -101,8 +104,23 @@ class StandardToolBox:
             tool
             for tool in self._tools
             if (scope.tools_allowed is None or tool.name in scope.tools_allowed)
-            and self._policy.may_permit(principal, tool.name, tool.kind, approver=self._approver is not None)
+            and self._policy.may_permit(principal, tool.name, tool.kind, approver=self._may_ask)
         ]
+
+    def asks(
+        self, principal: Principal, name: str, arguments: Mapping[str, Any], scope: ToolScope
+    ) -> JsonObject | None:
+        """See ToolBox. Arguments that the tool keeps private are not shown."""
+        try:
+            tool = self._tools.get(name, scope.tools_allowed)
+            given = validated(tool, arguments).model_dump(mode="json")
+        except AgenticFlowError:
+            return None
+        decision = self._policy.decide(principal, tool.name, tool.kind, given)
+        if decision.effect != "ask":
+            return None
+        shown = {key: "…" if key in tool.private_arguments else value for key, value in given.items()}
+        return {"tool": tool.name, "arguments": shown, "reason": decision.reason}
 
     async def call(
         self,
@@ -113,6 +131,7 @@ class StandardToolBox:
         deadline: Deadline,
         scope: ToolScope,
         idempotency_key: str | None = None,
+        approval: Approval | None = None,
     ) -> ToolResult:
         """Run one tool. A refused or failed call is a result with `is_error`, which a model can read.
 
@@ -124,7 +143,7 @@ class StandardToolBox:
             principal, scope, name, self._clock.monotonic_s(), idempotency_key, _recordable(arguments)
         )
         try:
-            return await self._attempt(attempt, arguments, deadline)
+            return await self._attempt(attempt, arguments, deadline, approval)
         except NotFound as error:
             await self._record(attempt, "refused", error.code)
             raise
@@ -133,14 +152,18 @@ class StandardToolBox:
             raise
 
     async def _attempt(
-        self, attempt: _Attempt, arguments: Mapping[str, Any], deadline: Deadline
+        self,
+        attempt: _Attempt,
+        arguments: Mapping[str, Any],
+        deadline: Deadline,
+        approval: Approval | None,
     ) -> ToolResult:
         tool = self._tools.get(attempt.name, attempt.scope.tools_allowed)
         attempt.private = tool.private_arguments
         try:
             given = validated(tool, arguments)
             attempt.arguments = given.model_dump(mode="json")
-            await self._authorise(attempt, tool, deadline)
+            await self._authorise(attempt, tool, deadline, approval)
         except AgenticFlowError as error:
             return await self._failed(attempt, error, "refused")
         except Exception:  # noqa: BLE001 - an approver that crashes has not said yes
@@ -162,7 +185,9 @@ class StandardToolBox:
         )
         return await self._run(attempt, tool, call)
 
-    async def _authorise(self, attempt: _Attempt, tool: Tool[Any], deadline: Deadline) -> None:
+    async def _authorise(
+        self, attempt: _Attempt, tool: Tool[Any], deadline: Deadline, approval: Approval | None
+    ) -> None:
         decision = self._policy.decide(attempt.principal, tool.name, tool.kind, attempt.arguments)
         attempt.decision = decision.label
         if decision.effect == "allow":
@@ -172,6 +197,9 @@ class StandardToolBox:
                 f"tool {tool.name!r} is refused by {decision.reason}",
                 hint="try another way; repeating the call will not help",
             )
+        if approval is not None:
+            _heed(attempt, tool, approval)
+            return
         if self._approver is None:
             raise _unapproved(tool, decision)
         waiting = asyncio.timeout(deadline.remaining_s)
@@ -322,6 +350,22 @@ def _recordable(arguments: Mapping[str, Any]) -> JsonObject:
     except TypeError:
         return {"unencodable": repr(arguments)[:_MESSAGE_CHARS_MAX].encode("utf-8", "replace").decode()}
     return orjson.loads(encoded) if len(encoded) <= ARGUMENTS_MAX_BYTES else {"bytes": len(encoded)}
+
+
+def _heed(attempt: _Attempt, tool: Tool[Any], approval: Approval) -> None:
+    """Let the call pass if it was approved; the audit log says by whom."""
+    if approval.by is None:
+        attempt.decision += ":unanswered"
+        raise PolicyDenied(
+            f"nobody approved tool {tool.name!r} in time",
+            hint="find another way, or say what you could not do",
+        )
+    attempt.decision += f":{'approved' if approval.granted else 'declined'} by {approval.by}"
+    if not approval.granted:
+        raise PolicyDenied(
+            f"tool {tool.name!r} was declined by {approval.by!r}",
+            hint="do not repeat the call; find another way or stop",
+        )
 
 
 def _unapproved(tool: Tool[Any], decision: Decision) -> PolicyDenied:
