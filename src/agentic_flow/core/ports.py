@@ -322,8 +322,8 @@ class ToolBox(Protocol):
     def asks(
         self, principal: Principal, name: str, arguments: Mapping[str, Any], scope: ToolScope
     ) -> JsonObject | None:
-        """Whether this call passes only with somebody's yes: `{"tool": …, "arguments": …, "reason": …}`, to be
-        shown to whoever is asked, or None. Wrong calls need none: they are refused anyway."""
+        """What to show to whoever must say yes to this call: `{"tool": …, "arguments": …, "reason": …}`; None
+        where it needs no yes. Wrong calls need none: they are refused anyway."""
         ...
 
     async def call(
