@@ -43,6 +43,11 @@ def register(app: typer.Typer) -> None:
         "logs",
         examples=("agentic-flow logs", "agentic-flow logs swarm --follow", "agentic-flow logs --since 10m"),
     )(logs)
+    command(
+        app,
+        "upgrade",
+        examples=("agentic-flow upgrade --tag 0.2.0", "agentic-flow upgrade --tag 0.2.0 --json"),
+    )(upgrade)
 
 
 def up(
@@ -394,6 +399,35 @@ def logs(
     text = stack.engine.call(*stack.compose(*words), folder=stack.folder)
     lines = text.splitlines()
     session.show([_split(line) for line in lines], lambda: print("\n".join(lines)))
+
+
+def upgrade(
+    session: Session,
+    tag: Annotated[str, typer.Option("--tag", help="Of the new images.", metavar="TAG", show_default=False)],
+    folder: Folder = _FOLDER,
+    gate: Annotated[
+        float,
+        typer.Option("--gate", min=1.0, help="Seconds in which a step must become healthy.", metavar="S"),
+    ] = 90.0,
+) -> None:
+    """Replace the images of a running stack, and take them back by itself when they do not become healthy.
+
+    On PostgreSQL new containers start beside the old ones, service by service, and no request fails. On a
+    directory the services stop and start together; the proxy holds requests for up to 30 seconds meanwhile.
+    """
+    from dataclasses import asdict
+
+    from agentic_flow.deploy.upgrade import Upgrade
+
+    session.start()
+    stack = _opened(folder)
+    report = Upgrade(stack, tag, progress=_progress, gate_timeout_s=gate).run()
+
+    def human() -> None:
+        pause = f", requests waited for {report.pause_s:.1f} s" if report.pause_s else ""
+        print(f"{report.previous} → {report.tag} in {report.took_s:.1f} s ({report.mode}{pause})")
+
+    session.show(asdict(report), human)
 
 
 def _split(line: str) -> dict[str, str]:

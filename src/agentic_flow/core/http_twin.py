@@ -51,6 +51,8 @@ _ANSWER_MAX_BYTES = 256 * MIB
 _CONNECTIONS_MAX = 100
 _IDLE_CONNECTION_S = 30.0
 _CONNECT_S = 5.0
+# A service that is replaced has another address, and the old one is soon nobody's.
+_ADDRESSES_S = 1
 # Three missed heartbeats of the web floor.
 _STREAM_SILENCE_S = 45.0
 _BACKOFF_S = 0.1
@@ -396,7 +398,9 @@ class HttpTwin:
             import aiohttp
 
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=_CONNECTIONS_MAX, keepalive_timeout=_IDLE_CONNECTION_S),
+                connector=aiohttp.TCPConnector(
+                    limit=_CONNECTIONS_MAX, keepalive_timeout=_IDLE_CONNECTION_S, ttl_dns_cache=_ADDRESSES_S
+                ),
                 # Neighbours are ours; a proxy of the environment is for the world outside.
                 trust_env=False,
                 auto_decompress=True,

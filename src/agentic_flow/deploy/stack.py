@@ -337,13 +337,17 @@ class Stack:
         """Those of the stack, without such as somebody ran beside it."""
         return [one for one in self.engine.containers(self.spec.name) if not one.oneoff]
 
-    def status(self) -> list[ServiceStatus]:
-        """Every service of the plan: what the engine says, and what the published ports say themselves."""
+    def status(self, timeout_s: float = PROBE_TIMEOUT_S) -> list[ServiceStatus]:
+        """Every service of the plan: what the engine says, and what the published ports say themselves.
+
+        Args:
+            timeout_s: Longest wait for a port's answer.
+        """
         by_service: dict[str, list[Container]] = {}
         for one in self.containers():
             by_service.setdefault(one.service, []).append(one)
         running = any(by_service.values())
-        probes = {probe.service: probe for probe in (self.probe() if running else ())}
+        probes = {probe.service: probe for probe in (self.probe(timeout_s) if running else ())}
         return [
             self._status(part, by_service.get(part.name, []), probes.get(part.name))
             for part in self.plan.parts
