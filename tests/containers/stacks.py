@@ -117,21 +117,32 @@ class Stack:
             self.url(port or self.spec.ports.platform), token=self.secret("owner_key"), settings=settings
         )
 
-    def get(self, port: int | None, path: str, *, key: str | None = None) -> tuple[int, Any]:
-        """Status and parsed body of a request from outside."""
+    def get(
+        self,
+        port: int | None,
+        path: str,
+        *,
+        key: str | None = None,
+        body: bytes | None = None,
+        method: str | None = None,
+        timeout_s: float = 30.0,
+    ) -> tuple[int, Any]:
+        """Status and parsed body of a request from outside; with a JSON body it is a POST by default."""
         context = ssl.create_default_context(cafile=str(self.folder / "certs" / "ca.crt"))
-        request = urllib.request.Request(f"{self.url(port)}{path}")
+        request = urllib.request.Request(f"{self.url(port)}{path}", data=body, method=method)
+        if body is not None:
+            request.add_header("content-type", "application/json")
         if key is not None:
             request.add_header("authorization", f"Bearer {key}")
         try:
-            with urllib.request.urlopen(request, context=context, timeout=30) as answer:
-                status, body = answer.status, answer.read()
+            with urllib.request.urlopen(request, context=context, timeout=timeout_s) as answer:
+                status, said = answer.status, answer.read()
         except urllib.error.HTTPError as error:
-            status, body = error.code, error.read()
+            status, said = error.code, error.read()
         try:
-            return status, json.loads(body)
+            return status, json.loads(said)
         except ValueError:
-            return status, body.decode()
+            return status, said.decode()
 
     def override(self, services: Mapping[str, Any]) -> None:
         """Lay a file of the test over the others."""
