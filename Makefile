@@ -12,10 +12,11 @@ WHEELS := --only-binary :all: --require-hashes
 SOURCES := src tests benchmarks scripts examples
 FAST := tests/unit tests/contract tests/service tests/test_tidy.py tests/test_layers.py tests/test_docs.py
 CRASH := $(wildcard tests/integration/test_*crash*.py)
+UPGRADE := tests/containers/test_upgrade.py
 PYTEST := $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-integration test-crash test-containers images check-retrieval bench bench-agentdb bench-peers bench-gateway bench-gateway-soak bench-gateway-peers bench-memory reference lint format lock clean
+.PHONY: help setup setup-dev demo test test-integration test-crash test-containers test-upgrade images check-retrieval bench bench-agentdb bench-peers bench-gateway bench-gateway-soak bench-gateway-peers bench-memory reference lint format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' Makefile
@@ -54,7 +55,10 @@ test-crash: setup-dev ## kill -9 at random points, recovery by the same and by a
 	@$(PYTEST) $(CRASH) $(wildcard tests/simulation)
 
 test-containers: setup-dev ## the images and stacks in a Docker engine, which is made where none runs; some twenty minutes
-	@$(PYTEST) -p no:cacheprovider tests/containers
+	@$(PYTEST) -p no:cacheprovider $(filter-out $(UPGRADE),$(wildcard tests/containers/test_*.py))
+
+test-upgrade: setup-dev ## another version of a running stack under requests and streams; wants a quiet machine
+	@$(PYTEST) -p no:cacheprovider $(UPGRADE)
 
 images: setup-dev ## build the images of deploy/docker/Dockerfile, as agentic-flow:dev and its kin
 	@$(BIN)/python tests/containers/images.py
