@@ -176,8 +176,7 @@ def cut_off(stack: Stack, service: str) -> Iterator[None]:
 
 
 FAULTS = {"kill": killed, "pause": paused, "partition": cut_off}
-# Not the kill of the platform: a run that calls a model meanwhile may fail, see docs/operations/compose.md.
-CASES = [(fault, name) for fault in FAULTS for name in SERVICES if (fault, name) != ("kill", "platform")]
+CASES = [(fault, name) for fault in FAULTS for name in SERVICES]
 
 
 @pytest.mark.parametrize(("fault", "service"), CASES)

@@ -161,6 +161,8 @@ class DeadlineExceeded(AgenticFlowError):
 class Unavailable(AgenticFlowError):
     code = "unavailable"
     retryable = True
+    peer: str | None = None
+    """The neighbour of ours that was not reached, or whose answer broke off; None: it is something else."""
 
 
 class CircuitOpen(Unavailable):

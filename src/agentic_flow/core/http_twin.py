@@ -291,7 +291,11 @@ class HttpTwin:
         if deadline is not None:
             deadline.check(f"a call to {self._peer!r}")
         headers = await self._headers(principal, deadline, extra, content)
-        permit = self._breaker.acquire()
+        try:
+            permit = self._breaker.acquire()
+        except CircuitOpen as error:
+            error.peer = self._peer
+            raise
         allowed_s = deadline.remaining_s if deadline is not None else None
         timeout = aiohttp.ClientTimeout(
             total=allowed_s,
@@ -324,9 +328,11 @@ class HttpTwin:
             raise
         except aiohttp.ConnectionTimeoutError as error:
             permit.failed()
-            raise _Unreached(
-                f"{self._peer!r} did not take a connection at {self._base_url} within {_CONNECT_S!r} s",
-                hint="check its address in the section peers, and the network between",
+            raise self._away(
+                _Unreached(
+                    f"{self._peer!r} did not take a connection at {self._base_url} within {_CONNECT_S!r} s",
+                    hint="check its address in the section peers, and the network between",
+                )
             ) from error
         except TimeoutError as error:
             if allowed_s is not None and deadline is not None and deadline.remaining_s <= 0:
@@ -336,21 +342,29 @@ class HttpTwin:
                     f"{self._peer!r} did not answer within {allowed_s:.3g} s", hint="give it a longer timeout"
                 ) from error
             permit.failed()
-            raise Unavailable(
-                f"{self._peer!r} fell silent", hint=f"check that it runs at {self._base_url}"
+            raise self._away(
+                Unavailable(f"{self._peer!r} fell silent", hint=f"check that it runs at {self._base_url}")
             ) from error
         except aiohttp.ClientConnectorError as error:
             permit.failed()
-            raise _Unreached(
-                f"{self._peer!r} cannot be reached at {self._base_url}: {error.strerror or error}",
-                hint="start it, or correct its address in the section peers",
+            raise self._away(
+                _Unreached(
+                    f"{self._peer!r} cannot be reached at {self._base_url}: {error.strerror or error}",
+                    hint="start it, or correct its address in the section peers",
+                )
             ) from error
         except (aiohttp.ClientError, ConnectionError) as error:
             permit.failed()
-            raise Unavailable(f"the connection to {self._peer!r} broke: {error}", hint="try again") from error
+            raise self._away(
+                Unavailable(f"the connection to {self._peer!r} broke: {error}", hint="try again")
+            ) from error
         finally:
             # Cancelled, or the reader of a stream went away: nothing more was learned.
             permit.abandoned()
+
+    def _away(self, error: Unavailable) -> Unavailable:
+        error.peer = self._peer
+        return error
 
     async def _headers(
         self, principal: Principal, deadline: Deadline | None, extra: Mapping[str, str], content: bytes | None

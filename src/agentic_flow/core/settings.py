@@ -351,6 +351,10 @@ class SwarmSettings(Section):
         default=20.0,
         description="Longest time that a server or worker finishes runs after SIGTERM; others do the rest.",
     )
+    peer_patience_s: Annotated[float, Field(ge=0.0, le=86_400.0)] = Field(
+        default=300.0,
+        description="Longest time that a step of a run waits for a service of ours that is away.",
+    )
     lease_s: Positive = Field(default=10.0, description="A process silent for this long has lost its runs.")
     artifact_max_bytes: Annotated[int, Field(ge=1, le=128 * MIB)] = Field(
         default=16 * MIB, description="Bytes of one artifact of a run."

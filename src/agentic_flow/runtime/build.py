@@ -364,6 +364,7 @@ class Runtime:
                 queue_runs_max=own.queue_runs_max,
                 tenant_runs_max=own.tenant_runs_max,
                 queue_starts_per_minute=own.queue_starts_per_minute,
+                peer_patience_s=own.peer_patience_s,
             ),
             catalog=await asyncio.to_thread(definition_catalog, settings),
             schedules=ScheduleStore(url, settings.data_dir, SYSTEM_CLOCK),

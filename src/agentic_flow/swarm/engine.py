@@ -100,6 +100,7 @@ class SqlRunEngine:
         queue_starts_per_minute: Queue → runs of it that may begin in any minute, in all processes with this
             limit; no entry: any number. What is gone on with does not count.
         minute_s: How long that minute is, in seconds.
+        peer_patience_s: Longest time that a step waits for a neighbour of ours which is away.
         clock: Stamps what is stored.
     """
 
@@ -114,6 +115,7 @@ class SqlRunEngine:
         tenant_runs_max: int | None = None,
         queue_starts_per_minute: Mapping[str, int] | None = None,
         minute_s: float = WINDOW_S,
+        peer_patience_s: float = 300.0,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._database = RunDatabase(database_url, data_dir)
@@ -136,6 +138,7 @@ class SqlRunEngine:
         self._lease_s = lease_s
         self._places_max = runs_parallel_max
         self.clock = clock
+        self.peer_patience_s = peer_patience_s
         self._workflows: dict[str, Workflow] = {}
         self._is_open = False
         self._opened = False

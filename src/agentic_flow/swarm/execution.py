@@ -6,6 +6,7 @@ See `engine` for how a replay works. Everything that an execution asks of its en
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, cast
@@ -19,6 +20,7 @@ from agentic_flow.core.errors import (
     Cancelled,
     Conflict,
     DeadlineExceeded,
+    Unavailable,
     as_problem,
     from_problem,
 )
@@ -34,6 +36,9 @@ from agentic_flow.swarm.reader import decoded_object, record_of
 from agentic_flow.swarm.scheduling import Fence
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("agentic_flow.engine")
+
+_PEER_PAUSE_S = 0.5
+_PEER_PAUSE_MAX_S = 5.0
 
 StopReason = Literal["closing", "cancelled", "lost"]
 
@@ -133,6 +138,7 @@ class EngineOfExecution(Protocol):
     """What an execution needs of its engine."""
 
     clock: Clock
+    peer_patience_s: float
 
     async def record(self, execution: Execution, checkpoint: checkpoints.Checkpoint) -> None:
         """Return when it is on disk.
@@ -275,8 +281,11 @@ class Context:
             return self._replayed(index, name, recorded)
         self._check_no_child(index, 1, f"step {name!r}")
         started_at_s = self._engine.clock.time_s()
-        context = StepContext(f"{execution.workflow_id}:{index}")
-        output, error = await self._call(name, context, function)
+        while True:
+            context = StepContext(f"{execution.workflow_id}:{index}")
+            output, error = await self._call(name, context, function)
+            if not await self._waited_for_peer(name, error, started_at_s):
+                break
         row: checkpoints.Bindings = {
             "workflow_id": execution.workflow_id,
             "step_index": index,
@@ -324,6 +333,28 @@ class Context:
                 return None, error
             log.exception("step_failed", workflow_id=execution.workflow_id, step=name)
             return None, internal(f"step {name!r}", error)
+
+    async def _waited_for_peer(self, name: str, error: AgenticFlowError | None, since_s: float) -> bool:
+        """Whether the step is to be tried again, after a pause: a neighbour of ours was away.
+
+        What a service that is replaced, or a network that is cut, keeps from a run is no result of its step.
+        """
+        if not isinstance(error, Unavailable) or error.peer is None:
+            return False
+        waited_s = self._engine.clock.time_s() - since_s
+        pause_s = min(_PEER_PAUSE_MAX_S, max(_PEER_PAUSE_S, waited_s / 4)) * random.uniform(0.75, 1.25)
+        if waited_s + pause_s > self._engine.peer_patience_s:
+            return False
+        log.warning(
+            "step_waits",
+            workflow_id=self.workflow_id,
+            step=name,
+            peer=error.peer,
+            waited_s=round(waited_s, 1),
+            error=error.message,
+        )
+        await self._engine.clock.sleep(pause_s)
+        return True
 
     async def children(self, name: str, payloads: Mapping[str, JsonObject]) -> dict[str, JsonObject]:
         """See WorkflowContext. When the parent gives up on them or fails, its children are cancelled."""

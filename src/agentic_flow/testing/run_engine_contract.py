@@ -9,7 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from agentic_flow.core.errors import AgenticFlowError, Conflict, DeadlineExceeded, ProviderFailed, Unavailable
+from agentic_flow.core.errors import (
+    AgenticFlowError,
+    CircuitOpen,
+    Conflict,
+    DeadlineExceeded,
+    ProviderFailed,
+    Unavailable,
+)
 from agentic_flow.core.messages import JsonObject
 from agentic_flow.core.ports import EventRecord, StepContext, Workflow, WorkflowContext
 from agentic_flow.testing.run_engine_after_contract import AFTER_CHECKS
@@ -163,6 +170,43 @@ async def fails_truthfully(case: RunEngineCase) -> None:
             async with asyncio.timeout(TIMEOUT_S):
                 record = await engine.wait(case.id(f"run-{name}"))
             assert (record.state, (record.error or {}).get("code")) == ("failed", "internal"), name
+
+
+async def waits_for_a_neighbour(case: RunEngineCase) -> None:
+    """A step whose service is away is tried until that is back, and recorded once. No other error waits."""
+    journal = Journal()
+
+    async def flow(context: WorkflowContext, payload: JsonObject) -> JsonObject:
+        async def asks(step: StepContext) -> JsonObject:
+            journal.calls.append("asks")
+            if len(journal.calls) < 3:
+                away = [Unavailable("it broke off"), CircuitOpen("held back")][len(journal.calls) - 1]
+                away.peer = "platform"
+                raise away
+            return {"answer": 1}
+
+        async def is_refused(step: StepContext) -> JsonObject:
+            journal.calls.append("is refused")
+            raise Unavailable("the store is full")
+
+        answer = await context.step("asks", asks)
+        try:
+            await context.step("is refused", is_refused)
+        except Unavailable:
+            return answer
+        raise AssertionError("the step did not fail")
+
+    run = case.id("run")
+    async with case.engine(flow=flow) as engine:
+        await engine.start(case.id("flow"), run, {}, tenant=TENANT)
+        async with asyncio.timeout(TIMEOUT_S):
+            record = await engine.wait(run)
+        assert (record.state, record.output) == ("completed", {"answer": 1})
+        assert journal.calls == ["asks"] * 3 + ["is refused"]
+        assert [(step.name, step.error is None) for step in await engine.steps(run)] == [
+            ("asks", True),
+            ("is refused", False),
+        ]
 
 
 async def resumes_where_it_was(case: RunEngineCase) -> None:
@@ -666,6 +710,7 @@ CHECKS: tuple[Callable[[RunEngineCase], Awaitable[None]], ...] = (
     accepts_an_id_once,
     keeps_accepting_when_the_caller_leaves,
     fails_truthfully,
+    waits_for_a_neighbour,
     resumes_where_it_was,
     records_no_interruption,
     runs_children_in_parallel,

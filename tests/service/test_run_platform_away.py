@@ -1,0 +1,101 @@
+"""A platform that dies under a run of another process, and comes back."""
+
+# pyright: basic, reportMissingImports=false
+
+from __future__ import annotations
+
+import json
+import signal
+import urllib.request
+from pathlib import Path
+from threading import Event
+
+from cli_process import Place
+from scripted_team import ANSWER_LINE, GOAL, make_folder, team
+
+from agentic_flow.core.errors import Unavailable
+from agentic_flow.core.messages import JsonObject
+from agentic_flow.core.ports import StepContext, WorkflowContext
+from agentic_flow.swarm.engine import SqlRunEngine
+from agentic_flow.testing.fake_provider import FakeProvider, Reply
+from agentic_flow.testing.fake_wires import SeenRequest
+
+
+def submitted(url: str, folder: Path) -> str:
+    body = json.dumps({"goal": GOAL, "inputs": [str(folder)], "agents": 2}).encode()
+    request = urllib.request.Request(f"{url}/v1/runs", body, {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.loads(answer.read())["run_id"]
+
+
+def test_a_run_outlives_a_platform_that_is_killed(tmp_path: Path) -> None:
+    """Catches a run that fails because the platform is replaced, and an answered call that is paid again."""
+    folder = make_folder(tmp_path)
+    places = [tmp_path / name for name in ("platform", "swarm")]
+    for place in places:
+        place.mkdir()
+    asked, goes_on = Event(), Event()
+
+    def script(request: SeenRequest) -> Reply:
+        if "Split it into at most" not in request.last_text and not goes_on.is_set():
+            asked.set()
+            return Reply.broken("hang")
+        return team(request)
+
+    with FakeProvider(script) as provider:
+        models = Place(
+            places[0],
+            OPENAI_BASE_URL=provider.openai_url,
+            OPENAI_API_KEY="test-key",
+            AGENTIC_FLOW_GATEWAY__MODEL="openai:some-model",
+        )
+        with models.start("serve", "platform") as platform:
+            url = platform.addresses(1)["platform"]
+            runs = Place(
+                places[1],
+                AGENTIC_FLOW_PEERS__PLATFORM_URL=url,
+                AGENTIC_FLOW_PEERS__BREAKER_FAILURES="1",
+                AGENTIC_FLOW_PEERS__BREAKER_OPEN_S="0.2",
+            )
+            with runs.start("serve", "swarm") as swarm:
+                coordinator = swarm.addresses(1)["swarm"]
+                run_id = submitted(coordinator, folder)
+                assert asked.wait(60)
+                platform.signal(signal.SIGKILL)
+                platform.end()
+                told = swarm.until(lambda line: "step_waits" in line and "circuit" not in line)
+                assert "platform" in told
+                goes_on.set()
+                port = {"AGENTIC_FLOW_SERVE__PLATFORM_PORT": url.rpartition(":")[2]}
+                with models.start("serve", "platform", **port) as again:
+                    again.addresses(1)
+                    of_run = f"{coordinator}/v1/runs/{run_id}"
+                    with urllib.request.urlopen(f"{of_run}/events", timeout=60) as events:
+                        assert "run_finished" in events.read().decode()
+                    with urllib.request.urlopen(of_run, timeout=60) as answer:
+                        result = json.loads(answer.read())
+        assert result["state"] == "completed", result["error"]
+        assert ANSWER_LINE in result["answer"]
+        answered = [request for request in provider.requests if "Split it into" in request.last_text]
+        assert len(answered) == 1, "a recorded call is not made again"
+
+
+async def test_patience_has_an_end(tmp_path: Path) -> None:
+    """Catches a run that waits for ever for a service that does not come back."""
+    engine = SqlRunEngine(None, tmp_path, lease_s=10.0, runs_parallel_max=1, peer_patience_s=0.0)
+
+    async def flow(context: WorkflowContext, _: JsonObject) -> JsonObject:
+        async def asks(_: StepContext) -> JsonObject:
+            away = Unavailable("'platform' cannot be reached", hint="start it")
+            away.peer = "platform"
+            raise away
+
+        return await context.step("asks", asks)
+
+    engine.register("flow", flow)
+    async with engine.open():
+        await engine.start("flow", "run", {}, tenant="t")
+        record = await engine.wait("run")
+    assert record.state == "failed"
+    assert record.error is not None
+    assert (record.error["code"], record.error["hint"]) == ("unavailable", "start it")
