@@ -159,10 +159,14 @@ class DeadlineExceeded(AgenticFlowError):
 
 
 class Unavailable(AgenticFlowError):
+    """Something that is needed does not serve now.
+
+    `peer` is the neighbour of ours that was not reached, or whose answer broke off; None: it is something else.
+    """
+
     code = "unavailable"
     retryable = True
     peer: str | None = None
-    """The neighbour of ours that was not reached, or whose answer broke off; None: it is something else."""
 
 
 class CircuitOpen(Unavailable):
