@@ -161,7 +161,7 @@ class DeadlineExceeded(AgenticFlowError):
 class Unavailable(AgenticFlowError):
     """Something that is needed does not serve now.
 
-    `peer` is the neighbour of ours that was not reached, or whose answer broke off; None: it is something else.
+    `peer` is the neighbour of ours that was not reached, or whose answer broke off; else None.
     """
 
     code = "unavailable"
