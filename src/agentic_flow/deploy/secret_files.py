@@ -18,7 +18,7 @@ from agentic_flow.core.identity import new_key
 from agentic_flow.deploy.infrastructure import database_url
 from agentic_flow.deploy.parts import Secret
 
-_FOLDER_MODE, _FILE_MODE = 0o700, 0o444
+_FOLDER_MODE, _FILE_MODE = 0o700, 0o644
 _ORDER = ("provider_key", "password", "database_url", "api_key")
 """What may fail for want of a key comes first; an address is made of the password before it."""
 
