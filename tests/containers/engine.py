@@ -231,25 +231,29 @@ def _start_own() -> Engine:
     _unpack_plugins()
     _forget_the_dead()
     tools = FOLDER / "tools" / "usr"
-    log = (FOLDER / "dockerd.log").open("ab")
-    process = subprocess.Popen(
-        [
-            tools / "sbin" / "dockerd",
-            f"--host=unix://{FOLDER}/docker.sock",
-            f"--data-root={FOLDER}/data",
-            f"--exec-root={FOLDER}/exec",
-            f"--pidfile={FOLDER}/docker.pid",
-            "--storage-driver=overlay2",
-            "--group=root",
-            # Anything below 0 needs a capability that a machine in a sandbox may lack.
-            "--oom-score-adjust=0",
-        ],
-        env={**os.environ, "PATH": f"{tools}/bin:{tools}/sbin:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"},
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-    )
+    with (FOLDER / "dockerd.log").open("ab") as log:
+        process = subprocess.Popen(
+            [
+                tools / "sbin" / "dockerd",
+                f"--host=unix://{FOLDER}/docker.sock",
+                f"--data-root={FOLDER}/data",
+                f"--exec-root={FOLDER}/exec",
+                f"--pidfile={FOLDER}/docker.pid",
+                "--storage-driver=overlay2",
+                "--group=root",
+                # Anything below 0 needs a capability that a machine in a sandbox may lack.
+                "--oom-score-adjust=0",
+            ],
+            env={
+                **os.environ,
+                "PATH": f"{tools}/bin:{tools}/sbin:{os.environ.get('PATH', '')}:/usr/sbin:/sbin",
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    _daemons.append(process)
     engine = _own_engine()
     assert engine is not None
 
@@ -262,6 +266,10 @@ def _start_own() -> Engine:
     _wait_for(answers, _START_TIMEOUT_S, "dockerd to answer")
     _clear(engine)
     return engine
+
+
+_daemons: list[subprocess.Popen[bytes]] = []
+"""Kept for as long as this program: Python warns of processes that nobody holds and that still run."""
 
 
 def _clear(engine: Engine) -> None:

@@ -95,11 +95,12 @@ def test_prometheus_gathers_from_every_service(stack: Stack) -> None:
         return all(found.get(name) == "1" for name in PORTS if name != "worker")
 
     until(up, "every service up")
-    counted = until(
-        lambda: asked(stack, "sum by (service) (agentic_flow_http_request_duration_seconds_count)"),
-        "requests",
-    )
-    assert {one["metric"]["service"] for one in counted} >= {"platform", "agentdb", "swarm"}
+
+    def counted() -> bool:
+        found = asked(stack, "sum by (service) (agentic_flow_http_request_duration_seconds_count)")
+        return {one["metric"]["service"] for one in found} >= {"platform", "agentdb", "swarm"}
+
+    until(counted, "requests of every service")
 
 
 def test_prometheus_takes_the_rules_and_one_fires(stack: Stack) -> None:

@@ -60,9 +60,12 @@ def shown_by(url: str, context: ssl.SSLContext) -> str:
 
 
 async def until_shown(url: str, folder: Path, service: str, context: ssl.SSLContext) -> None:
-    """Connect again until the port shows what is on disk."""
+    """Connect again until the port shows what is on disk. Until then `context` may not trust it."""
     async with asyncio.timeout(60):
-        while await asyncio.to_thread(shown_by, url, context) != on_disk(folder, service):
+        while True:
+            with contextlib.suppress(ssl.SSLCertVerificationError):
+                if await asyncio.to_thread(shown_by, url, context) == on_disk(folder, service):
+                    return
             await asyncio.sleep(0.02)
 
 

@@ -19,6 +19,7 @@ from agentic_flow.testing.fake_wires import SeenRequest
 PROMISED = {"run_id", "state", "model", "answer", "citations", "usage", "agents"}
 BESIDE = {
     "acceptance",
+    "artifacts",
     "goal",
     "topology",
     "ingest",

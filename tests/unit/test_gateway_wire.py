@@ -396,7 +396,11 @@ def test_openrouter_reports_its_own_price() -> None:
 
 @given(
     model=st.text(max_size=8),
-    more=st.dictionaries(st.text(max_size=4), st.none() | st.integers() | st.text(max_size=4), max_size=3),
+    more=st.dictionaries(
+        st.text(max_size=4),
+        st.none() | st.integers(-(2**63), 2**64 - 1) | st.text(max_size=4),  # as JSON is read throughout
+        max_size=3,
+    ),
     options=st.none()
     | st.dictionaries(st.sampled_from(["include_usage", "include_obfuscation"]), st.booleans()),
     space=st.sampled_from([b"", b" ", b"\n\t"]),

@@ -126,11 +126,13 @@ class Runtime:
 
         What is left goes on elsewhere as soon as this runtime is closed.
         """
-        from agentic_flow.swarm.service import Swarm
-
         if self._watch is not None:
             await self._watch.close()
         runs = self._made.get("swarm")
+        if runs is None:
+            return 0  # and nothing of runs is loaded for that
+        from agentic_flow.swarm.service import Swarm
+
         return await runs.drain(self.settings.swarm.drain_s) if isinstance(runs, Swarm) else 0
 
     async def watch_runs(self) -> RunWatch:
