@@ -295,7 +295,7 @@ async def test_sequential_tries_know_the_earlier_and_end_with_success(tmp_path: 
             assert [one.id for one in found.runs[1].memory.tries] == [found.runs[0].run_id]
 
 
-@pytest.mark.parametrize("allowed", [True, False], ids=["allowed", "by default"])
+@pytest.mark.parametrize("allowed", [True, False], ids=["allowed", "nobody says yes"])
 async def test_an_agent_asks_and_adds_by_itself(tmp_path: Path, folder: Path, allowed: bool) -> None:
     """Catches tools of memory that store nothing, and writing that no policy allowed."""
     agents = tmp_path / "agents"
@@ -310,6 +310,8 @@ async def test_an_agent_asks_and_adds_by_itself(tmp_path: Path, folder: Path, al
     more: dict[str, object] = {"agents_dir": str(agents)}
     if allowed:
         more["tools.policy_file"] = str(policy)
+    else:
+        more["tools.approval_timeout_s"] = 0.2
 
     def script(request: SeenRequest) -> Reply:
         if "reasoning_retrieve" not in request.tools:
