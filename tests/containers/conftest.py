@@ -2,6 +2,7 @@
 
 - `engine`: what answers (see `engine.py`); started for the suite where none runs, and then ended with it.
 - `images`: `images("platform")` is the tag of that target, built the first time that a test asks for it.
+- `place`: a stack that `agentic-flow up` has started.
 - `project`: makes names for Compose projects, containers, networks and volumes. Whatever has such a name, as
   its Compose project or at the beginning of its own, is removed after the test.
 """
@@ -16,6 +17,7 @@ import pytest
 from container import Project
 from engine import Engine, EngineUnavailable, running, start, stop
 from images import Images
+from stack_place import StackPlace
 
 HERE = Path(__file__).resolve().parent
 TEST_TIMEOUT_S = 900
@@ -48,6 +50,20 @@ def engine() -> Iterator[Engine]:
 def images(engine: Engine) -> Images:
     """Our images, each built once a session."""
     return Images(engine)
+
+
+@pytest.fixture(scope="module")
+def place(engine: Engine, images: Images, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StackPlace]:
+    """A stack that `agentic-flow up` has started, one for all tests of a module."""
+    for target in ("platform", "agentdb", "swarm"):
+        images(target)
+    place = StackPlace(tmp_path_factory.mktemp("stack"), engine, f"af-test-{secrets.token_hex(4)}")
+    try:
+        started = place.up()
+        assert started.code == 0, started.err
+        yield place
+    finally:
+        remove_project(engine, place.project)
 
 
 @pytest.fixture

@@ -6,32 +6,12 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
-from engine import ROOT, Engine
-from images import Images
+from engine import ROOT
 from stack_place import Done, StackPlace
 
-from conftest import remove_project
-
 SCRIPT = ROOT / "scripts" / "health-check.sh"
-
-
-@pytest.fixture(scope="module")
-def place(engine: Engine, images: Images, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StackPlace]:
-    """A stack that is up."""
-    for target in ("platform", "agentdb", "swarm"):
-        images(target)
-    folder = tmp_path_factory.mktemp("doctor")
-    place = StackPlace(folder, engine, f"af-test-{os.urandom(4).hex()}")
-    try:
-        started = place.up()
-        assert started.code == 0, started.err
-        yield place
-    finally:
-        remove_project(engine, place.project)
 
 
 def examined(place: StackPlace, *words: str) -> tuple[int, dict[str, dict[str, Any]]]:

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-from engine import Engine
-from images import Images
 from stack_place import StackPlace
-
-from conftest import remove_project
 
 SHOWN_BY_PLATFORM = """
 import hashlib, socket, ssl
@@ -23,21 +16,6 @@ with socket.create_connection(("platform", 3000), 5) as plain:
     with context.wrap_socket(plain, server_hostname="platform") as connection:
         print(hashlib.sha256(connection.getpeercert(binary_form=True)).hexdigest())
 """
-
-
-@pytest.fixture(scope="module")
-def place(engine: Engine, images: Images, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StackPlace]:
-    """A stack that is up."""
-    for target in ("platform", "agentdb", "swarm"):
-        images(target)
-    folder = tmp_path_factory.mktemp("stack")
-    place = StackPlace(folder, engine, f"af-test-{os.urandom(4).hex()}")
-    try:
-        started = place.up()
-        assert started.code == 0, started.err
-        yield place
-    finally:
-        remove_project(engine, place.project)
 
 
 def test_what_is_up_is_told_and_works_for_a_client_outside(place: StackPlace) -> None:

@@ -12,10 +12,10 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
+from agentic_flow.core.checks import Check
 from agentic_flow.core.errors import AgenticFlowError
 from agentic_flow.deploy.certs import CertificateFolder, said
 from agentic_flow.deploy.engine import Container
@@ -68,41 +68,24 @@ print(json.dumps({"reach": found, "out": out, "disk": disk}))
 """
 
 
-@dataclass(frozen=True, slots=True)
-class StackCheck:
-    """One thing that was looked at.
-
-    Args:
-        name: What.
-        state: `ok`; `note` is worth knowing and no fault; `broken` must be put right.
-        message: What was found, one line.
-        hint: What to do about it.
-    """
-
-    name: str
-    state: Literal["ok", "note", "broken"]
-    message: str
-    hint: str | None = None
-
-
 def examine(
     stack: Stack,
     *,
     outside: Sequence[tuple[str, int]] = OUTSIDE,
     sleep: Callable[[float], None] = time.sleep,
-) -> list[StackCheck]:
+) -> list[Check]:
     """Every check, in the order a reader wants them. Nothing is changed.
 
     Args:
         outside: Addresses of the world that are tried from inside; whoever has no way out must not reach any.
         sleep: Waits between two tries of an endpoint.
     """
-    checks: list[StackCheck] = []
+    checks: list[Check] = []
     try:
-        checks.append(StackCheck("engine", "ok", f"version {stack.engine.check()}"))
+        checks.append(Check("engine", "ok", f"version {stack.engine.check()}"))
         containers = stack.containers()
     except AgenticFlowError as error:
-        return [StackCheck("engine", "broken", error.message, error.hint), *_files(stack)]
+        return [Check("engine", "broken", error.message, error.hint), *_files(stack)]
     checks += _containers(stack, containers)
     checks += _endpoints(stack, sleep) if containers else []
     checks += _volumes(stack)
@@ -112,7 +95,7 @@ def examine(
     return [*checks, *_files(stack)]
 
 
-def _containers(stack: Stack, containers: Sequence[Container]) -> Iterator[StackCheck]:
+def _containers(stack: Stack, containers: Sequence[Container]) -> Iterator[Check]:
     for part in stack.plan.parts:
         own = [one for one in containers if one.service == part.name]
         ready = sum(one.ready for one in own)
@@ -122,26 +105,26 @@ def _containers(stack: Stack, containers: Sequence[Container]) -> Iterator[Stack
             ill = next((one for one in own if not one.ready), None)
             why = f": {ill.health_said[-200:]}" if ill is not None and ill.health_said else ""
             hint = f"see `agentic-flow logs {part.name}`" if own else "start it with `agentic-flow up`"
-            yield StackCheck(name, "broken", f"{ready} of {part.replicas} ready ({conditions}){why}", hint)
+            yield Check(name, "broken", f"{ready} of {part.replicas} ready ({conditions}){why}", hint)
             continue
         restarts = sum(one.restarts for one in own)
         many = f"{ready} ready" if part.replicas > 1 else own[0].condition
         if restarts:
             hint = f"see why in `agentic-flow logs {part.name}`"
-            yield StackCheck(name, "note", f"{many}, restarted {restarts} times", hint)
+            yield Check(name, "note", f"{many}, restarted {restarts} times", hint)
         else:
-            yield StackCheck(name, "ok", f"{many}, {own[0].image}")
+            yield Check(name, "ok", f"{many}, {own[0].image}")
 
 
-def _endpoints(stack: Stack, sleep: Callable[[float], None]) -> Iterator[StackCheck]:
+def _endpoints(stack: Stack, sleep: Callable[[float], None]) -> Iterator[Check]:
     for probe in _asked_again(stack, sleep):
         name = f"endpoint {probe.service}"
         if probe.status == 200:
-            yield StackCheck(name, "ok", f"{probe.url} ready in {probe.took_s * 1000:.0f} ms")
+            yield Check(name, "ok", f"{probe.url} ready in {probe.took_s * 1000:.0f} ms")
         else:
             status = f"status {probe.status}, " if probe.status is not None else ""
             hint = f"see `agentic-flow logs {probe.service}` and `agentic-flow logs proxy`"
-            yield StackCheck(name, "broken", f"{probe.url}: {status}{probe.said} ({TRIES} tries)", hint)
+            yield Check(name, "broken", f"{probe.url}: {status}{probe.said} ({TRIES} tries)", hint)
 
 
 def _asked_again(stack: Stack, sleep: Callable[[float], None]) -> list[Probe]:
@@ -159,21 +142,21 @@ def _is_ready(found: Mapping[str, Probe], service: str) -> bool:
     return service in found and found[service].status == 200
 
 
-def _volumes(stack: Stack) -> Iterator[StackCheck]:
+def _volumes(stack: Stack) -> Iterator[Check]:
     listed = stack.engine.call(
         "volume", "ls", "-q", "--filter", f"label=com.docker.compose.project={stack.spec.name}"
     ).split()
     for volume in stack.plan.volumes:
         full = f"{stack.spec.name}_{volume.name}"
         if full in listed:
-            yield StackCheck(f"volume {volume.name}", "ok", full)
+            yield Check(f"volume {volume.name}", "ok", full)
         else:
-            yield StackCheck(
+            yield Check(
                 f"volume {volume.name}", "broken", f"{full} is not there", "make it with `agentic-flow up`"
             )
 
 
-def _networks(stack: Stack, containers: Sequence[Container]) -> Iterator[StackCheck]:
+def _networks(stack: Stack, containers: Sequence[Container]) -> Iterator[Check]:
     """Whether the engine has the plan's networks, closed where they should be, and nobody in a wrong one."""
     project = stack.spec.name
     closed = {f"{project}_{'-'.join(group)}": set(group) for group in stack.plan.networks}
@@ -200,16 +183,14 @@ def _networks(stack: Stack, containers: Sequence[Container]) -> Iterator[StackCh
             if one.service in group and name not in one.networks
         ]
     if wrong:
-        yield StackCheck(
-            "networks", "broken", "; ".join(wrong), "make them anew: `agentic-flow down`, then `up`"
-        )
+        yield Check("networks", "broken", "; ".join(wrong), "make them anew: `agentic-flow down`, then `up`")
     else:
-        yield StackCheck("networks", "ok", f"{len(closed)} internal, as the list of edges says")
+        yield Check("networks", "ok", f"{len(closed)} internal, as the list of edges says")
 
 
 def _inside(
     stack: Stack, running: Sequence[Container], outside: Sequence[tuple[str, int]]
-) -> Iterator[StackCheck]:
+) -> Iterator[Check]:
     joined = {frozenset((edge.caller, edge.callee)) for edge in stack.plan.edges}
     ours = {part.name: part for part in stack.plan.parts if part.ours}
     present = {one.service for one in running}
@@ -221,7 +202,7 @@ def _inside(
     wrong: list[str] = []
     for one, answer in zip(asked, answers, strict=True):
         if isinstance(answer, AgenticFlowError):
-            yield StackCheck(f"inside {one.name}", "broken", answer.message, answer.hint)
+            yield Check(f"inside {one.name}", "broken", answer.message, answer.hint)
             continue
         for other, reached in cast(dict[str, bool], answer["reach"]).items():
             allowed = frozenset((one.service, other)) in joined
@@ -237,15 +218,15 @@ def _inside(
         yield from _disk_of(one.service, answer["disk"])
     if wrong:
         hint = "compare `agentic-flow deploy render --check`, then `agentic-flow down` and `up`"
-        yield StackCheck("reach", "broken", "; ".join(wrong), hint)
+        yield Check("reach", "broken", "; ".join(wrong), hint)
     elif asked:
-        yield StackCheck("reach", "ok", f"{right} pairs tried from inside, each as the list of edges says")
+        yield Check("reach", "ok", f"{right} pairs tried from inside, each as the list of edges says")
     if asked and not wrong:
         named = ", ".join(f"{host}:{port}" for host, port in outside)
         if ways_out:
-            yield StackCheck("ways out", "ok", f"{named}: reached only by who may")
+            yield Check("ways out", "ok", f"{named}: reached only by who may")
         else:
-            yield StackCheck(
+            yield Check(
                 "ways out",
                 "note",
                 f"nobody reaches {named}, not even who may: whether the others could is not known",
@@ -282,7 +263,7 @@ def _ask_inside(
         return AgenticFlowError(f"the probe inside said something else: {error}")
 
 
-def _disk_of(service: str, disk: Sequence[int] | None) -> Iterator[StackCheck]:
+def _disk_of(service: str, disk: Sequence[int] | None) -> Iterator[Check]:
     if disk is None:
         return
     free, total, writable = disk
@@ -290,16 +271,16 @@ def _disk_of(service: str, disk: Sequence[int] | None) -> Iterator[StackCheck]:
     room = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
     share = free / total if total else 0.0
     if not writable:
-        yield StackCheck(name, "broken", f"{room}, and it cannot be written", "correct the volume's owner")
+        yield Check(name, "broken", f"{room}, and it cannot be written", "correct the volume's owner")
     elif share < _FREE_BROKEN:
-        yield StackCheck(name, "broken", room, "make room on the engine's disk, or move its data")
+        yield Check(name, "broken", room, "make room on the engine's disk, or move its data")
     elif share < _FREE_NOTE:
-        yield StackCheck(name, "note", room, "make room on the engine's disk soon")
+        yield Check(name, "note", room, "make room on the engine's disk soon")
     else:
-        yield StackCheck(name, "ok", room)
+        yield Check(name, "ok", room)
 
 
-def _use(stack: Stack, running: Sequence[Container]) -> Iterator[StackCheck]:
+def _use(stack: Stack, running: Sequence[Container]) -> Iterator[Check]:
     """Memory and processors of each container, and memory of the host."""
     if running:
         try:
@@ -307,7 +288,7 @@ def _use(stack: Stack, running: Sequence[Container]) -> Iterator[StackCheck]:
                 "stats", "--no-stream", "--format", "{{json .}}", *(one.id for one in running)
             )
         except AgenticFlowError as error:
-            yield StackCheck("use", "note", f"the engine does not say: {error.message}", error.hint)
+            yield Check("use", "note", f"the engine does not say: {error.message}", error.hint)
             return
         services = {one.name: one.service for one in running}
         for line in text.splitlines():
@@ -316,11 +297,9 @@ def _use(stack: Stack, running: Sequence[Container]) -> Iterator[StackCheck]:
             share = _percent(row["MemPerc"])
             message = f"{row['MemUsage']} ({row['MemPerc']}), CPU {row['CPUPerc']}, {row['PIDs']} processes"
             if share >= _MEMORY_NOTE:
-                yield StackCheck(
-                    f"use of {name}", "note", message, "take a larger tier, or less work at a time"
-                )
+                yield Check(f"use of {name}", "note", message, "take a larger tier, or less work at a time")
             else:
-                yield StackCheck(f"use of {name}", "ok", message)
+                yield Check(f"use of {name}", "ok", message)
     yield from _host_memory()
 
 
@@ -331,7 +310,7 @@ def _percent(text: str) -> float:
         return 0.0
 
 
-def _host_memory() -> Iterator[StackCheck]:
+def _host_memory() -> Iterator[Check]:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -342,38 +321,36 @@ def _host_memory() -> Iterator[StackCheck]:
     room = f"{available / GIB:.1f} of {total / GIB:.1f} GiB available"
     message = f"{room}, load {load:.1f} on {os.cpu_count()} processors"
     if available / total < _FREE_NOTE:
-        yield StackCheck("host memory", "note", message, "stop something, or take a smaller tier")
+        yield Check("host memory", "note", message, "stop something, or take a smaller tier")
     else:
-        yield StackCheck("host memory", "ok", message)
+        yield Check("host memory", "ok", message)
 
 
-def _files(stack: Stack) -> Iterator[StackCheck]:
+def _files(stack: Stack) -> Iterator[Check]:
     """Certificates, secrets and room in the folder of the stack."""
     try:
         states = CertificateFolder(stack.folder / "certs").states()
     except AgenticFlowError as error:
-        yield StackCheck("certificates", "broken", error.message, error.hint)
+        yield Check("certificates", "broken", error.message, error.hint)
     else:
         hint = f"`agentic-flow certs renew --dir {stack.folder / 'certs'}`"
         wrong = [f"{state.name}: {said(state.fault)}" for state in states if state.fault is not None]
         first = min(states, key=lambda state: state.days_left)
         if wrong:
-            yield StackCheck("certificates", "broken", "; ".join(wrong), hint)
+            yield Check("certificates", "broken", "; ".join(wrong), hint)
         elif first.days_left < _CERTIFICATE_NOTE_DAYS:
-            yield StackCheck(
-                "certificates", "note", f"{first.name} is good for only {first.days_left} days", hint
-            )
+            yield Check("certificates", "note", f"{first.name} is good for only {first.days_left} days", hint)
         else:
             message = f"{len(states)}, the first ({first.name}) is good for {first.days_left} days"
-            yield StackCheck("certificates", "ok", message)
+            yield Check("certificates", "ok", message)
     yield from _secrets(stack)
     usage = shutil.disk_usage(stack.folder)
     room = f"{usage.free / GIB:.1f} GiB free"
     broken = usage.free / usage.total < _FREE_BROKEN
-    yield StackCheck("disk", "broken" if broken else "ok", room, "make room" if broken else None)
+    yield Check("disk", "broken" if broken else "ok", room, "make room" if broken else None)
 
 
-def _secrets(stack: Stack) -> Iterator[StackCheck]:
+def _secrets(stack: Stack) -> Iterator[Check]:
     folder = stack.folder / "secrets"
     ages: dict[str, int] = {}
     missing: list[str] = []
@@ -383,18 +360,16 @@ def _secrets(stack: Stack) -> Iterator[StackCheck]:
         except OSError:
             missing.append(secret.name)
     if missing:
-        yield StackCheck(
-            "secrets", "broken", f"missing: {', '.join(missing)}", "make them with `agentic-flow up`"
-        )
+        yield Check("secrets", "broken", f"missing: {', '.join(missing)}", "make them with `agentic-flow up`")
         return
     if folder.stat().st_mode & 0o077:
-        yield StackCheck("secrets", "broken", f"{str(folder)!r} can be entered by others", "chmod 700 it")
+        yield Check("secrets", "broken", f"{str(folder)!r} can be entered by others", "chmod 700 it")
         return
     oldest = max(ages, key=lambda name: ages[name], default=None)
     if oldest is None:
-        yield StackCheck("secrets", "ok", "none are needed")
+        yield Check("secrets", "ok", "none are needed")
     elif ages[oldest] >= _SECRET_NOTE_DAYS:
         old = ", ".join(f"{name} ({days} days)" for name, days in ages.items() if days >= _SECRET_NOTE_DAYS)
-        yield StackCheck("secrets", "note", f"old: {old}", "write new ones into the files; they are re-read")
+        yield Check("secrets", "note", f"old: {old}", "write new ones into the files; they are re-read")
     else:
-        yield StackCheck("secrets", "ok", f"{len(ages)}, the oldest ({oldest}) of {ages[oldest]} days")
+        yield Check("secrets", "ok", f"{len(ages)}, the oldest ({oldest}) of {ages[oldest]} days")

@@ -15,11 +15,11 @@ import ssl
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
+from agentic_flow.core.checks import Check
 from agentic_flow.core.settings import ProviderSettings, Settings
 
 if TYPE_CHECKING:
@@ -32,23 +32,6 @@ _PROBE_TIMEOUT_S = 1.0
 _POSTGRES_TIMEOUT_S = 5
 _CERTIFICATE_NOTE_DAYS = 14
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One thing that was looked at.
-
-    Args:
-        name: What.
-        state: `ok`; `note` is worth knowing and no fault; `broken` must be put right.
-        message: What was found, one line.
-        hint: What to do about it.
-    """
-
-    name: str
-    state: Literal["ok", "note", "broken"]
-    message: str
-    hint: str | None = None
 
 
 def examine(settings: Settings) -> list[Check]:
