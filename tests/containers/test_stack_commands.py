@@ -113,6 +113,8 @@ def test_a_stack_that_cannot_start_says_why(place: StackPlace, tmp_path: Path) -
     """Catches an error of the engine that is passed on as it came, and one that blames the wrong service."""
     place.run("down")
     with socket.socket() as taken:
+        # Connections to the stack may be remembered by the kernel for a minute after it has gone.
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(("127.0.0.1", place.ports["platform"]))
         taken.listen()
         blocked = place.run("up", "--json")
