@@ -12,11 +12,13 @@ WHEELS := --only-binary :all: --require-hashes
 SOURCES := src tests benchmarks scripts examples
 FAST := tests/unit tests/contract tests/service tests/test_tidy.py tests/test_layers.py tests/test_docs.py
 CRASH := $(wildcard tests/integration/test_*crash*.py)
+# The tests that make their requests and values themselves.
+EXPLORING = $(shell grep -rlE "^from (hypothesis|schemathesis|openapi_fuzz)" $(FAST) --include='test_*.py')
 UPGRADE := tests/containers/test_upgrade.py
 PYTEST := $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-integration test-crash test-containers test-upgrade images check-retrieval bench bench-agentdb bench-peers bench-gateway bench-gateway-soak bench-gateway-peers bench-memory reference lint format lock clean
+.PHONY: help setup setup-dev demo test explore test-integration test-crash test-containers test-upgrade images check-retrieval bench bench-agentdb bench-peers bench-gateway bench-gateway-soak bench-gateway-peers bench-memory reference lint format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +49,9 @@ demo: setup ## answer a real question about the interpreter's own asyncio packag
 
 test: setup-dev lint ## lint, types and the fast suites; some ten minutes on two cores
 	@$(PYTEST) -n 2 --dist worksteal $(wildcard $(FAST))
+
+explore: setup-dev ## the property tests and fuzzers with other examples than CI has, and more (FUZZ_EXAMPLES=100)
+	@FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-100} $(PYTEST) -n 2 --hypothesis-profile=explore $(EXPLORING)
 
 test-integration: setup-dev ## the wheel in a clean environment, real folders, real databases
 	@$(PYTEST) $(filter-out $(CRASH),$(wildcard tests/integration/test_*.py))

@@ -14,8 +14,10 @@ import pytest
 import structlog
 from hypothesis import settings as hypothesis_settings
 
-# A busy machine must not turn a property test red: no time limit of an example.
-hypothesis_settings.register_profile("house", deadline=None)
+# Neither a busy machine nor chance may turn an innocent change red: no time limit of an example, and CI tries
+# the same ones each time. `make explore` tries others.
+hypothesis_settings.register_profile("house", deadline=None, derandomize=True)
+hypothesis_settings.register_profile("explore", deadline=None, print_blob=True)
 hypothesis_settings.load_profile("house")
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 WAIT_S = 30.0
-EXAMPLES = 10
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "10"))
 """Of each operation, as many that follow the document as that do not."""
 CHECKS = [status_code_conformance, content_type_conformance, response_schema_conformance]
 

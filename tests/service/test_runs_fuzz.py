@@ -59,14 +59,17 @@ class Served:
 
 
 def _with_names(document: dict[str, Any], run_id: str, folder: Path) -> dict[str, Any]:
-    """The document, in which runs have the name of one that is there, and folders are small."""
+    """The document, in which runs are one that is there or one that is not, and folders are small."""
     document = copy.deepcopy(document)
     for methods in document["paths"].values():
         for operation in methods.values():
             for parameter in operation["parameters"]:
                 if parameter["name"] == "run_id":
                     parameter["schema"] = {"enum": [run_id, "run-none"]}
-    document["components"]["schemas"]["RunSpec"]["properties"]["inputs"]["items"] = {"enum": [str(folder)]}
+    schemas = document["components"]["schemas"]
+    schemas["RunSpec"]["properties"]["inputs"]["items"] = {"enum": [str(folder)]}
+    for name in ("RunSpec", "WorkflowRequest"):
+        schemas[name]["properties"]["after"]["items"] = {"enum": [run_id, "run-none"]}
     return document
 
 
@@ -98,3 +101,15 @@ def test_references_of_the_document_lead_somewhere() -> None:
     document = openapi_document()
     for reference in set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document))):
         assert reference in document["components"]["schemas"]
+
+
+@pytest.mark.parametrize("last", ["²", "-1", "9" * 19, "9" * 5000, "two"])
+def test_a_last_event_that_is_no_number_of_ours(platform: Served, last: str) -> None:
+    """Catches a header that ends as an error within the stream, and one that is taken for the start."""
+    got = requests.get(
+        f"{platform.url}/v1/runs/run-none/events",
+        headers={"last-event-id": last.encode()},
+        timeout=WAIT_S,
+    )
+    assert got.status_code == 400, got.text
+    assert "last-event-id" in got.json()["detail"]

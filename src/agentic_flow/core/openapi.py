@@ -92,6 +92,7 @@ class Operation:
         raw_notes: Media type → what such a body holds.
         query: Model of the query parameters; unknown ones are refused.
         headers: Request header → its schema.
+        errors: Kinds of error beyond those that its method, path and body bring with them.
         notes: More than the summary says.
     """
 
@@ -109,6 +110,7 @@ class Operation:
     raw_notes: Mapping[str, str] = field(default_factory=dict[str, str])
     query: type[BaseModel] | None = None
     headers: Mapping[str, JsonObject] = field(default_factory=dict[str, JsonObject])
+    errors: tuple[type[AgenticFlowError], ...] = ()
     notes: str = ""
 
 
@@ -312,7 +314,7 @@ def _responses(operation: Operation, refs: Mapping[_Use, Any]) -> JsonObject:
             "content": {operation.answer_media_type: {"schema": answer}},
         }
     }
-    kinds = set(_ALWAYS)
+    kinds = {*_ALWAYS, *operation.errors}
     if "{" in operation.path:
         kinds.add(NotFound)
     problem = {PROBLEM: {"schema": refs["problem", ""]}}

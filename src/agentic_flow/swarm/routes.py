@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, cast, get_args
 from urllib.parse import quote
 
-from pydantic import Field, GetJsonSchemaHandler
+from pydantic import Field, GetJsonSchemaHandler, ValidationError
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 from starlette.requests import Request
@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from agentic_flow.core.auth import Principal
-from agentic_flow.core.errors import InvalidInput
+from agentic_flow.core.errors import InvalidInput, NotFound
 from agentic_flow.core.messages import Frozen, JsonObject
 from agentic_flow.core.openapi import Operation, document, routes_of
 from agentic_flow.core.ports import RunState
@@ -49,6 +49,7 @@ DOCUMENT_PATH = "/v1/runs/openapi.json"
 READ, WRITE = "runs:read", "runs:write"
 
 _LIST_MAX = 500
+_NUMBER_MAX = 2**63 - 1  # of the integers that SQLite and PostgreSQL can hold
 _RUN = "/v1/runs/{run_id}"
 _SCHEDULE = "/v1/schedules/{schedule}"
 _DESCRIPTION = (
@@ -177,7 +178,7 @@ class RunOptions(Frozen):
 class EventOptions(Frozen):
     """From where on."""
 
-    after: Annotated[int, Field(ge=0)] | None = Field(
+    after: Annotated[int, Field(ge=0, le=_NUMBER_MAX)] | None = Field(
         default=None, description="Sequence number of the last event that was seen."
     )
 
@@ -191,7 +192,9 @@ class ArtifactsOptions(Frozen):
 class ArtifactOptions(Frozen):
     """Which version."""
 
-    version: Annotated[int, Field(ge=1)] | None = Field(default=None, description="Without it the newest.")
+    version: Annotated[int, Field(ge=1, le=_NUMBER_MAX)] | None = Field(
+        default=None, description="Without it the newest."
+    )
 
 
 def build_routes(runs: RunService) -> list[Route]:
@@ -273,8 +276,7 @@ class _Runs:
 
     async def events(self, request: Request, query: EventOptions) -> Response:
         principal = principal_of(request)
-        last = request.headers.get("last-event-id")
-        after = query.after if query.after is not None else int(last) if last and last.isdigit() else 0
+        after = query.after if query.after is not None else _last_seen(request)
         await self._runs.show(principal, _id(request))  # an unknown run is a 404, not a stream that fails
         return event_stream(_events(self._runs, principal, _id(request), after))
 
@@ -295,6 +297,7 @@ def _run_operations(faces: _Runs) -> list[Operation]:
             handler=faces.submit,
             answer=Accepted,
             status=202,
+            errors=(NotFound,),  # a run that it shall begin after
         ),
         Operation(
             name="list_runs",
@@ -523,6 +526,7 @@ def _workflow_operations(faces: _Workflows) -> list[Operation]:
             handler=faces.submit,
             answer=Accepted,
             status=202,
+            errors=(NotFound,),  # a run that it shall begin after
         ),
         Operation(
             name="validate_workflow",
@@ -662,6 +666,22 @@ def _file(found: ArtifactContent, known: str | None) -> Response:
         return Response(status_code=304, headers=headers)
     # As it is stored: Starlette would add a charset of its own to text.
     return Response(found.data, headers=headers | {"content-type": found.artifact.media_type})
+
+
+def _last_seen(request: Request) -> int:
+    """Sequence number that a client which comes back names, as browsers do by themselves; else 0.
+
+    Raises:
+        InvalidInput: it is none of ours.
+    """
+    last = request.headers.get("last-event-id", "")
+    try:
+        return EventOptions.model_validate_strings({"after": last} if last else {}).after or 0
+    except ValidationError:
+        raise InvalidInput(
+            f"the header last-event-id is {last!r}, no sequence number of an event",
+            hint="send the id of the last event that was seen, or no such header",
+        ) from None
 
 
 async def _events(
