@@ -53,6 +53,7 @@ __all__ = [
     "VerifyReport",
     "backup",
     "backups_holding",
+    "describe",
     "erase_from_history",
     "restore",
     "verify",
@@ -135,6 +136,27 @@ def backup(
     record_backup(source, destination, manifest.sequence)
     sealed, failure = (None, None) if history_dir is None else _seal(source, history_dir)
     return BackupReport(destination, manifest, sealed, failure)
+
+
+def describe(folder: Path) -> Manifest:
+    """Make a folder that holds a copy of the database (`agentdb.db`, by itself, whole) a backup.
+
+    Raises:
+        Conflict: the copy is of another version. DataCorrupted: it is no database of ours.
+    """
+    copy = backup_database(folder)
+    try:
+        connection = open_readonly(copy)
+        try:
+            check_schema(connection, copy)
+            contents = read_contents(connection)
+        finally:
+            connection.close()
+    except (apsw.Error, IndexError) as error:
+        raise DataCorrupted(
+            f"{str(copy)!r} is no database of AgentDB: {error}", hint="`db verify` says what is wrong with it"
+        ) from error
+    return _finish(folder, contents, None)
 
 
 def _copy(source: Path, folder: Path, progress: Progress | None) -> Manifest:

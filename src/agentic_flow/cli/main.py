@@ -15,6 +15,7 @@ import typer
 from agentic_flow.cli import (
     agents,
     audit,
+    backup,
     budgets,
     certs,
     config,
@@ -67,7 +68,7 @@ def shared(
     remember_shared(data_dir, log_level, as_json)
 
 
-for _module in (run, serve, stack, worker, doctor, health, version):
+for _module in (run, serve, stack, backup, worker, doctor, health, version):
     _module.register(app)
 for _name, _module in (
     ("runs", runs),
