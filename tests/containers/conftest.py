@@ -84,12 +84,11 @@ def project(engine: Engine) -> Iterator[Project]:
 
 def remove_project(engine: Engine, name: str) -> None:
     """Remove the containers, networks and volumes of a Compose project, and those that are named after it."""
-    for filters in ((f"label=com.docker.compose.project={name}",), (f"name={name}",)):
-        chosen = [word for text in filters for word in ("--filter", text)]
-        containers = engine.output("ps", "--all", "--quiet", *chosen).split()
-        if containers:
+    filters = (f"label=com.docker.compose.project={name}", f"name={name}")
+    for chosen in filters:  # all of them first: each may hold what the other filter finds
+        if containers := engine.output("ps", "--all", "--quiet", "--filter", chosen).split():
             engine.run("rm", "--force", "--volumes", *containers)
-        for kind in ("network", "volume"):
-            found = engine.output(kind, "ls", "--quiet", *chosen).split()
-            if found:
+    for kind in ("network", "volume"):
+        for chosen in filters:
+            if found := engine.output(kind, "ls", "--quiet", "--filter", chosen).split():
                 engine.run(kind, "rm", *found)

@@ -144,10 +144,10 @@ class Stack:
         except ValueError:
             return status, said.decode()
 
-    def override(self, services: Mapping[str, Any]) -> None:
-        """Lay a file of the test over the others."""
+    def override(self, services: Mapping[str, Any], **more: Mapping[str, Any]) -> None:
+        """Lay a file of the test over the others; `more`: its other sections, such as volumes."""
         name = "compose.test.yaml"
-        (self.folder / name).write_text(json.dumps({"services": services}), "utf-8")  # JSON is YAML
+        (self.folder / name).write_text(json.dumps({"services": services, **more}), "utf-8")  # JSON is YAML
         self.files = (*self.files, name)
 
 
@@ -160,9 +160,10 @@ def free_ports(count: int) -> list[int]:
         return [int(one.getsockname()[1]) for one in sockets]
 
 
-def spec_with_free_ports(**changes: Any) -> StackSpec:
-    """The default spec on ports of its own, with the images of the suite."""
-    names = ("platform", "swarm", "metrics", "claude", "llama", "deepseek")
+def spec_with_free_ports(*more: str, **changes: Any) -> StackSpec:
+    """The default spec on ports of its own, with the images of the suite; `more`: ports that are published
+    only when asked for (agentdb)."""
+    names = ("platform", "swarm", "metrics", "claude", "llama", "deepseek", *more)
     ports = dict(zip(names, free_ports(len(names)), strict=True))
     return StackSpec.model_validate({"ports": ports, "images": {"tag": TAG}, **changes})
 

@@ -129,6 +129,7 @@ def test_a_worker_tells_how_it_is(tmp_path: Path) -> None:
                 "taking runs": True,
                 "run database": True,
                 "heartbeat": True,
+                "disk": True,
             }
             assert get(f"{url}/v1/runs")[0] == 401, "it has no routes of its own"
             with closing(sqlite3.connect(place.data_dir / "runs" / "runs.db", isolation_level=None)) as other:

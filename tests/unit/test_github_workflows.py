@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
+
+from agentic_flow.cli.main import app
+from agentic_flow.deploy.spec import parse_spec
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
@@ -68,3 +73,54 @@ def test_the_images_are_the_targets_of_the_dockerfile() -> None:
     targets = set(re.findall(r"^FROM \S+ AS (\S+)", (ROOT / "deploy/docker/Dockerfile").read_text(), re.M))
     assert {entry["target"] for entry in matrix["include"]} <= targets
     assert {entry["image"] for entry in matrix["include"]} == set(matrix["image"])
+
+
+def _lines(path: Path) -> list[str]:
+    """Every line of shell in a workflow, joined where it goes on in the next."""
+    scripts = [step["run"] for step in _steps(path) if "run" in step]
+    return [line for script in scripts for line in script.replace("\\\n", " ").splitlines()]
+
+
+def test_every_command_of_ours_is_one_that_there_is() -> None:
+    """Catches an option that the command line does not have, which only a push would have shown."""
+    found = [
+        re.split(r"\|\||&&|;", line.partition("agentic-flow ")[2])[0]
+        for path in WORKFLOWS
+        for line in _lines(path)
+        if re.search(r"(^|/)agentic-flow ", line)
+    ]
+    assert len(found) >= 3
+    for words in found:
+        command, given = typer.main.get_command(app), shlex.split(words)
+        context = command.make_context("agentic-flow", [*given])
+        while (inner := getattr(command, "commands", None)) is not None:
+            name, *given = given
+            assert name in inner, f"{name!r} in {words!r}"
+            command = inner[name]
+            context = command.make_context(name, [*given], parent=context)
+
+
+def test_every_target_of_make_is_one_that_there_is() -> None:
+    """Catches a workflow that makes what the Makefile has not."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    used = {
+        word
+        for path in WORKFLOWS
+        for line in _lines(path)
+        if line.startswith("make ")
+        for word in line.split()[1:]
+    }
+    assert used
+    assert used <= targets
+
+
+def test_the_stack_of_the_workflow_is_of_what_it_has_built() -> None:
+    """Catches an integration job that starts other images, or asks ports that its stack does not publish."""
+    text = (ROOT / ".github/workflows/docker-publish.yml").read_text()
+    (written,) = re.findall(r"echo '(.+)' > candidate.yaml", text)
+    spec = parse_spec(yaml.safe_load(written))
+    assert f'docker tag "$reference" "$image:{spec.images.tag}"' in text
+    assert set(map(int, re.findall(r"https://localhost:(\d+)/", text))) == {
+        spec.ports.platform,
+        spec.ports.swarm,
+    }

@@ -61,6 +61,10 @@ class ServeSettings(Section):
     )
     body_max_bytes: Count = Field(default=16 * MIB, description="Largest accepted request body.")
     requests_per_minute: Count = Field(default=6000, description="Rate limit per tenant and service.")
+    disk_free_min_bytes: Count = Field(
+        default=16 * MIB,
+        description="Free space of the data folder's disk below which services say that they are not ready.",
+    )
 
 
 class PeerSettings(Section):

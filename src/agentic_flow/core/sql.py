@@ -42,6 +42,7 @@ _CONNECTION_OPTIONS = {
 _WAL_RETRY_S = 0.02
 _NAME = re.compile(r"(?<![:\w]):([a-z_][a-z0-9_]*)", re.IGNORECASE)
 _MADE = re.compile(r"CREATE (?:UNIQUE )?(?:TABLE|INDEX) IF NOT EXISTS (\w+)")
+_DISK_FULL = "53100"  # PostgreSQL's SQLSTATE
 _NO_VALUES = "(SELECT 1 WHERE 1 != 1)"
 
 Bindings = Mapping[str, Any]
@@ -262,9 +263,21 @@ class SqlDatabase:
             return DataCorrupted(
                 f"the {self._name} {place} is damaged: {cause}", hint="restore it from a backup"
             )
-        return Unavailable(
-            f"the {self._name} {place} cannot be used: {cause}", hint="start it, or check its address"
-        )
+        hint = "start it, or check its address"
+        if self.is_sqlite:
+            hint = f"nothing was written: {_file_hint(cause)}"
+        elif getattr(getattr(error, "orig", None), "sqlstate", None) == _DISK_FULL:
+            hint = "nothing was written: make room where PostgreSQL keeps its data, then try again"
+        return Unavailable(f"the {self._name} {place} cannot be used: {cause}", hint=hint)
+
+
+def _file_hint(cause: str) -> str:
+    """What to do about SQLite's message."""
+    if "full" in cause or "disk I/O" in cause:
+        return "make room on the disk (or check it), then try again"
+    if "locked" in cause:
+        return "another process holds it; try again, or stop that one"
+    return "check the permissions of the file and its folder"
 
 
 def execute(connection: Connection, statement: str, **bindings: Any) -> Result:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from pathlib import PurePath
 from typing import Any, TypeVar, cast
@@ -38,6 +38,7 @@ from agentic_flow.core.errors import (
     Unauthenticated,
     as_problem,
 )
+from agentic_flow.core.readiness import Ready
 from agentic_flow.core.serve import serve as serve
 from agentic_flow.core.settings import Settings
 from agentic_flow.core.sse import ServerEvent
@@ -58,7 +59,6 @@ from agentic_flow.core.web_floor import (
 )
 
 Model = TypeVar("Model", bound=BaseModel)
-Ready = Callable[[], Awaitable[dict[str, bool]]]
 AppLifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
 
 DEADLINE_HEADER = "x-deadline-s"

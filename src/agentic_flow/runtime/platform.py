@@ -18,8 +18,9 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from agentic_flow.core.auth import DEFAULT_TENANT, LOCAL_OWNER, Authenticator
-from agentic_flow.core.errors import AgenticFlowError, InvalidInput
+from agentic_flow.core.errors import InvalidInput
 from agentic_flow.core.later import imported
+from agentic_flow.core.readiness import ANSWER_TIMEOUT_S, Answering, Ready, all_of, room
 from agentic_flow.core.serve import bind, check_host, serve
 from agentic_flow.core.settings import Settings
 from agentic_flow.core.web import create_app, json_response, require
@@ -30,15 +31,11 @@ from agentic_flow.runtime.deferred import DeferredRoutes
 if TYPE_CHECKING:
     from agentic_flow.core.remote_auth import RemoteAuthenticator
 
-PROBE_TIMEOUT_S = 2.0
 _log: structlog.stdlib.BoundLogger = structlog.get_logger("agentic_flow.serve")
 RUN_ROOTS = ("/v1/runs", "/v1/workflows", "/v1/schedules")
 RUN_DOCUMENT_PATH = "/v1/runs/openapi.json"  # of swarm.routes, which is loaded when it is asked for
 MEMORY_DOCUMENT_PATH = "/v1/memory/openapi.json"  # of memory.routes, which is loaded when it is asked for
 MEMORY_ROOTS = ("/v1/namespaces", "/v1/namespace-stats", "/v1/tenants-with", "/v1/memory")
-
-Ready = Callable[[], Awaitable[dict[str, bool]]]
-"""Name of what is needed → whether it works."""
 
 
 class _Face(NamedTuple):
@@ -139,10 +136,11 @@ class _Apps:
         authenticator, remote = await self._authenticator()
         makers = {"platform": self._platform, "agentdb": self._agentdb, "swarm": self._swarm}
         measured = "platform" if "platform" in names else "swarm"  # whose `/metrics` shows this process's
+        disk = room(self._settings.data_dir, self._settings.serve.disk_free_min_bytes)
         apps: dict[str, Starlette] = {}
         for name in names:
             face = await makers[name]()
-            ready = face.ready if remote is None else _both(face.ready, _fresh(remote))
+            ready = all_of(face.ready, disk) if remote is None else all_of(face.ready, _fresh(remote), disk)
             apps[name] = create_app(
                 name,
                 face.routes,
@@ -216,7 +214,9 @@ class _Apps:
             ),
         ]
         public = PUBLIC_PATHS | {DOCUMENT_PATH, MEMORY_DOCUMENT_PATH, RUN_DOCUMENT_PATH}
-        return _Face(routes, self._peers_ready("agentdb", "swarm"), public, ERROR_SHAPES)
+        books = Answering("gateway database", lambda: asyncio.to_thread(kept.database.rows, "SELECT 1"))
+        ready = all_of(books, self._peers_ready("agentdb", "swarm"))
+        return _Face(routes, ready, public, ERROR_SHAPES)
 
     async def _run_routes(self) -> Sequence[BaseRoute]:
         await imported("agentic_flow.swarm.routes")
@@ -237,9 +237,7 @@ class _Apps:
 
         store = await self._runtime.store()
 
-        async def ready() -> dict[str, bool]:
-            return {"database": await _works(store.namespaces(DEFAULT_TENANT))}
-
+        ready = Answering("database", lambda: store.namespaces(DEFAULT_TENANT))
         from agentic_flow.memory.routes import build_routes as learning_routes
 
         routes: list[BaseRoute] = [
@@ -251,32 +249,25 @@ class _Apps:
 
     async def _swarm(self) -> _Face:
         watch = await self._runtime.watch_runs()
-        peers_ready = self._peers_ready("platform", "agentdb")
-
-        async def ready() -> dict[str, bool]:
-            return {"run database": await watch.works(), **await peers_ready()}
-
+        ready = all_of(Answering("run database", watch.works), self._peers_ready("platform", "agentdb"))
         return _Face([DeferredRoutes(RUN_ROOTS, self._run_routes)], ready, {RUN_DOCUMENT_PATH})
 
     def _peers_ready(self, *names: str) -> Ready:
         """Whether those neighbours that run elsewhere can be reached."""
         urls = {name: url for name in names if (url := self._runtime.peer_url(name)) is not None}
         if not urls:
-            return _needs_nobody
+            return all_of()
         from agentic_flow.core.http_twin import HttpTwin
 
-        peers = self._settings.peers.model_copy(update={"attempts": 1, "timeout_s": PROBE_TIMEOUT_S})
+        peers = self._settings.peers.model_copy(update={"attempts": 1, "timeout_s": ANSWER_TIMEOUT_S})
         twins = {name: HttpTwin(url, peers, tls=self._settings.tls, peer=name) for name, url in urls.items()}
         for twin in twins.values():
             self._runtime.on_exit(twin.close)
 
-        async def ready() -> dict[str, bool]:
-            answers = await asyncio.gather(
-                *(_works(twin.call("GET", "/health/live", principal=LOCAL_OWNER)) for twin in twins.values())
-            )
-            return dict(zip(twins, answers, strict=True))
+        def live(twin: HttpTwin) -> Callable[[], Awaitable[object]]:
+            return lambda: twin.call("GET", "/health/live", principal=LOCAL_OWNER)
 
-        return ready
+        return all_of(*(Answering(name, live(twin)) for name, twin in twins.items()))
 
 
 async def _model_document() -> Sequence[BaseRoute]:
@@ -303,27 +294,8 @@ def _agent_routes(settings: Settings) -> list[Route]:
     return [Route("/v1/agents", list_agents), Route("/v1/agents/{name}", show)]
 
 
-async def _needs_nobody() -> dict[str, bool]:
-    return {}
-
-
-async def _works(call: Awaitable[object]) -> bool:
-    try:
-        await call
-    except AgenticFlowError:
-        return False
-    return True
-
-
 def _fresh(remote: RemoteAuthenticator) -> Ready:
     async def ready() -> dict[str, bool]:
         return {"revocations": remote.fresh}
-
-    return ready
-
-
-def _both(one: Ready, other: Ready) -> Ready:
-    async def ready() -> dict[str, bool]:
-        return {**await one(), **await other()}
 
     return ready

@@ -10,6 +10,7 @@ from prometheus_client import Gauge
 from starlette.applications import Starlette
 
 from agentic_flow.core.auth import NoCredentials
+from agentic_flow.core.readiness import all_of, room
 from agentic_flow.core.serve import bind, serve, stop_on_signals
 from agentic_flow.core.settings import Settings
 from agentic_flow.runtime.build import Runtime
@@ -116,6 +117,7 @@ def _app(runtime: Runtime, swarm: Swarm, stop: asyncio.Event) -> Starlette:
         }
 
     settings = runtime.settings
+    disk = room(settings.data_dir, settings.serve.disk_free_min_bytes)
     places = Gauge("agentic_flow_worker_places", "Runs that it does at a time.", registry=runtime.metrics)
     places.set(settings.swarm.runs_parallel_max)
     working = Gauge("agentic_flow_worker_runs", "Runs that have a place here now.", registry=runtime.metrics)
@@ -123,5 +125,10 @@ def _app(runtime: Runtime, swarm: Swarm, stop: asyncio.Event) -> Starlette:
     # It shows only what is open on every port: an address wider than loopback needs no keys.
     closed = settings.model_copy(update={"auth": settings.auth.model_copy(update={"required": True})})
     return create_app(
-        SERVICE, (), authenticator=NoCredentials(), settings=closed, ready=ready, metrics=runtime.metrics
+        SERVICE,
+        (),
+        authenticator=NoCredentials(),
+        settings=closed,
+        ready=all_of(ready, disk),
+        metrics=runtime.metrics,
     )
