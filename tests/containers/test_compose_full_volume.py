@@ -129,7 +129,7 @@ def test_a_full_volume_is_told_refused_and_heals(stack: Stack, service: str) -> 
         until(lambda: not REFUSALS[service](stack, accepted), HEALED_WITHIN_S, "taken again")
         writes_s = healed_s + until(accepted.takes_writes, HEALED_WITHIN_S, "writes again")
     tell(f"full volume of {service}", seen_s, healed_s, writes_s)
-    assert refusals[-1]["code"] == "unavailable", refusals[-1]
+    assert refusals[-1]["code"] == "storage_full", refusals[-1]
     assert "make room" in refusals[-1]["hint"], refusals[-1]
     accepted.all_there()
     assert {one["Id"]: one["State"]["StartedAt"] for one in stack.inspected()} == before, (

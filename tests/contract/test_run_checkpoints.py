@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentic_flow.core.errors import AgenticFlowError, Unavailable
+from agentic_flow.core.errors import AgenticFlowError, StorageFull, Unavailable
 from agentic_flow.core.messages import JsonObject
 from agentic_flow.core.ports import NewArtifact, StepContext, WorkflowContext
 from agentic_flow.swarm import checkpoints
@@ -86,6 +86,7 @@ class Counting:
         self._database = database
         self.transactions = 0
         self.refuses = 0
+        self.refusal = Unavailable("gone", hint="wait")
         self.for_update = database.for_update
         self.is_sqlite = database.is_sqlite
 
@@ -93,7 +94,7 @@ class Counting:
         self.transactions += 1
         if self.refuses:
             self.refuses -= 1
-            raise Unavailable("gone", hint="wait")
+            raise self.refusal
         return self._database.transaction()
 
 
@@ -231,6 +232,27 @@ def test_how_transactions_are_cut_changes_nothing(every: list[Checkpoint], size:
 
 def engine_in(folder: Path) -> SqlRunEngine:
     return SqlRunEngine(None, folder, lease_s=LEASE_S, runs_parallel_max=4)
+
+
+async def test_a_full_disk_refuses_new_runs_at_once_and_keeps_what_others_did(database: RunDatabase) -> None:
+    """Catches a client that hangs until its deadline, and a step that is lost, because the disk is full."""
+    checkpoints.write(database, [Accept(row("old"))])
+    counting = Counting(database)
+    counting.refuses, counting.refusal = 3, StorageFull("full", hint="make room")
+    async with writer_on(counting) as writer:
+        answers = await asyncio.gather(
+            writer.submit(Accept(row("new"))),
+            writer.submit(step("old", 1)),
+            writer.submit(Accept(row("newer"))),
+            return_exceptions=True,
+        )
+        assert answers == [counting.refusal, "granted", counting.refusal]
+        assert counting.transactions == 4
+        counting.refuses = 1
+        with pytest.raises(StorageFull):
+            await writer.submit(Accept(row("new")))
+        assert await writer.submit(Accept(row("new")))
+    assert recorded(database) == {("old", 1)}
 
 
 async def test_a_run_whose_store_fails_is_let_go_not_failed(

@@ -32,7 +32,7 @@ from agentic_flow.agentdb.index.tiers import Indexes
 from agentic_flow.agentdb.records import find_namespace
 from agentic_flow.agentdb.service import DATABASE, INDEXES, AgentDB
 from agentic_flow.core.db import Database, rows
-from agentic_flow.core.errors import AgenticFlowError, Conflict, DataCorrupted, Unavailable
+from agentic_flow.core.errors import AgenticFlowError, Conflict, DataCorrupted, StorageFull, Unavailable
 from agentic_flow.core.settings import AgentDBSettings
 from agentic_flow.core.vectors import Item, SearchQuery, Vector
 
@@ -626,8 +626,8 @@ def test_full_disk(tmp_path: Path) -> None:
     *calls, opening, after = in_other_process(SMALL_DISK, tmp_path, "unshare", "--mount")
     assert len(calls) == 4
     for told in calls:
-        assert_says(told, Unavailable, "nothing was written", "room on the disk")
-    assert_says(opening, Unavailable, "room on the disk")
+        assert_says(told, StorageFull, "nothing was written", "room on the disk")
+    assert_says(opening, StorageFull, "room on the disk")
     assert after is None
 
 

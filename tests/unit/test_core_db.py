@@ -15,7 +15,8 @@ import apsw
 import pytest
 
 from agentic_flow.core.db import Database, rows
-from agentic_flow.core.errors import Conflict, DataCorrupted, Unavailable
+from agentic_flow.core.errors import Conflict, DataCorrupted, StorageFull, Unavailable
+from agentic_flow.core.sql import SqlDatabase
 
 TABLE = ("CREATE TABLE t (writer TEXT, n INTEGER, PRIMARY KEY (writer, n)) STRICT",)
 
@@ -49,6 +50,30 @@ def test_a_job_that_fails_takes_no_other_with_it(database: Database) -> None:
     results = asyncio.run(main())
     assert [type(result) for result in results if isinstance(result, Exception)] == [apsw.ConstraintError]
     assert database.read_sync(lambda c: rows(c, "SELECT writer, count(*) FROM t GROUP BY 1")) == [("w", 20)]
+
+
+def test_no_room_is_told_as_such_by_both_kinds_of_store(database: Database, tmp_path: Path) -> None:
+    """Catches a full disk that looks like a service that is away, or a write of which a part stays."""
+    large = "x" * 100_000
+    database.write_sync(lambda connection: rows(connection, "PRAGMA max_page_count=10"))
+    with pytest.raises(StorageFull, match="full") as caught:
+        database.write_sync(lambda connection: rows(connection, "INSERT INTO t VALUES (?, 1)", (large,)))
+    assert "make room" in str(caught.value.hint)
+    assert _count(database) == 0
+    database.write_sync(_insert("w", 1))  # type: ignore[arg-type]
+
+    table = ("CREATE TABLE IF NOT EXISTS t (text TEXT)",)
+    other = SqlDatabase(None, tmp_path / "other.db", name="other store", setting="other", create=table)
+    try:
+        other.create()
+        with other.reading() as connection:
+            connection.execute("PRAGMA max_page_count=10")
+        with pytest.raises(StorageFull, match="full") as caught, other.transaction() as connection:
+            connection.execute("INSERT INTO t VALUES (:text)", {"text": large})
+        assert "make room" in str(caught.value.hint)
+        assert other.rows("SELECT count(*) FROM t") == [(0,)]
+    finally:
+        other.close()
 
 
 def test_a_cancelled_caller_does_not_stop_the_writer(database: Database) -> None:

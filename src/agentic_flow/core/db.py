@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 
 import apsw
 
-from agentic_flow.core.errors import Conflict, DataCorrupted, Unavailable
+from agentic_flow.core.errors import Conflict, DataCorrupted, StorageFull, Unavailable
 
 T = TypeVar("T")
 C = TypeVar("C", bound=apsw.Connection)
@@ -376,7 +376,8 @@ class Database:
                 f"{name} is not a healthy database: {error}", hint=f"{effect}restore it from a backup"
             )
         elif isinstance(error, apsw.FullError | apsw.IOError):
-            told = Unavailable(
+            kind = StorageFull if isinstance(error, apsw.FullError) else Unavailable
+            told = kind(
                 f"{name} cannot be used: {error}",
                 hint=f"{effect}make room on the disk (or check it), then try again",
             )

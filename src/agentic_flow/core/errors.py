@@ -17,7 +17,8 @@
     ├── Cancelled                somebody cancelled the work
     ├── DeadlineExceeded         the time given was not enough
     ├── Unavailable              a service or database cannot be reached now
-    │   └── CircuitOpen          calls are held back until the peer recovers
+    │   ├── CircuitOpen          calls are held back until the peer recovers
+    │   └── StorageFull          the disk of a store has no room left; nothing was written
     ├── PortInUse                another process listens there
     ├── ProviderError            a model provider answered with an error
     │   ├── ProviderRejected     it will not answer this request (4xx); do not retry
@@ -173,6 +174,12 @@ class CircuitOpen(Unavailable):
     code = "circuit_open"
 
 
+class StorageFull(Unavailable):
+    """A write was refused because there is no room for it. The store still answers reads."""
+
+    code = "storage_full"
+
+
 class PortInUse(AgenticFlowError):
     code = "port_in_use"
 
@@ -243,6 +250,7 @@ ROWS: dict[str, Row] = {
         Row(DeadlineExceeded, 504, "server_error", "timeout_error", -32008, "deadline_exceeded", 7),
         Row(Unavailable, 503, "server_error", "overloaded_error", -32010, "unavailable", 7),
         Row(CircuitOpen, 503, "server_error", "overloaded_error", -32010, "unavailable", 7),
+        Row(StorageFull, 507, "server_error", "overloaded_error", -32010, "unavailable", 7),
         Row(PortInUse, 503, "server_error", "api_error", -32010, "unavailable", 7),
         Row(ProviderError, 502, "server_error", "api_error", -32020, "unavailable", 8),
         Row(ProviderRejected, 502, "server_error", "api_error", -32020, "unavailable", 8),

@@ -25,6 +25,7 @@ from agentic_flow.core.errors import (
     InvalidInput,
     InvalidSettings,
     RateLimited,
+    StorageFull,
     TooLarge,
     Unauthenticated,
     Unavailable,
@@ -325,6 +326,8 @@ class HttpTwin:
                 permit.succeeded()
         except AgenticFlowError as error:
             _judge(permit, error)
+            if isinstance(error, StorageFull):
+                error.peer = self._peer
             raise
         except aiohttp.ConnectionTimeoutError as error:
             permit.failed()
@@ -488,5 +491,6 @@ def _judge(permit: Permit, error: AgenticFlowError) -> None:
 def _may_repeat(error: AgenticFlowError, idempotent: bool) -> bool:
     if isinstance(error, _Unreached | RateLimited):
         return True
-    # No time is left after a deadline, and an open circuit is there to fail fast.
-    return idempotent and error.retryable and not isinstance(error, DeadlineExceeded | CircuitOpen)
+    # No time is left after a deadline, an open circuit fails fast, and nobody makes room within a second.
+    in_vain = isinstance(error, DeadlineExceeded | CircuitOpen | StorageFull)
+    return idempotent and error.retryable and not in_vain

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from zlib import crc32
 
-from agentic_flow.core.errors import AgenticFlowError, DataCorrupted, Unavailable
+from agentic_flow.core.errors import AgenticFlowError, DataCorrupted, StorageFull, Unavailable
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -263,21 +263,20 @@ class SqlDatabase:
             return DataCorrupted(
                 f"the {self._name} {place} is damaged: {cause}", hint="restore it from a backup"
             )
-        hint = "start it, or check its address"
-        if self.is_sqlite:
-            hint = f"nothing was written: {_file_hint(cause)}"
-        elif getattr(getattr(error, "orig", None), "sqlstate", None) == _DISK_FULL:
-            hint = "nothing was written: make room where PostgreSQL keeps its data, then try again"
-        return Unavailable(f"the {self._name} {place} cannot be used: {cause}", hint=hint)
+        told = f"the {self._name} {place} cannot be used: {cause}"
+        if _is_of_a_full_disk(error):
+            return StorageFull(told, hint="nothing was written: make room on its disk, then try again")
+        hint = "check the disk, and the file's permissions" if self.file else "start it, or check its address"
+        return Unavailable(told, hint=hint)
 
 
-def _file_hint(cause: str) -> str:
-    """What to do about SQLite's message."""
-    if "full" in cause or "disk I/O" in cause:
-        return "make room on the disk (or check it), then try again"
-    if "locked" in cause:
-        return "another process holds it; try again, or stop that one"
-    return "check the permissions of the file and its folder"
+def _is_of_a_full_disk(error: Exception) -> bool:
+    """Whether SQLite or PostgreSQL had no room for a write."""
+    driver = getattr(error, "orig", None) or error
+    return (
+        getattr(driver, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+        or getattr(driver, "sqlstate", None) == _DISK_FULL
+    )
 
 
 def execute(connection: Connection, statement: str, **bindings: Any) -> Result:

@@ -50,7 +50,7 @@ _OTEL_FIRST_TOKEN_S = (
 
 _STATE_NUMBERS = {"closed": 0, "half_open": 1, "open": 2}
 _LIMITED = frozenset({"rate_limited", "budget_exceeded", "limit_exceeded"})
-_UNAVAILABLE = frozenset({"unavailable", "circuit_open", "deadline_exceeded"})
+_UNAVAILABLE = frozenset({"unavailable", "circuit_open", "storage_full", "deadline_exceeded"})
 
 
 class BreakerView(Protocol):

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import structlog
 
-from agentic_flow.core.errors import AgenticFlowError, Unavailable
+from agentic_flow.core.errors import AgenticFlowError, StorageFull, Unavailable
 from agentic_flow.core.messages import JsonObject
 from agentic_flow.core.sql import Connection, SqlDatabase, execute
 from agentic_flow.swarm.artifact_rows import INSERT_ARTIFACT
@@ -185,7 +185,8 @@ class CheckpointWriter:
         """Write it with the next transaction.
 
         The future gives `True` or `False` for an Accept, a Permission for a Checkpoint; it fails with
-        Unavailable when the database stays away, and with DataCorrupted when it is damaged.
+        Unavailable when the database stays away (an Accept at once when its disk is full), and with
+        DataCorrupted when it is damaged.
         """
         future: asyncio.Future[Answer] = self._loop.create_future()
         if not self._pending:
@@ -222,9 +223,9 @@ class CheckpointWriter:
             if over:
                 return
 
-    def _answers(self, operations: Sequence[Operation]) -> list[Answer | Exception]:
+    def _answers(self, operations: Sequence[Operation], *, again: bool = False) -> list[Answer | Exception]:
         try:
-            return list(self._patiently(operations))
+            return self._patiently(operations, again=again) if operations else []
         except Exception as error:
             if len(operations) > 1 and _is_about_values(error):
                 # One of them cannot be written: the others can.
@@ -233,14 +234,17 @@ class CheckpointWriter:
                 log.exception("checkpoint_failed")
             return [error] * len(operations)
 
-    def _patiently(self, operations: Sequence[Operation]) -> list[Answer]:
+    def _patiently(self, operations: Sequence[Operation], *, again: bool) -> list[Answer | Exception]:
         give_up_at_s = time.monotonic() + self._patience_s
         pause_s = _RETRY_FIRST_S
-        again = False
         while True:
             try:
-                return write(self._database, operations, again=again)
+                return list(write(self._database, operations, again=again))
             except Unavailable as error:
+                if isinstance(error, StorageFull) and (rest := _without_accepts(operations)) != operations:
+                    # Who asks for a run is told at once; what runs have done waits for room.
+                    answers = iter(self._answers(rest, again=again))
+                    return [error if isinstance(one, Accept) else next(answers) for one in operations]
                 if (
                     _is_about_values(error)
                     or self._closing.is_set()
@@ -251,6 +255,11 @@ class CheckpointWriter:
             self._closing.wait(pause_s)
             again = True
             pause_s = min(pause_s * 2, _RETRY_MOST_S)
+
+
+def _without_accepts(operations: Sequence[Operation]) -> Sequence[Operation]:
+    rest = [operation for operation in operations if not isinstance(operation, Accept)]
+    return operations if len(rest) == len(operations) else rest
 
 
 def _is_about_values(error: Exception) -> bool:

@@ -20,6 +20,7 @@ from agentic_flow.core.errors import (
     Cancelled,
     Conflict,
     DeadlineExceeded,
+    StorageFull,
     Unavailable,
     as_problem,
     from_problem,
@@ -335,11 +336,11 @@ class Context:
             return None, internal(f"step {name!r}", error)
 
     async def _waited_for_peer(self, name: str, error: AgenticFlowError | None, since_s: float) -> bool:
-        """Whether the step is to be tried again, after a pause: a neighbour of ours was away.
+        """Whether the step is to be tried again, after a pause: a neighbour of ours was away, or a disk full.
 
         What a service that is replaced, or a network that is cut, keeps from a run is no result of its step.
         """
-        if not isinstance(error, Unavailable) or error.peer is None:
+        if not isinstance(error, Unavailable) or not (error.peer or isinstance(error, StorageFull)):
             return False
         waited_s = self._engine.clock.time_s() - since_s
         pause_s = min(_PEER_PAUSE_MAX_S, max(_PEER_PAUSE_S, waited_s / 4)) * random.uniform(0.75, 1.25)

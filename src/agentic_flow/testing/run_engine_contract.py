@@ -15,6 +15,7 @@ from agentic_flow.core.errors import (
     Conflict,
     DeadlineExceeded,
     ProviderFailed,
+    StorageFull,
     Unavailable,
 )
 from agentic_flow.core.messages import JsonObject
@@ -173,21 +174,22 @@ async def fails_truthfully(case: RunEngineCase) -> None:
 
 
 async def waits_for_a_neighbour(case: RunEngineCase) -> None:
-    """A step whose service is away is tried until that is back, and recorded once. No other error waits."""
+    """A step whose service is away, or has no room, is tried until that is over, and recorded once. No other
+    error waits."""
     journal = Journal()
 
     async def flow(context: WorkflowContext, payload: JsonObject) -> JsonObject:
         async def asks(step: StepContext) -> JsonObject:
             journal.calls.append("asks")
-            if len(journal.calls) < 3:
-                away = [Unavailable("it broke off"), CircuitOpen("held back")][len(journal.calls) - 1]
-                away.peer = "platform"
-                raise away
+            if len(journal.calls) < 4:
+                away = [Unavailable("it broke off"), CircuitOpen("held back"), StorageFull("no room")]
+                away[0].peer = away[1].peer = "platform"
+                raise away[len(journal.calls) - 1]
             return {"answer": 1}
 
         async def is_refused(step: StepContext) -> JsonObject:
             journal.calls.append("is refused")
-            raise Unavailable("the store is full")
+            raise Unavailable("somebody else is away")
 
         answer = await context.step("asks", asks)
         try:
@@ -202,7 +204,7 @@ async def waits_for_a_neighbour(case: RunEngineCase) -> None:
         async with asyncio.timeout(TIMEOUT_S):
             record = await engine.wait(run)
         assert (record.state, record.output) == ("completed", {"answer": 1})
-        assert journal.calls == ["asks"] * 3 + ["is refused"]
+        assert journal.calls == ["asks"] * 4 + ["is refused"]
         assert [(step.name, step.error is None) for step in await engine.steps(run)] == [
             ("asks", True),
             ("is refused", False),

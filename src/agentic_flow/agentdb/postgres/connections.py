@@ -29,6 +29,7 @@ from agentic_flow.core.errors import (
     DeadlineExceeded,
     Forbidden,
     InvalidSettings,
+    StorageFull,
     Unavailable,
 )
 
@@ -417,7 +418,12 @@ def translate(error: psycopg.Error, where: str, timeout_s: float) -> AgenticFlow
         return DataCorrupted(
             f"PostgreSQL reports corruption: {said}", hint="restore the database from a backup"
         )
-    if isinstance(error, psycopg.OperationalError):  # disk full, out of memory, too many connections, …
+    if isinstance(error, errors.DiskFull):
+        return StorageFull(
+            f"PostgreSQL has no room: {said}",
+            hint="nothing was written: make room where it keeps its data, then try again",
+        )
+    if isinstance(error, psycopg.OperationalError):  # out of memory, too many connections, …
         return Unavailable(
             f"PostgreSQL cannot do it now: {said}", hint="see the server's log", retry_after_s=1.0
         )
