@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,11 +60,14 @@ def test_the_whole_stack_killed_comes_back_whole(stack: Stack) -> None:
     with Accepted(stack, runs=4, agents=4) as accepted:
         stack.engine.run("kill", *stack.containers())
         seen_s = until(lambda: not all_ready(stack), SEEN_WITHIN_S, "the death of all seen")
+        started_s = time.monotonic()
         done = agentic_flow(stack, "up", "--spec", "spec.json.yaml", "--dir", stack.folder, "--json")
         assert done.returncode == 0, done.stdout + done.stderr
-        healed_s = until(lambda: all_ready(stack), HEALED_WITHIN_S, "ready again")
-        writes_s = healed_s + until(accepted.takes_writes, HEALED_WITHIN_S, "writes again")
-    tell("kill of the whole stack (its end: `up` has returned)", seen_s, healed_s, writes_s)
+        until(lambda: all_ready(stack), HEALED_WITHIN_S, "ready again")
+        healed_s = time.monotonic() - started_s
+        until(accepted.takes_writes, HEALED_WITHIN_S, "writes again")
+        writes_s = time.monotonic() - started_s
+    tell("kill of the whole stack (its end: `agentic-flow up`)", seen_s, healed_s, writes_s)
     accepted.all_there()
 
 

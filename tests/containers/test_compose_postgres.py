@@ -8,6 +8,16 @@ from pathlib import Path
 
 import pytest
 from engine import Engine
+from faults import (
+    FAULTS,
+    HEALED_WITHIN_S,
+    SEEN_WITHIN_S,
+    Accepted,
+    all_ready,
+    health,
+    tell,
+    until,
+)
 from images import Images
 from probing import addresses, connections
 from stacks import Stack, assert_no_secret_shows, prepare, spec_with_free_ports
@@ -27,6 +37,8 @@ def stack(engine: Engine, images: Images, tmp_path_factory: pytest.TempPathFacto
     """PostgreSQL, the three services, two workers and the proxy, healthy."""
     project, folder = f"af-postgres-{new_key().id}", tmp_path_factory.mktemp("postgres")
     spec = spec_with_free_ports(
+        "agentdb",
+        name=project,
         store="postgresql",
         services={name: {} for name in ("platform", "agentdb", "swarm")} | {"worker": {"replicas": 2}},
     )
@@ -46,28 +58,72 @@ def test_workers_do_the_runs_and_everything_is_in_the_database(stack: Stack) -> 
         assert run.state == "completed", run.error
         assert "workers.md" in {citation.path for citation in run.citations}
     query = "SELECT (SELECT count(*) FROM af_workflows), (SELECT count(*) FROM agentic_flow.items)"
-    (postgres,) = stack.containers("postgres")
-    said = stack.engine.output(
-        "exec", postgres, "psql", "-U", "agentic_flow", "-d", "agentic_flow", "-At", "-c", query
-    )
-    workflows, items = map(int, said.split("|"))
-    assert workflows >= 1
-    assert items >= 1
+    ((workflows, items),) = in_database(stack, query)
+    assert int(workflows) >= 1
+    assert int(items) >= 1
     worked = stack.engine.output("exec", stack.containers("worker")[0], "ls", "-A", "/data")
     assert "agentdb" not in worked.split()
 
 
 def test_a_run_goes_on_when_its_worker_is_killed(stack: Stack) -> None:
-    """Catches an accepted run that is lost with the container that did it."""
-    with stack.client() as client:
-        runs = [
-            client.runs.submit("How are runs resumed?", input="/inputs/guides", agents=4) for _ in range(4)
-        ]
-        first, *_ = stack.containers("worker")
-        stack.engine.run("kill", "--signal", "KILL", first)
-        for run in runs:
-            assert client.runs.wait(run).state == "completed"
-    stack.engine.run("start", first)  # to Docker a kill by hand is a stop
+    """Catches an accepted run that is lost with the container that did it, or that waits for that one."""
+    with Accepted(stack, runs=8, agents=6) as accepted:
+        names = ", ".join(f"'{run}'" for run in accepted.runs)
+        working = (
+            "SELECT host FROM af_workflows JOIN af_executors USING (executor_id) "
+            f"WHERE workflow_id IN ({names}) AND status = 'running' LIMIT 1"
+        )
+        hosts: list[str] = []
+        until(lambda: hosts.extend(host for (host,) in in_database(stack, working)) or hosts, 30, "at work")
+        (killed,) = (one for one in stack.containers("worker") if one.startswith(hosts[0]))
+        stack.engine.run("kill", "--signal", "KILL", killed)
+        accepted.all_there()
+    taken = (
+        "SELECT host FROM af_workflows JOIN af_executors USING (executor_id) "
+        f"WHERE workflow_id IN ({names}) AND takeovers > 0"
+    )
+    elsewhere = {host for (host,) in in_database(stack, taken)}
+    stack.engine.run("start", killed)  # to Docker a kill by hand is a stop
+    assert elsewhere, "none of its runs was taken over"
+    assert hosts[0] not in elsewhere
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_the_database_is_seen_by_all_and_heals(stack: Stack, engine: Engine, fault: str) -> None:
+    """Catches a service that calls itself ready without its database, or that stays ill when that is back."""
+    if fault == "kill" and not engine.own:
+        pytest.skip("a process is killed by its number on this machine: the engine must run on it")
+    until(lambda: all_ready(stack), 60, "ready before the fault")
+    ports = stack.spec.ports
+    told: dict[str, set[str]] = {"platform": set(), "agentdb": set(), "swarm": set()}
+
+    def all_say_so() -> bool:
+        for name, failing in told.items():
+            if not failing:
+                body = health(stack, getattr(ports, name), timeout_s=3.0)
+                failing.update(body.get("failing", ()))
+        return all(told.values())
+
+    what = f"{fault} of postgres"
+    with Accepted(stack, runs=3, agents=4) as accepted:
+        with FAULTS[fault](stack, "postgres"):
+            seen_s = until(all_say_so, SEEN_WITHIN_S, f"{what} seen by all")
+        healed_s = until(lambda: all_ready(stack), HEALED_WITHIN_S, f"{what} healed")
+        writes_s = healed_s + until(accepted.takes_writes, HEALED_WITHIN_S, f"{what}: writes again")
+        tell(what, seen_s, healed_s, writes_s)
+        accepted.all_there()
+    assert "gateway database" in told["platform"]
+    assert "database" in told["agentdb"]
+    assert "run database" in told["swarm"]
+
+
+def in_database(stack: Stack, query: str) -> list[list[str]]:
+    """What psql answers beside the database, row by row."""
+    (postgres,) = stack.containers("postgres")
+    said = stack.engine.output(
+        "exec", postgres, "psql", "-U", "agentic_flow", "-d", "agentic_flow", "-At", "-c", query
+    )
+    return [line.split("|") for line in said.splitlines()]
 
 
 def test_the_database_is_reached_by_those_who_need_it_alone(stack: Stack, images: Images) -> None:
@@ -95,12 +151,7 @@ def test_the_database_takes_nobody_without_tls(stack: Stack) -> None:
     """Catches a connection whose certificate is not checked, or none of TLS at all, on the services' side."""
     assert "sslmode=verify-full" in stack.secret("database_url")
     clients = "pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE client_addr IS NOT NULL"
-    query = f"SELECT bool_and(ssl) FROM {clients}"
-    (postgres,) = stack.containers("postgres")
-    said = stack.engine.output(
-        "exec", postgres, "psql", "-U", "agentic_flow", "-d", "agentic_flow", "-At", "-c", query
-    )
-    assert said == "t"
+    assert in_database(stack, f"SELECT bool_and(ssl) FROM {clients}") == [["t"]]
 
 
 def test_the_overlays_are_the_whole_plan(stack: Stack) -> None:

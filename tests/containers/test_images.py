@@ -110,6 +110,30 @@ def test_a_change_of_the_source_leaves_the_dependencies_alone(engine: Engine, tm
     assert "wheel" in again
 
 
+def test_a_second_build_of_one_source_is_the_same_image(engine: Engine, images: Images) -> None:
+    """Catches layers that differ with the hour or the order of work: pulled and stored again for nothing.
+
+    What installs dependencies and our package is done anew; what came out is compared by what is in the image.
+    """
+    tag = images("swarm")
+    other = f"{tag}-again"
+    with build_secrets() as secrets:
+        done = engine.run(
+            "buildx", "build", "--progress=plain", "--tag", other, "--target=swarm", *secrets,
+            "--no-cache-filter=wheel,packages-swarm",
+            "--file", ROOT / "deploy" / "docker" / "Dockerfile", ROOT, timeout_s=600,
+        )  # fmt: skip
+    printed = done.stdout + done.stderr
+    try:
+        ids = [engine.output("image", "inspect", "--format={{.Id}}", name) for name in (tag, other)]
+        assert ids[0] == ids[1]
+    finally:
+        engine.run("image", "rm", other)
+    numbers = re.findall(r"^#(\d+) \[(?:wheel|packages-swarm) +\d+/\d+\] RUN", printed, re.MULTILINE)
+    assert len(numbers) == 3, printed[-4000:]
+    assert not set(numbers) & set(re.findall(r"^#(\d+) CACHED", printed, re.MULTILINE)), "built anew"
+
+
 def test_no_secret_of_the_build_is_in_any_layer(engine: Engine, images: Images, tmp_path: Path) -> None:
     """Catches an index's address, an authority's certificate or a key of the build in a layer."""
     planted = f"planted-{time.time_ns()}"
