@@ -113,7 +113,7 @@ def test_a_change_of_the_source_leaves_the_dependencies_alone(engine: Engine, tm
 def test_a_second_build_of_one_source_is_the_same_image(engine: Engine, images: Images) -> None:
     """Catches layers that differ with the hour or the order of work: pulled and stored again for nothing.
 
-    What installs dependencies and our package is done anew; what came out is compared by what is in the image.
+    What installs dependencies and our package is done anew, and must come out the same to the last file.
     """
     tag = images("swarm")
     other = f"{tag}-again"
