@@ -1,6 +1,6 @@
 """A process of the real run engine on time that a simulation makes: its event loop, and what its threads did.
 
-The engine, its claimer, its inbox, its leases, and their SQL on SQLite are the product's, untouched. Played are
+The engine, its claimer, its inbox, its leases, and their SQL on SQLite are the product's. Played are
 
 - the event loop: asyncio's own, without a selector, turned by the simulation when it is its time;
 - threads: what is given to one is a request, which the simulation carries out when it arrives;
@@ -27,7 +27,7 @@ from agentic_flow.swarm import checkpoints, claiming, heartbeat, leases
 from agentic_flow.swarm.engine import SqlRunEngine
 
 POLL_S = 0.5
-"""How often a process looks into the queues: ten times rarer than on SQLite, twice as often as on a server."""
+"""How often a process looks into the queues: ten times rarer than on SQLite, to save the simulation work."""
 _BATCH_MAX = 512
 
 
@@ -73,7 +73,9 @@ class ProcessLoop(asyncio.BaseEventLoop):
 
     def _write_to_self(self) -> None: ...
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
+    def run_in_executor(
+        self, executor: Any, func: Callable[..., Any], *arguments: Any
+    ) -> asyncio.Future[Any]:
         future = self.create_future()
         self._process.request(functools.partial(func, *arguments), future)
         return future
@@ -210,7 +212,7 @@ class Process:
         with self.acts(), self.host.carrying_out(name, fate):
             try:
                 answer = call()
-            except Exception as raised:
+            except Exception as raised:  # noqa: BLE001 - it is the answer to who asked
                 error = raised
         late_s = 1.0 if isinstance(error, Unavailable) else 0.004
         self.host.push(late_s, self._answered, future, answer, error)
@@ -293,7 +295,7 @@ async def _written(self: Any, operations: Sequence[Any]) -> list[Any]:
         except Unavailable as error:
             if self._is_closing or self._loop.time() + pause_s > give_up_at_s:
                 return [error] * len(operations)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - likewise
             return [error] * len(operations)
         await asyncio.sleep(pause_s)
         again = True

@@ -1,4 +1,4 @@
-"""The real run engine in several processes: shared queues, messages, questions, with faults drawn from a seed.
+"""The real run engine in several processes: shared queues, messages, questions; faults drawn from a seed.
 
     python tests/simulation/engine_world.py SEED     # what happened, line by line
 
@@ -11,7 +11,8 @@ the machines differ from it. What of PostgreSQL is not played is that its transa
 The faults are `kill -9` and a new process in the dead one's place, ends in order, pauses longer than a lease,
 requests that arrive late, never, or whose answer is lost after the commit, a store that is away, and clocks
 that jump. People submit, send, answer, cancel, resume and pause through any process, and repeat what they
-got no answer to, so that messages come twice, late and in any order. Faults end at some point. What must hold:
+got no answer to, so that messages come twice, late and in any order. Faults end at some point. What must
+hold:
 
 1. No accepted run is lost: each one ends, within a bounded time after the faults. Nor is an accepted message.
 2. What is recorded was executed under the fence that its run had then: none is run by two. A recorded step
@@ -35,7 +36,7 @@ import heapq
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Coroutine, Generator, Sequence
+from collections.abc import Callable, Coroutine, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -393,9 +394,7 @@ class World:
                     question, timeout_s = what
                     default = None if timeout_s is None else "silence"
                     options = ANSWERS if timeout_s is None else (*ANSWERS, "silence")
-                    asked = await context.ask(
-                        question, options=options, timeout_s=timeout_s, default=default
-                    )
+                    asked = await context.ask(question, options=options, timeout_s=timeout_s, default=default)
                     got.append(asked["answer"])
                 else:
                     below = {key: {"plan": plan} for key, plan in what[0].items()}
@@ -501,7 +500,7 @@ class World:
             steps, messages = await engine.steps(wish.run_id), await engine.messages(wish.run_id)
             asked = questions_of(wish.run_id, steps, messages, now_s=process.clock.time_s())
             for question in asked:
-                if question.state != "open" or draw(self.seed, question.id) % 4 == 0 and question.until_s:
+                if question.state != "open" or (draw(self.seed, question.id) % 4 == 0 and question.until_s):
                     continue
                 said = ANSWERS[draw(self.seed, question.id) % 2]
                 check_answer(question, said)

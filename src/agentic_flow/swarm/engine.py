@@ -64,7 +64,7 @@ from agentic_flow.swarm.execution import (
     run_of,
 )
 from agentic_flow.swarm.heartbeat import Heartbeat, answers, keep, unbroken
-from agentic_flow.swarm.inbox import Inbox, Waiters, oldest_patiently, woken_before
+from agentic_flow.swarm.inbox import Inbox, Waiters, patiently, woken_before
 from agentic_flow.swarm.leases import NOBODY, Claim, Leases, RunDatabase, root_of
 from agentic_flow.swarm.pauses import Pauses
 from agentic_flow.swarm.queue_rates import WINDOW_S, QueueRates
@@ -959,14 +959,29 @@ class SqlRunEngine:
     ) -> MessageRecord | None:
         """See EngineOfExecution. Meanwhile the tree needs no place, if nothing else of it works."""
         run = execution.run
-        with self._waiters.waiting(run.workflow_id) as woken:
-            found = await oldest_patiently(self._inbox, run.workflow_id, topic, known)
+        until_here_s = until_s
+        while True:
+            found = await self._message_before(execution, topic, known, until_here_s)
+            await self._take_place(run)
+            if found is not None or until_s is None:
+                return found
+            # Whether time is over, the store's clock says, as it does to whoever sends.
+            found, left_s = await patiently(self._inbox.last, run.workflow_id, topic, known, until_s)
+            if found is not None or left_s <= 0:
+                return found
+            until_here_s = self.clock.time_s() + left_s
+
+    async def _message_before(
+        self, execution: Execution, topic: str, known: Collection[str], until_s: float | None
+    ) -> MessageRecord | None:
+        run_id = execution.run.workflow_id
+        with self._waiters.waiting(run_id) as woken:
+            found = await patiently(self._inbox.oldest, run_id, topic, known)
             if found is None:
                 with self._idle(execution):
                     while found is None and await woken_before(woken, until_s, self.clock):
-                        found = await oldest_patiently(self._inbox, run.workflow_id, topic, known)
-        await self._take_place(run)
-        return found or await oldest_patiently(self._inbox, run.workflow_id, topic, known, final=True)
+                        found = await patiently(self._inbox.oldest, run_id, topic, known)
+        return found
 
     def _rest(self, run: Run) -> None:
         """Give the tree's place back if all of it waits: for messages, or for children that do."""

@@ -4,15 +4,19 @@ What a workflow has read follows from its recorded steps, not from a mark here: 
 of a topic whose key none of its earlier receipts has. So a message is neither lost nor taken twice, whatever
 dies in between. Every workflow of a tree reads for itself.
 
-A message is stored under the lock of the run's top-level row, with an event in the same transaction.
+A message is stored under the lock of the run's top-level row, with an event in the same transaction. Under
+the same lock and by the same clock, the store's, it is decided that the time of a topic is over: a row whose
+key is `CLOSED` says so from then on. So an answer that was accepted is never overruled by the default, even
+where clocks differ or are set back.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import ParamSpec, TypeVar
 
 import orjson
 import structlog
@@ -38,7 +42,11 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("agentic_flow.engine")
 
 # ruff: noqa: S608 - what is interpolated into SQL here is constants; values are bound.
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _CLOCK_JUMP_S, _RETRY_S = 1.0, 0.5
+CLOSED = ""
+"""The key, which no message has, of the mark that a topic takes no more answers."""
 NAME_CHARS_MAX = 200
 PAYLOAD_BYTES_MAX = 1_000_000
 MESSAGES_MAX = 10_000
@@ -95,28 +103,59 @@ class Inbox:
                         hint="give each message a key of its own",
                     )
                 return False
-            now_s = self._clock.time_s()
             if row[1] in ENDED:
                 raise Conflict(
                     f"run {workflow_id!r} is {row[1]} and reads no more messages",
                     hint="a cancelled one does when it is resumed first",
                 )
-            if before_s is not None and now_s >= before_s:
+            if before_s is not None and self._is_over(connection, workflow_id, topic, before_s):
                 raise DeadlineExceeded(
                     f"the time for {topic!r} of run {workflow_id!r} is over",
                     hint="the run goes on with its default",
                 )
-            self._store(connection, workflow_id, (topic, key, text, sender, now_s))
+            self._store(connection, workflow_id, (topic, key, text, sender, self._clock.time_s()))
         return True
 
+    def _is_over(self, connection: Connection, root_id: str, topic: str, until_s: float) -> bool:
+        if self._database.now_s(connection, self._clock) >= until_s:
+            return True
+        return self._is_closed(connection, root_id, topic)
+
+    def _is_closed(self, connection: Connection, root_id: str, topic: str) -> bool:
+        found = execute(
+            connection,
+            "SELECT 1 FROM af_inbox WHERE root_id = :id AND topic = :topic AND message_key = :closed",
+            id=root_id,
+            topic=topic,
+            closed=CLOSED,
+        )
+        return found.first() is not None
+
     def _store(self, connection: Connection, root_id: str, message: tuple[str, str, str, str, float]) -> None:
-        topic, key, text, sender, now_s = message
-        last = execute(connection, "SELECT MAX(number) FROM af_inbox WHERE root_id = :id", id=root_id)
-        number = int(last.scalar_one() or 0) + 1
+        number = self._next_number(connection, root_id)
         if number > MESSAGES_MAX:
             raise LimitExceeded(
                 f"run {root_id!r} has {MESSAGES_MAX} messages already", hint="start another run for more"
             )
+        self._insert(connection, root_id, number, message)
+        topic, key, _, sender, now_s = message
+        sqlite = self._database.is_sqlite
+        written_down(connection, root_id, sqlite=sqlite)
+        told = event(root_id, root_id, "message", now_s, topic, {"key": key, "sender": sender})
+        append(connection, [told], sqlite=sqlite)
+
+    def _next_number(self, connection: Connection, root_id: str) -> int:
+        last = execute(connection, "SELECT MAX(number) FROM af_inbox WHERE root_id = :id", id=root_id)
+        return int(last.scalar_one() or 0) + 1
+
+    def _insert(
+        self,
+        connection: Connection,
+        root_id: str,
+        number: int,
+        message: tuple[str, str, str, str, float],
+    ) -> None:
+        topic, key, text, sender, now_s = message
         execute(
             connection,
             f"INSERT INTO af_inbox (root_id, number, {_COLUMNS}) "
@@ -129,42 +168,68 @@ class Inbox:
             sender=sender,
             now=now_s,
         )
-        sqlite = self._database.is_sqlite
-        written_down(connection, root_id, sqlite=sqlite)
-        told = event(root_id, root_id, "message", now_s, topic, {"key": key, "sender": sender})
-        append(connection, [told], sqlite=sqlite)
 
-    def oldest(
-        self, root_id: str, topic: str, known: Collection[str], *, final: bool = False
-    ) -> MessageRecord | None:
+    def oldest(self, root_id: str, topic: str, known: Collection[str]) -> MessageRecord | None:
         """The oldest message of a topic whose key is none of `known`.
 
         Args:
             root_id: The run.
             topic: What it must be about.
             known: Keys of those already read.
-            final: Nobody will look again: whoever is sending one at this moment is waited for.
         """
-        opened = self._database.transaction() if final else self._database.reading()
-        with opened as connection:
-            if final:
-                locked = f"SELECT 1 FROM af_workflows WHERE workflow_id = :id{self._database.for_update}"
-                execute(connection, locked, id=root_id)
-            found = execute(
-                connection,
-                f"SELECT {_COLUMNS} FROM af_inbox WHERE root_id = :id AND topic = :topic "
-                f"ORDER BY number LIMIT {len(known) + 1}",
-                id=root_id,
-                topic=topic,
-            )
-            return next((_record(root_id, *row) for row in found if row[1] not in known), None)
+        with self._database.reading() as connection:
+            return self._oldest(connection, root_id, topic, known)
+
+    def last(
+        self, root_id: str, topic: str, known: Collection[str], until_s: float
+    ) -> tuple[MessageRecord | None, float]:
+        """The last look: `oldest`, and for how many seconds more to wait for one.
+
+        When that is none, nobody looks again: whoever is sending one at this moment is waited for, and an
+        answer that comes later is refused.
+
+        Args:
+            root_id: The run.
+            topic: What it must be about.
+            known: Keys of those already read.
+            until_s: The end of the wait, in seconds since 1970.
+        """
+        with self._database.transaction() as connection:
+            locked = f"SELECT 1 FROM af_workflows WHERE workflow_id = :id{self._database.for_update}"
+            execute(connection, locked, id=root_id)
+            found = self._oldest(connection, root_id, topic, known)
+            if found is not None:
+                return found, 0.0
+            now_s = self._database.now_s(connection, self._clock)
+            if self._is_closed(connection, root_id, topic):
+                return None, 0.0
+            if now_s < until_s:
+                return None, until_s - now_s
+            mark = (topic, CLOSED, "null", "", now_s)
+            self._insert(connection, root_id, self._next_number(connection, root_id), mark)
+            return None, 0.0
+
+    def _oldest(
+        self, connection: Connection, root_id: str, topic: str, known: Collection[str]
+    ) -> MessageRecord | None:
+        found = execute(
+            connection,
+            f"SELECT {_COLUMNS} FROM af_inbox WHERE root_id = :id AND topic = :topic "
+            f"AND message_key <> :closed ORDER BY number LIMIT {len(known) + 1}",
+            id=root_id,
+            topic=topic,
+            closed=CLOSED,
+        )
+        return next((_record(root_id, *row) for row in found if row[1] not in known), None)
 
     def messages(self, root_id: str) -> list[MessageRecord]:
         """All messages of a run, read or not, in order."""
         if not self._has_table and not (self._database.has_runs() and self._database.has_table("af_inbox")):
             return []
         rows = self._database.rows(
-            f"SELECT {_COLUMNS} FROM af_inbox WHERE root_id = :id ORDER BY number", id=root_id
+            f"SELECT {_COLUMNS} FROM af_inbox WHERE root_id = :id AND message_key <> :closed ORDER BY number",
+            id=root_id,
+            closed=CLOSED,
         )
         return [_record(root_id, *row) for row in rows]
 
@@ -278,13 +343,11 @@ async def woken_before(woken: asyncio.Event, until_s: float | None, clock: Clock
     return True
 
 
-async def oldest_patiently(
-    inbox: Inbox, workflow_id: str, topic: str, known: Collection[str], *, final: bool = False
-) -> MessageRecord | None:
-    """`Inbox.oldest`: a database that is away for a while must not become what a step is recorded with."""
+async def patiently(look: Callable[P, T], /, *arguments: P.args, **more: P.kwargs) -> T:
+    """Look into the inbox: that the database is away for a while must not become what a step ends with."""
     while True:
         try:
-            return await asyncio.to_thread(inbox.oldest, workflow_id, topic, known, final=final)
+            return await asyncio.to_thread(look, *arguments, **more)
         except Unavailable as error:
-            log.warning("inbox_unavailable", workflow_id=workflow_id, error=error.message)
+            log.warning("inbox_unavailable", error=error.message)
         await asyncio.sleep(_RETRY_S)

@@ -30,6 +30,7 @@ from agentic_flow.swarm.scheduling import QUEUED_BY, Fence, Queued, chosen
 _TAKEN_MAX = 64
 _LINES_MAX = 64
 _EXPIRED_MAX = 100
+_TICK_S = 1e-5
 _NEW, _RETURNED = "AND taken_at_s IS NULL", "AND taken_at_s IS NOT NULL"
 _LINES_RETURNED = """SELECT DISTINCT q.line, (SELECT MAX(s.taken_at_s) FROM af_queued s
     WHERE s.taken_at_s IS NOT NULL AND s.tenant = q.tenant)
@@ -110,15 +111,19 @@ class RunQueues:
             )
             running = _running(connection)
             left = self._rates.left(connection, queues)
+            candidates = self._candidates(connection, queues, names, running, left, free, now_s)
             next_ones = chosen(
-                self._candidates(connection, queues, names, running, left, free, now_s),
+                candidates,
                 running,
                 free,
                 queue_runs_max=self._queue_runs_max,
                 tenant_runs_max=self._tenant_runs_max,
                 starts_left=left,
             )
-            taken = self._taken(connection, executor_id, [one.run_id for one in next_ones], now_s)
+            # Later than all that it is compared with, whatever the clock here says: a tenant that is served
+            # by a process whose clock is behind would else remain the one served the longest ago.
+            served_at_s = max([now_s, *(one.served_at_s + _TICK_S for one in candidates)])
+            taken = self._taken(connection, executor_id, [one.run_id for one in next_ones], served_at_s)
             begun = {claim.workflow_id for claim in taken}
             self._rates.note(
                 connection, [one.queue for one in next_ones if one.is_start and one.run_id in begun]
@@ -186,7 +191,7 @@ class RunQueues:
         return found
 
     def _taken(
-        self, connection: Connection, executor_id: str, run_ids: Sequence[str], now_s: float
+        self, connection: Connection, executor_id: str, run_ids: Sequence[str], served_at_s: float
     ) -> list[Claim]:
         if not run_ids:
             return []
@@ -199,7 +204,7 @@ class RunQueues:
             queue=QUEUED_BY,
         )
         stored = {str(row[0]): row for row in rows}
-        set_state(connection, run_ids, "taken", now_s)  # also what ended meanwhile: it waits no more
+        set_state(connection, run_ids, "taken", served_at_s)  # also what ended meanwhile: it waits no more
         if not stored:
             return []
         queued = execute(
@@ -213,7 +218,7 @@ class RunQueues:
             "UPDATE af_workflows SET executor_id = :me, epoch = epoch + 1, updated_at_s = :now "
             "WHERE workflow_id IN :ids",
             me=executor_id,
-            now=now_s,
+            now=self._clock.time_s(),
             ids=list(stored),
         )
         return [

@@ -17,6 +17,7 @@ from agentic_flow.core.clock import Clock
 from agentic_flow.core.ports import PurgeReport
 from agentic_flow.core.settings import SwarmSettings
 from agentic_flow.core.sql import Connection, execute
+from agentic_flow.swarm.inbox import CLOSED
 from agentic_flow.swarm.leases import ENDED_AT, PARTS, RunDatabase
 
 # ruff: noqa: S608 - what is interpolated into SQL here is constants; values are bound.
@@ -180,7 +181,7 @@ class Retention:
             (
                 "messages",
                 f"SELECT root_id, COUNT(*), SUM({octets('topic', 'payload')}) FROM af_inbox "
-                "WHERE root_id IN :ids GROUP BY root_id",
+                f"WHERE root_id IN :ids AND message_key <> '{CLOSED}' GROUP BY root_id",
             ),
             (
                 "artifacts",

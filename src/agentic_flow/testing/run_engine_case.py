@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
 from agentic_flow.core.errors import AgenticFlowError
 from agentic_flow.core.messages import JsonObject
 from agentic_flow.core.ports import RunEngine, RunState, StepContext, Workflow
@@ -27,7 +29,24 @@ class MakeEngine(Protocol):
         tenant_runs_max: int | None = None,
         queue_starts_per_minute: Mapping[str, int] | None = None,
         minute_s: float = 60.0,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> RunEngine: ...
+
+
+class WrongClock:
+    """The machine's clock, so many seconds ahead (or, below zero, behind)."""
+
+    def __init__(self, ahead_s: float = 0.0) -> None:
+        self.ahead_s = ahead_s
+
+    def time_s(self) -> float:
+        return time.time() + self.ahead_s
+
+    def monotonic_s(self) -> float:
+        return time.monotonic()
+
+    async def sleep(self, duration_s: float) -> None:
+        await asyncio.sleep(duration_s)
 
 
 @dataclass

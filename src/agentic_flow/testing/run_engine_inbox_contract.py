@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 from agentic_flow.core.errors import Conflict, DeadlineExceeded, InvalidInput, NotFound
 from agentic_flow.core.messages import JsonObject
@@ -16,6 +17,7 @@ from agentic_flow.testing.run_engine_case import (
     TIMEOUT_S,
     Journal,
     RunEngineCase,
+    WrongClock,
     refused,
     state_of,
     until,
@@ -109,6 +111,38 @@ async def waits_through_restarts(case: RunEngineCase) -> None:
         assert steps[-1].completed_at_s is not None
         until_s = (deadlines[1] or {})["until_s"]
         assert steps[-1].completed_at_s >= until_s, "it went on before its time was over"
+
+
+async def keeps_to_accepted_answers(case: RunEngineCase) -> None:
+    """An answer is refused, or what the run goes on with, whatever the clock of the run's process says."""
+    clock = WrongClock()
+
+    async def flow(context: WorkflowContext, payload: JsonObject) -> JsonObject:
+        said = await context.ask("Go on?", timeout_s=20.0, default="no")
+        await context.receive("end")
+        return {"said": said["answer"]}
+
+    run, other = case.id("run"), case.make()
+    engine = case.make(clock=clock)
+    engine.register(case.id("flow"), flow)
+    async with engine.open():
+        await engine.start(case.id("flow"), run, {}, tenant=TENANT)
+        await until(lambda: has_step(engine, run, "question:q1"))
+        asked = (await engine.steps(run))[0].output or {}
+        clock.ahead_s = 1000.0
+        with suppress(TimeoutError):  # where the store has a clock of its own it has time yet
+            async with asyncio.timeout(2.0):
+                await until(lambda: has_step(engine, run, "receive:answer:q1"))
+        said = "yes"
+        try:
+            await other.send(
+                run, "answer:q1", {"answer": "yes"}, key="answer", before_s=float(asked["until_s"])
+            )
+        except DeadlineExceeded:
+            said = "no"
+        await other.send(run, "end", {}, key="k")
+        assert await ended_as(engine, run) == {"said": said}
+        assert [m.key for m in await other.messages(run)] == ["answer"] * (said == "yes") + ["k"]
 
 
 async def _has_count(engine: RunEngine, workflow_id: str, name: str, count: int) -> bool:
@@ -340,6 +374,7 @@ INBOX_CHECKS: tuple[Callable[[RunEngineCase], Awaitable[None]], ...] = (
     takes_one_message_of_many_senders,
     waits_through_restarts,
     fails_without_a_message,
+    keeps_to_accepted_answers,
     waits_without_a_place,
     keeps_its_place_while_a_child_works,
     cancels_what_waits,

@@ -20,6 +20,7 @@ from agentic_flow.testing.run_engine_case import (
     TIMEOUT_S,
     Journal,
     RunEngineCase,
+    WrongClock,
     refused,
     state_of,
     until,
@@ -129,6 +130,22 @@ async def starves_nobody(case: RunEngineCase) -> None:
             await _completed(submitter, one)
             assert entered[1] == one, entered.index(one)
     # The rest stays in a queue that nobody works for.
+
+
+async def starves_nobody_by_a_wrong_clock(case: RunEngineCase) -> None:
+    """Whom a worker with a late clock serves does not remain the one that was served the longest ago."""
+    journal = Journal()
+    flow = noting(journal)
+    async with case.engine(flow=flow) as submitter:
+        async with case.worker(1, flow=flow):
+            await _completed(submitter, await _put(case, submitter, "b0", f"{case.prefix}b"))
+        names = ["a0", "a1", "a2", "b1"]
+        runs = [await _put(case, submitter, name, f"{case.prefix}{name[0]}") for name in names]
+        late = case.make(runs_parallel_max=1, clock=WrongClock(-1000.0))
+        late.register(case.id("flow"), flow)
+        async with late.open(queues=[case.id("queue")]):
+            await _completed(submitter, *runs)
+    assert journal.calls == [case.id(name) for name in ("b0", "a0", "b1", "a1", "a2")]
 
 
 async def keeps_to_tenant_limits(case: RunEngineCase) -> None:
@@ -402,6 +419,7 @@ QUEUE_CHECKS: tuple[Callable[[RunEngineCase], Awaitable[None]], ...] = (
     refuses_what_no_line_has,
     takes_by_priority_then_fairly,
     starves_nobody,
+    starves_nobody_by_a_wrong_clock,
     keeps_to_tenant_limits,
     keeps_to_queue_limits,
     keeps_to_rates,
