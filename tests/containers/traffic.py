@@ -83,7 +83,7 @@ class Traffic:
         assert not self._thread.is_alive()
 
     async def _run(self) -> None:
-        connector = aiohttp.TCPConnector(limit=200, ssl=self._context)
+        connector = aiohttp.TCPConnector(limit=0, ssl=self._context)
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
         async with (
             aiohttp.ClientSession(connector=connector, timeout=timeout, headers=self._headers) as session,

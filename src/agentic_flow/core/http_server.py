@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import urllib.parse
+import weakref
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, Protocol, cast
 
@@ -20,6 +21,7 @@ import httptools
 from starlette.types import Message, Receive, Send
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
 
 EXTENSION = "agentic_flow.exchange"
 """Under this name the scope's `extensions` hold the `Exchange`."""
@@ -363,17 +365,41 @@ class _Cycle(RequestResponseCycle):
         self.on_response()
 
 
+class Connections(ServerState):
+    """What the connections of one server share.
+
+    Args:
+        linger_s: Set once the server is to stop: how long a connection may be idle from then on.
+        arriving: Those that were accepted, and whose TLS handshake is not done.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linger_s: float | None = None
+        self.arriving = weakref.WeakSet["ServerProtocol"]()
+
+
 class ServerProtocol(HttpToolsProtocol):
     """One connection of a client."""
 
+    server_state: Connections
+
     def __init__(self, *given: Any, **about: Any) -> None:
         super().__init__(*given, **about)
+        self.server_state.arriving.add(self)
         self._idle_since_s: float | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
         self._held: _Cycle | None = None
         self._held_timer: asyncio.TimerHandle | None = None
         self._at_once: AtOnce | None = None
         self._places: Container[tuple[str, str]] = ()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """See `asyncio.Protocol`."""
+        super().connection_made(transport)
+        self.server_state.arriving.discard(self)
+        if self.server_state.linger_s is not None:
+            self.leave()
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
@@ -423,9 +449,27 @@ class ServerProtocol(HttpToolsProtocol):
         if held is not None:
             held.run()
 
+    def leave(self) -> None:
+        """The server is to stop: close after the next answer, or when nothing was asked for long enough.
+
+        An answer that has begun without telling so leaves the connection open after it: who sends the next
+        request in that moment could not know.
+        """
+        assert self.server_state.linger_s is not None
+        self.timeout_keep_alive = self.server_state.linger_s
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
+        cycle = cast(_Cycle | None, self.cycle)
+        if cycle is not None and not cycle.response_complete:
+            cycle.keep_alive = cycle.keep_alive and cycle.response_started
+        else:
+            self._begin_idle()
+
     def shutdown(self) -> None:
         """What goes on without a task gets one, which the server waits for and can cancel."""
-        super().shutdown()
+        if self.server_state.linger_s is None:
+            super().shutdown()
         self._run_held()
         cycle = cast(_Cycle | None, self.cycle)
         if cycle is not None:
@@ -477,7 +521,8 @@ class ServerProtocol(HttpToolsProtocol):
         scope["raw_path"] = raw_path
         scope["query_string"] = query
         before: Any = self.cycle
-        cycle = _Cycle(self, scope, version != "1.0" and parser.should_keep_alive())
+        stays = self.server_state.linger_s is None
+        cycle = _Cycle(self, scope, stays and version != "1.0" and parser.should_keep_alive())
         self.cycle = cycle
         if before is None or before.response_complete:
             if self._at_once is None:
@@ -528,6 +573,9 @@ class ServerProtocol(HttpToolsProtocol):
             cycle, app = self.pipeline.pop()
             self._start_asgi_task(cycle, app)
             return
+        self._begin_idle()
+
+    def _begin_idle(self) -> None:
         self._idle_since_s = self.loop.time()
         if self._idle_timer is None:
             self._idle_timer = self.loop.call_later(self.timeout_keep_alive, self._look_idle)

@@ -50,7 +50,8 @@ IDEMPOTENCY_HEADER = "idempotency-key"
 _IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE"})
 _ANSWER_MAX_BYTES = 256 * MIB
 _CONNECTIONS_MAX = 100
-_IDLE_CONNECTION_S = 30.0
+# Less than the stacks' `serve.linger_s`: a service that goes closes what was idle for so long.
+_IDLE_CONNECTION_S = 2.0
 _CONNECT_S = 5.0
 # A service that is replaced has another address, and the old one is soon nobody's.
 _ADDRESSES_S = 1

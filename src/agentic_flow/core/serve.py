@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import gc
 import ipaddress
 import math
 import signal
 import socket
+import struct
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from contextlib import AsyncExitStack, ExitStack
@@ -20,7 +23,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from agentic_flow.core.errors import InvalidSettings, PortInUse
-from agentic_flow.core.http_server import ServerProtocol
+from agentic_flow.core.http_server import Connections, ServerProtocol
 from agentic_flow.core.settings import TlsSettings, env_name
 from agentic_flow.core.tls import ServerTls
 
@@ -32,6 +35,10 @@ _BACKLOG = 2048
 _KEEP_ALIVE_S = 75
 _UNWIND_S = 2.0
 _COLLECT_AFTER = 10_000
+# From the last new connection to its being accepted, with its TLS handshake begun.
+_ARRIVAL_S = 0.1
+_ARRIVED_S = 1.0
+_SO_ATTACH_FILTER = 26  # Linux, asm-generic/socket.h
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger("agentic_flow.serve")
 
@@ -57,7 +64,9 @@ async def serve(
     *,
     tls: TlsSettings | None = None,
     drain_timeout_s: float = 10.0,
+    linger_s: float = 0.0,
     on_ready: Callable[[list[tuple[str, int]]], None] | None = None,
+    on_drain: Callable[[], None] | None = None,
     stop: asyncio.Event | None = None,
     signals: bool = True,
 ) -> None:
@@ -67,11 +76,17 @@ async def serve(
     event streams end, other requests get `drain_timeout_s` and are then cancelled, and the lifespans exit in
     reverse order. A second signal ends the process at once: what was acknowledged is on disk anyway.
 
+    Between the signal and that, the ports are open for `linger_s` more: health says that they are about to
+    close, and each answer asks the client to close its connection. Whoever keeps no connection idle for so
+    long, and looks at the health or takes a refused connection for what it is, loses no request.
+
     Args:
         apps: Each with its host and port.
         tls: Certificates for every port, looked at again while it serves; none set means plain HTTP.
         drain_timeout_s: Seconds given to requests in flight.
+        linger_s: Seconds for which requests are taken still once it is to stop.
         on_ready: Called once with the real addresses, in order, when every port answers.
+        on_drain: Called when it has lingered, and takes no new connections.
         stop: Set it to stop, for tests and embedders.
         signals: Whether to take SIGTERM and SIGINT (only possible in the main thread).
 
@@ -94,7 +109,7 @@ async def serve(
             watching = asyncio.create_task(ports_tls.watch()) if ports_tls is not None else None
             try:
                 with stop_on_signals(stop) if signals else contextlib.nullcontext():
-                    await _run(servers, sockets, apps, stop, on_ready)
+                    await _run(servers, sockets, apps, stop, on_ready, linger_s, on_drain)
             finally:
                 if watching is not None:
                     watching.cancel()
@@ -163,10 +178,11 @@ def is_loopback(host: str) -> bool:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handling, and with an event that says when it accepts."""
+    """uvicorn without its signal handling, with an event that says when it accepts, and with patience."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
+        self.server_state: Connections = Connections()
         self.accepting = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -176,6 +192,52 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:
         yield
+
+    def leave(self, linger_s: float) -> None:
+        """Ask clients to close their connections, from now on."""
+        self.server_state.linger_s = linger_s
+        for connection in list(self.server_state.connections):
+            cast(ServerProtocol, connection).leave()
+
+    async def close_listeners(self, sockets: Sequence[socket.socket]) -> None:
+        """Take no more connections, and lose none of those that the kernel has accepted."""
+        for listener in sockets:
+            _take_no_more(listener)
+        await asyncio.sleep(_ARRIVAL_S)
+        for server in self.servers:
+            server.close()
+        now_s = asyncio.get_running_loop().time
+        until_s = now_s() + _ARRIVED_S
+        while self.server_state.arriving and now_s() < until_s:  # noqa: ASYNC110 - who gives up tells nobody
+            await asyncio.sleep(_ARRIVAL_S / 4)
+
+
+def _take_no_more(listener: socket.socket) -> None:
+    """Have the kernel overlook whoever begins a connection, while it completes those that have begun.
+
+    To close the listener alone would reset connections that wait to be accepted, whose clients have sent a
+    request already. Whoever is overlooked asks again after a second, and is refused then.
+
+    Source: Linux, Documentation/networking/filter.rst.
+    """
+    program = b"".join(
+        struct.pack("HBBI", *line)
+        for line in (
+            (0x30, 0, 0, 13),  # load the byte of TCP's flags
+            (0x54, 0, 0, 0x12),  # of it, SYN and ACK
+            (0x15, 0, 1, 0x02),  # SYN alone?
+            (0x06, 0, 0, 0),  # then drop it
+            (0x06, 0, 0, 0xFFFF),  # else take it
+        )
+    )
+    if sys.platform != "linux":
+        return
+    held = ctypes.create_string_buffer(program)
+    # Where the kernel knows no such thing the listener is closed all the same, only less gently.
+    with contextlib.suppress(OSError):
+        listener.setsockopt(
+            socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", len(program) // 8, ctypes.addressof(held))
+        )
 
 
 def _server(app: Starlette, context: Any, drain_timeout_s: float) -> _Server:
@@ -203,6 +265,8 @@ async def _run(
     apps: Sequence[Listener],
     stop: asyncio.Event,
     on_ready: Callable[[list[tuple[str, int]]], None] | None,
+    linger_s: float,
+    on_drain: Callable[[], None] | None,
 ) -> None:
     tasks = [
         asyncio.create_task(server.serve([listener]))
@@ -214,8 +278,14 @@ async def _run(
         if on_ready is not None:
             on_ready([(host, _port(listener)) for (_, host, _), listener in zip(apps, sockets, strict=True)])
         await asyncio.wait((stopping, *tasks), return_when=asyncio.FIRST_COMPLETED)
+        for app, _, _ in apps:
+            app.state.leaving.set()
+        if linger_s > 0:
+            await _linger(servers, sockets, linger_s)
     finally:
         stopping.cancel()
+        if on_drain is not None:
+            on_drain()
         for app, _, _ in apps:
             app.state.draining.set()
         for server in servers:
@@ -229,6 +299,16 @@ async def _run(
     for result in results:
         if isinstance(result, BaseException):
             raise result
+
+
+async def _linger(servers: Sequence[_Server], sockets: Sequence[socket.socket], linger_s: float) -> None:
+    """Take requests for a while, and say that it is not for long; then take no more connections."""
+    for server in servers:
+        server.leave(linger_s)
+    await asyncio.sleep(linger_s)
+    await asyncio.gather(
+        *(server.close_listeners([listener]) for server, listener in zip(servers, sockets, strict=True))
+    )
 
 
 def spare_the_collector() -> None:

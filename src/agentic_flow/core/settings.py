@@ -59,6 +59,12 @@ class ServeSettings(Section):
     drain_timeout_s: Positive = Field(
         default=10.0, description="Seconds given to requests in flight after SIGTERM."
     )
+    linger_s: Annotated[float, Field(ge=0)] = Field(
+        default=0.0,
+        description="Seconds after SIGTERM for which the ports stay open, while health says that they close "
+        "and answers ask for new connections. For services behind a proxy or called by others; callers must "
+        "keep no connection idle for so long.",
+    )
     body_max_bytes: Count = Field(default=16 * MIB, description="Largest accepted request body.")
     requests_per_minute: Count = Field(default=6000, description="Rate limit per tenant and service.")
     disk_free_min_bytes: Count = Field(

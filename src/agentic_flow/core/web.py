@@ -64,6 +64,8 @@ AppLifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
 DEADLINE_HEADER = "x-deadline-s"
 _DEADLINE_NAME = DEADLINE_HEADER.encode()
 HEARTBEAT_S = 15.0
+OPENS_AFTER_S = 15.0
+"""A service that starts while a neighbour is away is sent requests after so long all the same."""
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger("agentic_flow.web")
 
@@ -75,6 +77,7 @@ def create_app(
     authenticator: Authenticator,
     settings: Settings,
     ready: Ready,
+    opens: Ready | None = None,
     lifespan: AppLifespan | None = None,
     metrics: CollectorRegistry | None = None,
     public_paths: Collection[str] = (),
@@ -90,6 +93,8 @@ def create_app(
             `auth.required` is off, the caller is the local owner.
         settings: The sections `serve` and `auth` are read.
         ready: Names each thing the service needs and whether it works; all true means ready.
+        opens: What must work before a proxy sends the first requests; `ready` by default. What fails later
+            is for those to say who miss it. After OPENS_AFTER_S it is open in any case.
         lifespan: Entered by `core.serve.serve` before the first request.
         metrics: The service's own metrics, shown on `/metrics` beside the floor's; never the global registry.
         public_paths: Exact paths that need no credential.
@@ -99,12 +104,18 @@ def create_app(
     """
     registry = metrics or CollectorRegistry()
     started_s = time.monotonic()
+    opening = _Opening(opens or ready)
 
     async def live(request: Request) -> Response:
         return json_response({"status": "live"})
 
     async def checks_now() -> dict[str, bool]:
-        return {"accepting": not app.state.draining.is_set(), **await ready()}
+        return {"accepting": not app.state.leaving.is_set(), **await ready()}
+
+    async def accepting(request: Request) -> Response:
+        """For a proxy: whether to send requests here, or to hold them."""
+        is_accepting = not app.state.leaving.is_set() and await opening.is_done()
+        return json_response({"accepting": is_accepting}, 200 if is_accepting else 503)
 
     async def readiness(request: Request) -> Response:
         checks = await checks_now()
@@ -132,6 +143,7 @@ def create_app(
 
     every = [
         Route("/health/live", live),
+        Route("/health/accepting", accepting),
         Route("/health/ready", readiness),
         Route("/health", health),
         Route("/metrics", exposition),
@@ -159,8 +171,23 @@ def create_app(
     app.middleware_stack = app.build_middleware_stack()
     app.state.service = service
     app.state.auth_required = settings.auth.required
-    app.state.draining = asyncio.Event()
+    app.state.leaving = asyncio.Event()  # it is to stop, and takes requests for `serve.linger_s` more
+    app.state.draining = asyncio.Event()  # it takes none
     return app
+
+
+class _Opening:
+    """Whether a service that has started is one to send requests to: once it is, it stays so."""
+
+    def __init__(self, ready: Ready) -> None:
+        self._ready = ready
+        self._until_s = time.monotonic() + OPENS_AFTER_S
+        self._is_done = False
+
+    async def is_done(self) -> bool:
+        if not self._is_done:
+            self._is_done = time.monotonic() >= self._until_s or all((await self._ready()).values())
+        return self._is_done
 
 
 class _App(Starlette):

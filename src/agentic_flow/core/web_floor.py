@@ -62,7 +62,7 @@ REQUEST_ID_HEADER = "x-request-id"
 _REQUEST_ID_NAME = REQUEST_ID_HEADER.encode()
 CREDENTIAL_HINT = "send a key or token as `Authorization: Bearer …`; see `agentic-flow keys create`"
 # Probes and scrapers carry no credential and must be answered under load.
-ALWAYS_OPEN = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
+ALWAYS_OPEN = frozenset({"/health", "/health/accepting", "/health/live", "/health/ready", "/metrics"})
 
 STALL_TIMEOUT_S = 30.0
 

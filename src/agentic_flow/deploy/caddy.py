@@ -1,4 +1,9 @@
-"""The proxy's configuration: TLS outside, TLS inside, and requests held while a service is replaced."""
+"""The proxy's configuration: TLS outside, TLS inside, and requests held while a service is replaced.
+
+What it holds it has not begun to send: before 2.11.4 Caddy lost a request's body with a connection that
+could not be made, so that a POST could not be repeated after one. Therefore it looks twice a second whether a
+service takes requests, and a service that is to stop says so before it does (`serve.linger_s`).
+"""
 
 from __future__ import annotations
 
@@ -7,10 +12,19 @@ from collections.abc import Sequence
 from agentic_flow.deploy.parts import Published, certificate_files
 
 HOLD_S = 30
-"""Longest time that a request waits for a service that takes no connections."""
+"""Longest time that a request waits for a service that takes none."""
 _GRACE_S = 10
-# Ours close an idle connection after 75 s; one that is reused must not be just closing.
-_IDLE_S = 60
+# Less than `serve.linger_s` of the services: one that goes closes what was idle for so long.
+_IDLE_S = 2
+_LOOK_MS = 500
+# Nothing was sent as long as nobody was there to send it to: then any request may be tried again, and its
+# body is whole. Once it was sent, only what reads may.
+_HELD = "`{http.reverse_proxy.upstream.hostport} == null`"
+# Whether a service of ours is about to go, or not there yet, is seen before a connection to it fails.
+_LOOKS = f"""		health_uri /health/accepting
+		health_interval {_LOOK_MS}ms
+		health_timeout 2s
+"""
 
 
 def caddyfile(published: Sequence[Published], head: str) -> str:
@@ -48,8 +62,14 @@ def _site(one: Published, certificate: str, key: str) -> str:
 	tls {certificate} {key}
 	reverse_proxy {scheme}://{one.part}:{one.inner_port} {{
 		lb_try_duration {HOLD_S}s
-		lb_try_interval 250ms
-		flush_interval -1
+		lb_try_interval 100ms
+		lb_retry_match {{
+			method GET HEAD
+		}}
+		lb_retry_match {{
+			expression {_HELD}
+		}}
+{_LOOKS if one.tls else ""}		flush_interval -1
 		transport http {{
 			versions 1.1
 			dial_timeout 2s

@@ -61,6 +61,9 @@ LIMITS: dict[Tier, dict[str, Limits]] = {
 }
 _INDEX_SHARE = 0.4
 """Part of AgentDB's memory that indexes may take; the rest is the process, SQLite's pages and requests."""
+LINGER_S = 3
+"""How long a service that is to stop takes requests still: the proxy sees it after half a second and keeps no
+connection idle for more than two, as callers of ours do."""
 _GRACE_S = 5
 """Seconds past the drain before a part is killed."""
 
@@ -191,6 +194,9 @@ def _check_ports(spec: StackSpec) -> None:
 
 def _service(spec: StackSpec, name: str) -> Part:
     environment, secrets = _environment(spec, name)
+    linger_s = _linger_s(spec, name)
+    if linger_s:
+        environment[env_name("serve.linger_s")] = str(linger_s)
     limits = LIMITS[spec.tier][name]
     drain_s = SWARM.drain_s if name == "worker" else SERVE.drain_timeout_s
     keeps = VOLUMES.get(name)
@@ -210,10 +216,16 @@ def _service(spec: StackSpec, name: str) -> Part:
         reads_inputs=name in ("swarm", "worker"),
         limits=limits,
         probe=("agentic-flow", "health", name),
-        stop_s=int(drain_s) + _GRACE_S,
+        stop_s=linger_s + int(drain_s) + _GRACE_S,
         way_out=name in WAYS_OUT,
         waits_for=_waits_for(spec, name),
     )
+
+
+def _linger_s(spec: StackSpec, name: str) -> int:
+    """Whoever is called by the proxy lingers, and whoever another takes the place of while it stops."""
+    is_published = getattr(spec.ports, name, None) is not None
+    return LINGER_S if name != "worker" and (is_published or spec.store == "postgresql") else 0
 
 
 def _waits_for(spec: StackSpec, name: str) -> tuple[str, ...]:

@@ -4,12 +4,15 @@ On PostgreSQL nothing is missing at any time: a service's new containers start b
 are stopped only once the new ones are healthy. State in folders has one writer, so there the services stop
 together and start together; the proxy holds what arrives meanwhile. A version that does not become healthy is
 taken back.
+
+Who is stopped lingers (`serve.linger_s`): it says that it goes, and takes requests until all who call it have
+seen so.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from agentic_flow.core.errors import AgenticFlowError, Conflict, Unavailable
@@ -20,13 +23,15 @@ from agentic_flow.deploy.spec import ImageSpec, StackSpec
 from agentic_flow.deploy.stack import STOP_TIMEOUT_S, Progress, Stack
 
 GATE_TIMEOUT_S = 90.0
-SETTLE_S = 3.0
+SETTLE_S = 2.0
 """How long a new container must stay healthy. Callers that remember addresses find it meanwhile."""
-_POLL_S = 0.5
+_POLL_S = 0.25
+_PORT_TIMEOUT_S = 2.0
 _TRIES = 5
 _PATIENCE_S = 10.0  # a stack under load answers late and is well
 # Those that others call come first: a new caller finds new callees, and an old one gets along with them.
-_ORDER = ("agentdb", "swarm", "worker", "platform")
+# Services of one step do not call each other.
+_ORDER = (("agentdb",), ("swarm", "worker"), ("platform",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,26 +99,26 @@ class Upgrade:
             )
         self._new.check_images()
         self._write(self._new)
-        parts = [self._new.plan.part(name) for name in _ORDER if self._has(name)]
+        steps = [[self._new.plan.part(name) for name in names if self._has(name)] for names in _ORDER]
         start_first = self._new.spec.store == "postgresql"
-        done: list[Part] = []
+        done: list[list[Part]] = []
         try:
             if start_first:
-                for part in parts:
-                    self._replace(self._new, part)
-                    done.append(part)
+                for step in steps:
+                    self._replace(self._new, step)
+                    done.append(step)
             else:
-                self._replace_all(self._new, parts)
+                self._replace_all(self._new, steps)
             self._new.wait_for_ports(self._gate_timeout_s)
         except AgenticFlowError as error:
-            self._back(error, done if start_first else parts, start_first=start_first)
+            self._back(error, done if start_first else steps, start_first=start_first)
             raise self._told(error) from error
         self._new.remember()
         return UpgradeReport(
             previous=old_tag,
             tag=new_tag,
             mode="start-first" if start_first else "stop-first",
-            services=[part.name for part in parts],
+            services=[part.name for step in steps for part in step],
             took_s=time.monotonic() - self._began_s,
             pause_s=self._pause_s,
         )
@@ -139,7 +144,7 @@ class Upgrade:
             details={**error.details, "rolled_back_to": self._old.spec.images.tag},
         )
 
-    def _back(self, why: AgenticFlowError, parts: Sequence[Part], *, start_first: bool) -> None:
+    def _back(self, why: AgenticFlowError, steps: Sequence[Sequence[Part]], *, start_first: bool) -> None:
         """The old version of what has the new one already.
 
         Raises:
@@ -147,12 +152,13 @@ class Upgrade:
         """
         self._say("stack", f"going back to {self._old.spec.images.tag}")
         self._write(self._old)
+        old = [[self._old.plan.part(part.name) for part in step] for step in steps]
         try:
             if start_first:
-                for part in reversed(parts):
-                    self._replace(self._old, self._old.plan.part(part.name))
+                for step in reversed(old):
+                    self._replace(self._old, step)
             else:
-                self._replace_all(self._old, [self._old.plan.part(part.name) for part in parts])
+                self._replace_all(self._old, old)
             self._old.wait_for_ports(self._gate_timeout_s)
         except AgenticFlowError as error:
             raise Unavailable(
@@ -161,92 +167,124 @@ class Upgrade:
                 details={"upgrade": why.details, "back": error.details},
             ) from error
 
-    def _replace(self, target: Stack, part: Part) -> None:
-        """New containers of a service beside the old ones, and then instead of them."""
-        before = self._of(part.name)
-        ids = {one.id for one in before}
-        words = ("up", "--detach", "--no-deps", "--no-recreate", "--pull", _pull(target))
-        many = ("--scale", f"{part.name}={len(before) + part.replicas}", part.name)
-        self._say(part.name, f"starting {part.replicas} of {part.tag} beside {len(before)}")
+    def _replace(self, target: Stack, step: Sequence[Part]) -> None:
+        """New containers of some services beside the old ones, and then instead of them."""
+        before = {part.name: self._of(part.name) for part in step}
+        ids = {one.id for containers in before.values() for one in containers}
+        words = ["up", "--detach", "--no-deps", "--no-recreate", "--pull", _pull(target)]
+        for part in step:
+            words += ["--scale", f"{part.name}={len(before[part.name]) + part.replicas}"]
+            self._say(part.name, f"starting {part.replicas} of {part.tag} beside {len(before[part.name])}")
         try:
-            self._compose(target, *words, *many)
-            self._wait_for(
-                target,
-                part,
-                lambda: [one for one in self._of(part.name) if one.id not in ids],
-                _is_ready,
-                settle_s=SETTLE_S,
-            )
+            self._compose(target, *words, *(part.name for part in step))
+            self._wait_for(target, step, lambda: self._of_step(step, but=ids), settle_s=SETTLE_S)
         except AgenticFlowError:
-            for one in self._of(part.name):
-                if one.id not in ids:
-                    target.engine.call("rm", "--force", one.id)
+            new = [one.id for one in self._of_step(step, but=ids)]
+            if new:
+                target.engine.call("rm", "--force", *new)
             raise
-        for one in before:
-            target.engine.call(
-                "stop", "--time", str(part.stop_s), one.id, timeout_s=part.stop_s + STOP_TIMEOUT_S
-            )
-            target.engine.call("rm", "--force", one.id)
-        self._say(part.name, f"{part.tag} in place")
+        self._stop(target, step, ids)
+        target.engine.call("rm", "--force", *sorted(ids))
+        for part in step:
+            self._say(part.name, f"{part.tag} in place")
 
-    def _replace_all(self, target: Stack, parts: Sequence[Part]) -> None:
+    def _replace_all(self, target: Stack, steps: Sequence[Sequence[Part]]) -> None:
         """Stop services, those that others call last, and start all of them anew."""
+        parts = [part for step in steps for part in step]
         began_s = time.monotonic()
-        for part in reversed(parts):
-            self._say(part.name, "stopping")
-            for one in self._of(part.name):
-                timeout_s = part.stop_s + STOP_TIMEOUT_S
-                target.engine.call("stop", "--time", str(part.stop_s), one.id, timeout_s=timeout_s)
-        # The platform last: what the proxy held goes on the moment that it listens, and needs the others.
-        callees = [part for part in parts if part.name != "platform"]
-        up = ("up", "--detach", "--no-deps", "--pull", _pull(target))
-        self._compose(target, *up, *(part.name for part in callees))
-        for part in callees:
-            self._wait_for(target, part, lambda part=part: self._of(part.name), _answers)
-        self._compose(target, *up, *(part.name for part in parts))
-        for part in reversed(parts):  # the others are not ready without the platform: it tells first
-            self._wait_for(target, part, lambda part=part: self._of(part.name), _is_ready)
+        # Those that call each other stop at once: what is left to them after a linger needs AgentDB only.
+        for group in ([part for step in steps[1:] for part in step], steps[0]):
+            for part in group:
+                self._say(part.name, "stopping")
+            self._stop(target, group, {one.id for one in self._of_step(group)})
+        self._compose(
+            target, "up", "--detach", "--no-deps", "--pull", _pull(target), *(part.name for part in parts)
+        )
+        self._wait_for_clients(target, parts)
         self._pause_s = time.monotonic() - began_s
-        self._sleep(SETTLE_S)
-        for part in parts:
-            ill = [one for one in self._of(part.name) if not one.ready]
-            if ill:
-                raise target.illness(ill[0])
+        self._wait_for(target, parts, lambda: self._of_step(parts), settle_s=SETTLE_S)
+
+    def _stop(self, target: Stack, step: Sequence[Part], ids: Collection[str]) -> None:
+        stop_s = max(part.stop_s for part in step)
+        target.engine.call("stop", "--time", str(stop_s), *sorted(ids), timeout_s=stop_s + STOP_TIMEOUT_S)
+
+    def _wait_for_clients(self, target: Stack, parts: Sequence[Part]) -> None:
+        """Until the proxy passes requests on, and they are answered.
+
+        Raises:
+            Unavailable, DeadlineExceeded: a service failed, or it takes too long.
+        """
+        until_s = time.monotonic() + self._gate_timeout_s
+        while True:
+            found = self._of_step(parts)
+            self._check(target, found)
+            if all(probe.status == 200 for probe in target.probe(_PORT_TIMEOUT_S)):
+                self._say("proxy", "passes requests on again")
+                return
+            if time.monotonic() >= until_s:
+                late = next((one for one in found if not one.ready), None)
+                if late is not None:
+                    raise target.illness(late, late=True)
+                target.wait_for_ports(0.0)  # says which, and why
+                return
+            self._sleep(_POLL_S)
+
+    def _check(self, target: Stack, found: Sequence[Container]) -> None:
+        failed = next((one for one in found if _has_failed(one)), None)
+        if failed is not None:
+            raise target.illness(failed)
 
     def _wait_for(
         self,
         target: Stack,
-        part: Part,
+        parts: Sequence[Part],
         containers: Callable[[], list[Container]],
-        state: Callable[[Container], bool],
         *,
-        settle_s: float = 0.0,
+        settle_s: float,
     ) -> None:
-        """Until as many as the service has are in a state, and stay so."""
+        """Until as many as the services have are ready, and stay so.
+
+        Raises:
+            Unavailable, DeadlineExceeded: one failed, or it takes too long.
+        """
         until_s = time.monotonic() + self._gate_timeout_s
         since_s: float | None = None
+        told: set[str] = set()
         while True:
             found = containers()
-            failed = next((one for one in found if _has_failed(one)), None)
-            if failed is not None:
-                raise target.illness(failed)
+            self._check(target, found)
             now_s = time.monotonic()
-            if sum(map(state, found)) >= part.replicas:
+            missing = [
+                part
+                for part in parts
+                if sum(one.ready for one in found if one.service == part.name) < part.replicas
+            ]
+            for part in parts:
+                if part not in missing and part.name not in told:
+                    told.add(part.name)
+                    self._say(part.name, "healthy")
+            if missing:
+                since_s = None
+            else:
                 since_s = now_s if since_s is None else since_s
                 if now_s - since_s >= settle_s:
-                    self._say(part.name, "healthy" if all(map(_is_ready, found)) else "answers")
                     return
-            else:
-                since_s = None
             if now_s >= until_s:
-                late = next((one for one in found if not state(one)), None)
+                late = next((one for one in found if not one.ready), None)
                 if late is not None:
                     raise target.illness(late, late=True)
-                raise Unavailable(f"{part.name} has no new containers", hint="see `agentic-flow status`")
+                raise Unavailable(
+                    f"{missing[0].name if missing else parts[0].name} has no new containers",
+                    hint="see `agentic-flow status`",
+                )
             self._sleep(_POLL_S)
 
     def _of(self, service: str) -> list[Container]:
         return [one for one in self._old.containers() if one.service == service]
+
+    def _of_step(self, step: Sequence[Part], but: Collection[str] = ()) -> list[Container]:
+        names = {part.name for part in step}
+        return [one for one in self._old.containers() if one.service in names and one.id not in but]
 
     def _compose(self, target: Stack, *words: str) -> None:
         target.engine.call(*target.compose(*words), folder=target.folder, timeout_s=STOP_TIMEOUT_S)
@@ -261,15 +299,6 @@ class Upgrade:
 def _has_failed(one: Container) -> bool:
     """Whether it ended. One that is unhealthy has until the gate is over: a busy machine starts slowly."""
     return one.state in ("restarting", "exited", "dead") or one.restarts > 0
-
-
-def _is_ready(one: Container) -> bool:
-    return one.ready
-
-
-def _answers(one: Container) -> bool:
-    """Whether it listens, though it may miss a neighbour still: its check then says so."""
-    return one.ready or (one.state == "running" and "not ready" in one.health_said)
 
 
 def _pull(stack: Stack) -> str:

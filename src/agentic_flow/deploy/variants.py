@@ -22,6 +22,7 @@ from agentic_flow.deploy.parts import (
 from agentic_flow.deploy.plan import (
     IMAGES,
     LIMITS,
+    LINGER_S,
     PORTS,
     model_environment,
     provider_addresses,
@@ -98,7 +99,7 @@ def agent(spec: StackSpec) -> Part:
         environment={env_name(name): value for name, value in settings.items()},
         reads_inputs=True,
         limits=LIMITS[spec.tier]["platform"],
-        stop_s=int(_SERVE.drain_timeout_s) + 5,
+        stop_s=LINGER_S + int(_SERVE.drain_timeout_s) + 5,
     )
 
 
@@ -126,6 +127,7 @@ def _served(origin: Part, variant: Variant) -> Part:
         "auth.owner_key_file": f"{FILES_DIR}/owner_key",
         f"gateway.{key}.api_key_file": f"{FILES_DIR}/{key}_api_key",
         "serve.host": "0.0.0.0",  # noqa: S104 - a network of its own, with credentials
+        "serve.linger_s": str(LINGER_S),
     }
     return replace(
         origin,

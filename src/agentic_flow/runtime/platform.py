@@ -39,12 +39,14 @@ MEMORY_ROOTS = ("/v1/namespaces", "/v1/namespace-stats", "/v1/tenants-with", "/v
 
 
 class _Face(NamedTuple):
-    """What a service shows: routes, readiness, paths that need no credential, shapes of errors by path."""
+    """What a service shows: routes, readiness, paths that need no credential, shapes of errors by path, and
+    what it waits for before it is sent requests, where that is more than its readiness."""
 
     routes: list[BaseRoute]
     ready: Ready
     public: Collection[str] = ()
     error_shapes: Mapping[str, ErrorShape] = {}
+    opens: Ready | None = None
 
 
 async def serve_services(
@@ -85,25 +87,26 @@ async def serve_services(
                 urls = [f"{scheme}://{f'[{at}]' if ':' in at else at}:{port}" for at, port in addresses]
                 on_ready(dict(zip(chosen, urls, strict=True)))
 
-        stop = stop or asyncio.Event()
-        draining = asyncio.create_task(_drained_after(stop, runtime))
+        drain = asyncio.Event()
+        draining = asyncio.create_task(_drained_after(drain, runtime))
         try:
             await serve(
                 [(app, host, ports[name]) for name, app in apps.items()],
                 tls=settings.tls,
                 drain_timeout_s=settings.serve.drain_timeout_s,
+                linger_s=settings.serve.linger_s,
                 on_ready=ready,
+                on_drain=drain.set,
                 stop=stop,
             )
-            stop.set()
             await draining  # runs may take longer than requests
         finally:
             draining.cancel()
             await asyncio.wait([draining])
 
 
-async def _drained_after(stop: asyncio.Event, runtime: Runtime) -> None:
-    await stop.wait()
+async def _drained_after(drain: asyncio.Event, runtime: Runtime) -> None:
+    await drain.wait()
     left = await runtime.drain_runs()
     if left:
         _log.info("runs_handed_on", runs=left)
@@ -147,6 +150,7 @@ class _Apps:
                 authenticator=authenticator,
                 settings=self._settings,
                 ready=ready,
+                opens=face.opens,
                 metrics=self._runtime.metrics if name == measured else None,
                 public_paths=face.public,
                 error_shapes=face.error_shapes,
@@ -216,7 +220,9 @@ class _Apps:
         public = PUBLIC_PATHS | {DOCUMENT_PATH, MEMORY_DOCUMENT_PATH, RUN_DOCUMENT_PATH}
         books = Answering("gateway database", lambda: asyncio.to_thread(kept.database.rows, "SELECT 1"))
         ready = all_of(books, self._peers_ready("agentdb", "swarm"))
-        return _Face(routes, ready, public, ERROR_SHAPES)
+        # Neighbours that have started beside it let nobody in before they have its keys and revocations.
+        opens = self._peers_ready("agentdb", "swarm", path="/health/ready")
+        return _Face(routes, ready, public, ERROR_SHAPES, opens)
 
     async def _run_routes(self) -> Sequence[BaseRoute]:
         await imported("agentic_flow.swarm.routes")
@@ -252,7 +258,7 @@ class _Apps:
         ready = all_of(Answering("run database", watch.works), self._peers_ready("platform", "agentdb"))
         return _Face([DeferredRoutes(RUN_ROOTS, self._run_routes)], ready, {RUN_DOCUMENT_PATH})
 
-    def _peers_ready(self, *names: str) -> Ready:
+    def _peers_ready(self, *names: str, path: str = "/health/live") -> Ready:
         """Whether those neighbours that run elsewhere can be reached."""
         urls = {name: url for name in names if (url := self._runtime.peer_url(name)) is not None}
         if not urls:
@@ -264,10 +270,10 @@ class _Apps:
         for twin in twins.values():
             self._runtime.on_exit(twin.close)
 
-        def live(twin: HttpTwin) -> Callable[[], Awaitable[object]]:
-            return lambda: twin.call("GET", "/health/live", principal=LOCAL_OWNER)
+        def asked(twin: HttpTwin) -> Callable[[], Awaitable[object]]:
+            return lambda: twin.call("GET", path, principal=LOCAL_OWNER)
 
-        return all_of(*(Answering(name, live(twin)) for name, twin in twins.items()))
+        return all_of(*(Answering(name, asked(twin)) for name, twin in twins.items()))
 
 
 async def _model_document() -> Sequence[BaseRoute]:

@@ -19,6 +19,7 @@ async def serving(
     port: int = 0,
     tls: TlsSettings | None = None,
     drain_timeout_s: float = 1.0,
+    linger_s: float = 0.0,
     stop: asyncio.Event | None = None,
 ) -> AsyncGenerator[list[str]]:
     """Serve `apps` and give their base URLs, in order. Drained and closed on exit.
@@ -31,6 +32,7 @@ async def serving(
         port: Port of the first app, to come back where a server was; the others take any.
         tls: Certificates; the URLs are https then.
         drain_timeout_s: Seconds given to requests in flight on exit.
+        linger_s: Seconds for which requests are taken still on exit.
         stop: Set it to begin the drain before the block ends.
     """
     stop = stop or asyncio.Event()
@@ -40,6 +42,7 @@ async def serving(
             [(app, host, 0 if index else port) for index, app in enumerate(apps)],
             tls=tls,
             drain_timeout_s=drain_timeout_s,
+            linger_s=linger_s,
             on_ready=ready.set_result,
             stop=stop,
             signals=False,

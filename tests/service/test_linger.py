@@ -1,0 +1,231 @@
+"""A server that is told to stop, and lingers: its clients lose nothing, and learn that it will be gone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import ssl
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+from starlette.applications import Starlette
+from tls_files import make_certificate
+
+from agentic_flow.core.auth import NoCredentials
+from agentic_flow.core.settings import Settings
+from agentic_flow.core.web import create_app
+from agentic_flow.testing.serving import serving
+
+pytestmark = pytest.mark.anyio
+
+LINGER_S = 1.0
+CLIENTS = 24
+_PROGRAM = """
+import asyncio, sys
+from pathlib import Path
+from starlette.routing import Route
+from agentic_flow.core.auth import NoCredentials
+from agentic_flow.core.serve import run, serve
+from agentic_flow.core.settings import Settings, TlsSettings
+from agentic_flow.core.telemetry import configure
+from agentic_flow.core.web import create_app, json_response
+
+async def ready(): return {}
+async def write(request):
+    body = await request.body()
+    await asyncio.sleep(0.01)
+    return json_response({"bytes": len(body)})
+
+async def block(request):
+    print("blocked", flush=True)
+    sys.stdin.readline()  # the event loop stands still meanwhile
+    return json_response({})
+
+settings = Settings.model_validate({"serve": {"requests_per_minute": 1_000_000}})
+configure(settings.telemetry, "platform")
+app = create_app(
+    "platform",
+    [Route("/write", write, methods=["POST"]), Route("/block", block)],
+    authenticator=NoCredentials(),
+    settings=settings,
+    ready=ready,
+)
+folder = Path(sys.argv[1])
+tls = TlsSettings(certificate_file=folder / "server.pem", key_file=folder / "server.key")
+def show(addresses): print(addresses[0][1], flush=True)
+run(serve([(app, "127.0.0.1", 0)], tls=tls, on_ready=show, linger_s=float(sys.argv[2]), drain_timeout_s=30))
+print("clean", flush=True)
+"""
+
+
+@contextlib.asynccontextmanager
+async def _process(folder: Path, linger_s: float) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """A server with TLS in a process of its own."""
+    make_certificate("server", folder)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", _PROGRAM, str(folder), str(linger_s)),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    try:
+        yield process, f"https://127.0.0.1:{int(await process.stdout.readline())}"
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def _write_until_refused(
+    url: str, folder: Path, seen: Counter[str], *, keeps_connections: bool, pause_s: float
+) -> None:
+    """Writes, one after the other, none of which may be repeated by whoever cannot know what became of it."""
+    context = ssl.create_default_context(cafile=str(folder / "server.pem"))
+    connector = aiohttp.TCPConnector(
+        ssl=context,
+        force_close=not keeps_connections,
+        **({"keepalive_timeout": LINGER_S / 2} if keeps_connections else {}),
+    )
+    async with aiohttp.ClientSession(connector=connector) as session:
+        while True:
+            try:
+                async with session.post(f"{url}/write", data=b"x" * 1000) as answer:
+                    said = (await answer.json())["bytes"]
+                    seen["answered" if (answer.status, said) == (200, 1000) else f"{answer.status}"] += 1
+            except aiohttp.ClientConnectorError as error:
+                if isinstance(error.os_error, ConnectionRefusedError):
+                    return
+                seen[f"in connecting: {error!r}"] += 1
+            except aiohttp.ClientError as error:
+                seen[f"in asking: {error!r}"] += 1
+            await asyncio.sleep(pause_s)
+
+
+async def test_no_write_is_lost_when_a_server_goes(tmp_path: Path) -> None:
+    """Catches connections that are closed while a request is on its way, and such as were made and never
+    taken: of all writes, each is answered, or its connection refused, so that it can go elsewhere."""
+    seen = Counter[str]()
+    async with _process(tmp_path, LINGER_S) as (process, url):
+        assert process.stdout is not None
+        async with asyncio.TaskGroup() as clients:
+            for number in range(CLIENTS):
+                # Some are seldom idle, and some about as long as they keep their connections.
+                pause_s = LINGER_S * (0.45 if number % 8 == 0 else 0.005)
+                clients.create_task(
+                    _write_until_refused(
+                        url, tmp_path, seen, keeps_connections=number % 2 == 0, pause_s=pause_s
+                    )
+                )
+            while seen["answered"] < CLIENTS * 4:
+                await asyncio.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+        assert await process.stdout.readline() == b"clean\n"
+        assert await process.wait() == 0
+    assert set(seen) == {"answered"}, seen
+
+
+async def test_connections_that_wait_to_be_taken_are_not_reset(tmp_path: Path) -> None:
+    """Catches a port that is closed over connections that the kernel has accepted and the server has not."""
+    async with _process(tmp_path, LINGER_S) as (process, url):
+        assert process.stdout is not None
+        assert process.stdin is not None
+        context = ssl.create_default_context(cafile=str(tmp_path / "server.pem"))
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context)) as session:
+            process.send_signal(signal.SIGTERM)
+            while (await session.get(f"{url}/health/accepting")).status == 200:
+                pass
+            blocking = asyncio.create_task(session.get(f"{url}/block"))
+            assert await process.stdout.readline() == b"blocked\n"
+            await asyncio.sleep(LINGER_S)  # so that it is over when the event loop goes on
+            waiting = [socket.create_connection(address) for _ in range(CLIENTS)]
+            process.stdin.write(b"\n")
+            assert (await blocking).status == 200
+
+        async def ask(connection: socket.socket) -> list[str]:
+            reader, writer = await asyncio.open_connection(
+                sock=connection, ssl=context, server_hostname="127.0.0.1"
+            )
+            with contextlib.closing(writer):
+                writer.write(b"POST /write HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n")
+                return await _head(reader)
+
+        answers = await asyncio.gather(*map(ask, waiting))
+        assert answers == [["200 ok", "connection: close"]] * CLIENTS
+        assert await process.stdout.readline() == b"clean\n"
+
+
+async def _head(reader: asyncio.StreamReader) -> list[str]:
+    """First line and `connection` of an answer whose body is read too."""
+    head = (await reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
+    (length,) = [line.partition(": ")[2] for line in head if line.startswith("content-length: ")]
+    await reader.readexactly(int(length))
+    return [head[0].partition(" ")[2], *(line for line in head if line.startswith("connection: "))]
+
+
+def _app() -> Starlette:
+    async def ready() -> dict[str, bool]:
+        return {}
+
+    return create_app("platform", [], authenticator=NoCredentials(), settings=Settings(), ready=ready)
+
+
+async def test_it_says_that_it_goes_and_closes_what_it_said_so_on() -> None:
+    """Catches a proxy that goes on sending requests to a server that is to stop, and a probe of life that
+    has it killed meanwhile."""
+    stop = asyncio.Event()
+    async with contextlib.AsyncExitStack() as open_still, serving(_app(), stop=stop, linger_s=0.3) as (url,):
+        port = int(url.rpartition(":")[2])
+
+        async def connected() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            open_still.callback(writer.close)
+            return reader, writer
+
+        async def ask(path: str) -> tuple[list[str], asyncio.StreamReader, asyncio.StreamWriter]:
+            reader, writer = await connected()
+            writer.write(f"GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
+            return await _head(reader), reader, writer
+
+        said, kept, asks = await ask("/health/accepting")
+        assert said == ["200 ok"]
+        silent, _ = await connected()
+        stop.set()
+        while (await ask("/health/accepting"))[0][0] == "200 ok":
+            pass
+        asks.write(b"GET /health/live HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        assert await _head(kept) == ["200 ok", "connection: close"]
+        assert await kept.read() == b""
+        for path in ("/health/ready", "/health/accepting"):
+            said, reader, _ = await ask(path)
+            assert said == ["503 service unavailable", "connection: close"]
+            assert await reader.read() == b""
+        assert await silent.read() == b""  # whoever asks for nothing is not waited for
+
+
+async def test_it_is_sent_nothing_before_its_neighbours_let_it_in() -> None:
+    """Catches a proxy that sends requests to a service whose neighbours do not know it yet, and one that
+    sends none any more because a neighbour of a service that does much by itself has failed since."""
+    neighbours = False
+
+    async def works() -> dict[str, bool]:
+        return {"neighbours": neighbours}
+
+    app = create_app("platform", [], authenticator=NoCredentials(), settings=Settings(), ready=works)
+    async with serving(app) as (url,), aiohttp.ClientSession() as session:
+
+        async def status(path: str) -> int:
+            async with session.get(f"{url}/health/{path}") as answer:
+                return answer.status
+
+        assert [await status(path) for path in ("live", "ready", "accepting")] == [200, 503, 503]
+        neighbours = True
+        assert await status("accepting") == 200
+        neighbours = False
+        assert [await status(path) for path in ("ready", "accepting")] == [503, 200]
