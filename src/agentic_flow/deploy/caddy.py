@@ -16,6 +16,8 @@ HOLD_S = 30
 _GRACE_S = 10
 # Less than `serve.linger_s` of the services: one that goes closes what was idle for so long.
 _IDLE_S = 2
+# Longer than it takes to find a name on a machine that has no time: a request is lost with its connection.
+_DIAL_S = 10
 _LOOK_MS = 500
 # Nothing was sent as long as nobody was there to send it to: then any request may be tried again, and its
 # body is whole. Once it was sent, only what reads may.
@@ -72,7 +74,7 @@ def _site(one: Published, certificate: str, key: str) -> str:
 {_LOOKS if one.tls else ""}		flush_interval -1
 		transport http {{
 			versions 1.1
-			dial_timeout 2s
+			dial_timeout {_DIAL_S}s
 			keepalive {_IDLE_S}s
 {_inner_tls(one) if one.tls else ""}		}}
 	}}
