@@ -29,6 +29,7 @@ from agentic_flow.core.errors import (
     Forbidden,
     InvalidInput,
     InvalidSettings,
+    NeedsNewer,
     NotFound,
     Unavailable,
 )
@@ -235,6 +236,42 @@ async def test_migrating_is_explicit(server: str) -> None:
             async with PostgresAgentDB(url, AgentDBSettings(), create=True):
                 pass
         assert word in f"{refused.value.message} {refused.value.hint}", change
+
+
+async def test_works_beside_a_newer_build(server: str) -> None:
+    """Catches a schema to which a newer build only added something, and that shuts this build out; and
+    statements that a new column breaks."""
+    url = new_database(server)
+    async with PostgresAgentDB(url, AgentDBSettings(), create=True) as running:
+        await running.create_namespace("t", SPACE)
+        with psycopg.connect(url) as connection:
+            connection.execute(b"ALTER TABLE agentic_flow.migrations ADD COLUMN reader_min integer")
+            connection.execute(
+                b"INSERT INTO agentic_flow.migrations (version, name, reader_min) VALUES (99, 'later', %s)",
+                (len(MIGRATIONS),),
+            )
+            for table in TABLES:
+                for column in ("newer_note text", "newer_count integer NOT NULL DEFAULT 7"):
+                    connection.execute(f"ALTER TABLE agentic_flow.{table} ADD COLUMN {column}".encode())
+        async with PostgresAgentDB(url, AgentDBSettings(), create=True) as restarted:
+            for name, store in (("one", running), ("two", restarted)):
+                await store.create_namespace("t", name)
+                item = Item(id="a", text="a kettle", metadata={"room": "kitchen"})
+                again = [await store.upsert("t", name, [item], idempotency_key="k") for _ in range(2)]
+                assert again[0] == again[1]
+                assert [found.text for found in await store.get("t", name, ["a"])] == ["a kettle"]
+                found = await store.search("t", name, SearchQuery(text="kettle", k=1))
+                assert [hit.item.id for hit in found.hits] == ["a"]
+                mark = Fingerprint(sha256="0" * 64, size_bytes=1, mtime_ns=1)
+                chunk = Item(id="c", text="chunk words")
+                await store.put_documents("t", name, [Document(path="p", fingerprint=mark, chunks=(chunk,))])
+                assert await store.delete("t", name, ["a"]) == 1
+                assert await store.delete_namespace("t", name)
+    with psycopg.connect(url) as connection:
+        connection.execute(b"UPDATE agentic_flow.migrations SET reader_min = 99 WHERE version = 99")
+    with pytest.raises(NeedsNewer, match="99"):
+        async with PostgresAgentDB(url, AgentDBSettings()):
+            pass
 
 
 async def test_processes_race_to_migrate(server: str) -> None:

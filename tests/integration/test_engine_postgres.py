@@ -30,6 +30,7 @@ from agentic_flow.core.errors import Unavailable
 from agentic_flow.swarm.engine import SqlRunEngine
 from agentic_flow.swarm.leases import RunDatabase
 from agentic_flow.testing.run_engine_contract import CHECKS, RunEngineCase
+from agentic_flow.testing.run_engine_versions_contract import VERSION_CHECKS, VersionsCase
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -51,6 +52,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
 
 @pytest.fixture(scope="module")
 def contract_url(server: str) -> str:
+    return new_database(server)
+
+
+@pytest.fixture(scope="module")
+def versions_url(server: str) -> str:
     return new_database(server)
 
 
@@ -82,6 +88,23 @@ def test_contract(
 
     asyncio.run(main())
     assert list(tmp_path.iterdir()) == [], "with a server nothing is kept in the folder"
+
+
+@pytest.mark.parametrize("check", VERSION_CHECKS, ids=lambda check: check.__name__)
+def test_two_builds(
+    check: Callable[[VersionsCase], Awaitable[None]], versions_url: str, tmp_path: Path
+) -> None:
+    """Catches whatever the docstring of the check says."""
+
+    def make(**options: Any) -> SqlRunEngine:
+        options.setdefault("runs_parallel_max", 8)
+        return SqlRunEngine(versions_url, tmp_path, lease_s=5.0, **options)
+
+    async def main() -> None:
+        database = RunDatabase(versions_url, tmp_path, pooled=False)
+        await check(VersionsCase(RunEngineCase(make, secrets.token_hex(4)), database))
+
+    asyncio.run(main())
 
 
 def test_server_that_is_not_there(tmp_path: Path) -> None:

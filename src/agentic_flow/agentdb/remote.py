@@ -333,7 +333,8 @@ def _vector(value: Any) -> str:
 def _read(adapter: TypeAdapter[Value], answer: Any, field: str | None = None) -> Value:
     """The value of an answer, or of one of its fields."""
     try:
-        return adapter.validate_python(answer if field is None else answer[field])
+        # A newer one may say more.
+        return adapter.validate_python(answer if field is None else answer[field], extra="ignore")
     except (ValidationError, KeyError, TypeError) as error:
         raise Unavailable(
             f"the far side answered with something that is no answer of AgentDB ({type(error).__name__})",

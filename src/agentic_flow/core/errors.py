@@ -11,6 +11,7 @@
     │   └── PolicyDenied         a tool policy refused the call
     ├── NotFound                 no such object in this tenant
     ├── Conflict                 version, state or idempotency key contradicts what is stored
+    │   └── NeedsNewer           a newer build wrote it, and this one cannot go on with it
     ├── RateLimited              too many requests; carries `retry_after_s`
     ├── BudgetExceeded           the money set aside does not cover the next call
     ├── LimitExceeded            a step, recursion or size limit of a run was reached
@@ -131,6 +132,10 @@ class Conflict(AgenticFlowError):
     code = "conflict"
 
 
+class NeedsNewer(Conflict):
+    code = "needs_newer"
+
+
 class RateLimited(AgenticFlowError):
     code = "rate_limited"
     retryable = True
@@ -240,6 +245,7 @@ ROWS: dict[str, Row] = {
         Row(PolicyDenied, 403, "permission_error", "permission_error", -32003, "forbidden", 3),
         Row(NotFound, 404, "invalid_request_error", "not_found_error", -32004, "not_found", 4),
         Row(Conflict, 409, "invalid_request_error", "invalid_request_error", -32009, "conflict", 5),
+        Row(NeedsNewer, 409, "invalid_request_error", "invalid_request_error", -32009, "conflict", 5),
         Row(RateLimited, 429, "rate_limit_error", "rate_limit_error", -32029, "rate_limited", 6),
         Row(BudgetExceeded, 402, "insufficient_quota", "billing_error", -32030, "budget_exceeded", 6),
         Row(

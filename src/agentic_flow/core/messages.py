@@ -6,18 +6,70 @@ nothing else. All models are frozen and refuse unknown keys.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
+
+from agentic_flow.core.errors import NeedsNewer
+
+if TYPE_CHECKING:
+    from pydantic import GetJsonSchemaHandler
+    from pydantic.json_schema import JsonSchemaValue
+    from pydantic_core import CoreSchema
 
 JsonObject = dict[str, Any]
 """A JSON object: string keys, JSON values."""
+
+READER = 1
+"""Number of what this build reads. A build that writes a record in which an unknown key must not be passed
+over says so in it (`READER_MIN`), with a number of its own."""
+READER_MIN = "reader_min"
+"""Key of a record: who reads less than this number must leave it alone."""
 
 
 class Frozen(BaseModel):
     """Immutable value that refuses keys it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def from_record(cls, record: object, *, keep: bool = True) -> Self:
+        """What a process of ours has stored or answered, perhaps one of a newer build.
+
+        What callers send is validated, and refused with keys that are not known; here such keys are passed
+        over, and a `Record` writes them again.
+
+        Args:
+            record: JSON-compatible values.
+            keep: Whether unknown keys are kept, and then count when two values are compared.
+
+        Raises:
+            NeedsNewer: it says that this build must leave it alone, or cannot be read otherwise.
+        """
+        least = cast("Mapping[str, Any]", record).get(READER_MIN) if isinstance(record, Mapping) else None
+        if isinstance(least, int) and least > READER:
+            raise NeedsNewer(
+                f"a record of type {cls.__name__!r} needs a reader of number {least!r}, this build reads "
+                f"{READER!r}",
+                hint="leave it to processes of the build that wrote it, or upgrade this one",
+            )
+        try:
+            return cls.model_validate(record, extra="allow" if keep else "ignore")
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise NeedsNewer(
+                f"a record of type {cls.__name__!r} cannot be read by this build ({where!r}: {first['msg']})",
+                hint="leave it to processes of the build that wrote it, or upgrade this one",
+            ) from error
 
     @classmethod
     def trusted(cls, **values: Any) -> Self:
@@ -31,6 +83,29 @@ class Frozen(BaseModel):
         _set_extra(model, None)
         _set_private(model, None)
         return model
+
+
+class Record(Frozen):
+    """A value that our processes store, read and store again: keys of a newer build survive that."""
+
+    @model_serializer(mode="wrap")
+    def _with_unknown_keys(self, handler: SerializerFunctionWrapHandler) -> Any:
+        known = handler(self)
+        return known if not self.__pydantic_extra__ else self.__pydantic_extra__ | known
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """That of the known keys: what the serializer gives besides has none."""
+        return handler(cast("CoreSchema", _without_serializer(cast(JsonObject, core_schema))))
+
+
+def _without_serializer(schema: JsonObject) -> JsonObject:
+    plain = {key: value for key, value in schema.items() if key != "serialization"}
+    if plain["type"] != "model" and "schema" in plain:  # a validator of the model is around it
+        plain["schema"] = _without_serializer(plain["schema"])
+    return plain
 
 
 # The slots of a model, by what fills them: to look them up by name takes longer than to fill them.

@@ -189,6 +189,18 @@ class SqlDatabase:
             }
         return [statement for statement, match in made if match is None or match[1] not in there]
 
+    def columns(self, connection: Connection, table: str) -> list[str]:
+        """The names of a table's columns, in their order; a newer build may have added some."""
+        if self.is_sqlite:
+            found = connection.execute("SELECT name FROM pragma_table_info(:name)", {"name": table})
+        else:
+            found = connection.execute(
+                "SELECT attname FROM pg_attribute WHERE attrelid = to_regclass(:name) AND attnum > 0 "
+                "AND NOT attisdropped ORDER BY attnum",
+                {"name": table},
+            )
+        return [str(row[0]) for row in found]
+
     def close(self) -> None:
         with self._opening:
             if self._engine is not None:

@@ -63,7 +63,7 @@ def item_values(row: Item) -> dict[str, Any]:
 
 def as_item(row: Item) -> MemoryItem:
     """The item of a row."""
-    return MemoryItem.model_validate(item_values(row))
+    return MemoryItem.from_record(item_values(row))
 
 
 def row_sketch(row: Item) -> Sketch:
@@ -173,7 +173,7 @@ class BankRows:
     async def ledgers(self, tenant: str, ids: Sequence[str]) -> dict[str, Ledger]:
         """Ledgers by the id of their item."""
         found = await self.read(tenant, LEDGERS, ids)
-        return {one: Ledger.model_validate(row.metadata) for one, row in found.items()}
+        return {one: Ledger.from_record(row.metadata) for one, row in found.items()}
 
     async def page(
         self,
@@ -198,7 +198,7 @@ class BankRows:
 
         async def once() -> Ledger:
             row = (await self.read(tenant, LEDGERS, [item_id])).get(item_id)
-            ledger = Ledger() if row is None else Ledger.model_validate(row.metadata)
+            ledger = Ledger() if row is None else Ledger.from_record(row.metadata)
             changed = change(ledger)
             if row is None or changed != ledger:
                 await self.write(
@@ -278,7 +278,7 @@ class BankRows:
             batches: dict[int, list[Item]] = {}
             for one in part:
                 row = found.get(one)
-                ledger = Ledger() if row is None else Ledger.model_validate(row.metadata)
+                ledger = Ledger() if row is None else Ledger.from_record(row.metadata)
                 changed = done[one] = changes[one](ledger)
                 if row is None or changed != ledger:
                     version = 0 if row is None else row.version

@@ -16,7 +16,7 @@ from pydantic import StringConstraints
 from agentic_flow.core.auth import Principal
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock, Deadline
 from agentic_flow.core.errors import ProviderProtocol
-from agentic_flow.core.messages import CompletionRequest, Frozen, JsonObject
+from agentic_flow.core.messages import CompletionRequest, JsonObject, Record
 from agentic_flow.core.ports import Completer, VectorStore
 from agentic_flow.core.vectors import Hit, Item, SearchQuery
 from agentic_flow.memory.judge import writing_model
@@ -60,7 +60,7 @@ _TOLD_STEPS_MAX = 4
 _SHOWN_CHARS_MAX = 200
 
 
-class Episode(Frozen):
+class Episode(Record):
     """What was made of one failed try. `id` is its trajectory's; `origin` tells whether a model wrote it."""
 
     id: Id
@@ -321,4 +321,4 @@ def _row(episode: Episode, expires_at_s: float) -> Item:
 
 
 def _read(row: Item) -> Episode:
-    return Episode.model_validate({**row.metadata, "task": row.text})
+    return Episode.from_record({**row.metadata, "task": row.text})

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from agentic_flow.core.messages import Frozen
+from agentic_flow.core.messages import Frozen, Record
 from agentic_flow.memory.confidence import TAUGHT_WEIGHT, Credit, fading
 from agentic_flow.memory.records import SOURCES_MAX, Source
 
@@ -24,7 +24,7 @@ TAUGHT_RANK = -1
 """Trust in an entry that only says where the item came from: any verdict on its use replaces it."""
 
 
-class Entry(Frozen):
+class Entry(Record):
     """What one trajectory says of the item: `counts` for it, against it, or neither way."""
 
     kind: Literal["taught", "use"]
@@ -34,7 +34,7 @@ class Entry(Frozen):
     at_s: float
 
 
-class Moved(Frozen):
+class Moved(Record):
     """That the item, as it was in this revision, is merged `into` another: what comes goes there."""
 
     into: str
@@ -49,7 +49,7 @@ class Totals(Frozen):
     uses: int
 
 
-class Ledger(Frozen):
+class Ledger(Record):
     """All evidence of an item. `absorbed` are items that were merged into it, with theirs.
 
     A merge begins with `moved`, in one write: evidence that comes before it is moved along, evidence that

@@ -18,7 +18,7 @@ import orjson
 from pydantic import Field
 
 from agentic_flow.core.errors import InvalidInput
-from agentic_flow.core.messages import Frozen, JsonObject
+from agentic_flow.core.messages import Frozen, JsonObject, Record
 from agentic_flow.core.redaction import redact
 from agentic_flow.memory.records import Trajectory
 
@@ -46,7 +46,7 @@ HoleSource = Literal["task", "observation", "secret", "varies"]
 """Where a value came from in every run; `secret`: it looked like one and was not kept."""
 
 
-class TraceStep(Frozen):
+class TraceStep(Record):
     """One tool call of a run."""
 
     tool: str
@@ -54,7 +54,7 @@ class TraceStep(Frozen):
     observation: str = ""
 
 
-class Trace(Frozen):
+class Trace(Record):
     """The tool calls of one successful run, without those that failed. Secrets are masked."""
 
     trajectory_id: str
@@ -68,14 +68,14 @@ class Trace(Frozen):
         return tuple(step.tool for step in self.steps)
 
 
-class Piece(Frozen):
+class Piece(Record):
     """Fixed text, or a hole by its name."""
 
     text: str = ""
     hole: str | None = None
 
 
-class Argument(Frozen):
+class Argument(Record):
     """An argument of a step. `kind` text: its pieces are joined; json: one fixed value, or a hole for one."""
 
     name: str
@@ -83,7 +83,7 @@ class Argument(Frozen):
     pieces: tuple[Piece, ...]
 
 
-class ProcedureStep(Frozen):
+class ProcedureStep(Record):
     """One tool call with holes. Arguments that only some runs gave are left out, and named."""
 
     tool: str
@@ -91,7 +91,7 @@ class ProcedureStep(Frozen):
     optional: tuple[str, ...] = ()
 
 
-class Hole(Frozen):
+class Hole(Record):
     """What has to be filled in, and where runs had it from: `step` (from 1) is whose observation it was."""
 
     name: str
@@ -100,7 +100,7 @@ class Hole(Frozen):
     examples: tuple[str, ...] = ()
 
 
-class Procedure(Frozen):
+class Procedure(Record):
     """Steps with holes; `task` is what the tasks have in common, with the same holes."""
 
     task: tuple[Piece, ...]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
-from agentic_flow.core.messages import Frozen
+from agentic_flow.core.messages import Frozen, Record
 
 TRAJECTORIES = "memory.trajectories"
 ITEMS = "memory.items"
@@ -39,7 +39,7 @@ Id = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,19
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-class Verdict(Frozen):
+class Verdict(Record):
     """What became of a trajectory, by whom. `model` names the judging model, `subject` the person or test."""
 
     outcome: Outcome
@@ -60,7 +60,7 @@ VERDICT_RANK: dict[VerdictSource, int] = {
 }
 
 
-class TrajectoryStep(Frozen):
+class TrajectoryStep(Record):
     """One model or tool call: what was done and the head of what came back."""
 
     agent: str = ""
@@ -72,7 +72,7 @@ class TrajectoryStep(Frozen):
     at_s: float = 0.0
 
 
-class Trajectory(Frozen):
+class Trajectory(Record):
     """One run as experience.
 
     `outcome` is what the run itself knows; `verdicts` come from judges, tests and people, and the most
@@ -116,7 +116,7 @@ class Trajectory(Frozen):
         return max(self.verdicts, key=lambda one: (VERDICT_RANK[one.source], one.at_s))
 
 
-class Source(Frozen):
+class Source(Record):
     """A trajectory that an item was distilled from or merged with."""
 
     trajectory_id: str
@@ -125,7 +125,7 @@ class Source(Frozen):
     at_s: float = 0.0
 
 
-class MemoryItem(Frozen):
+class MemoryItem(Record):
     """One strategy: what to do (from success) or to avoid (from failure), and when.
 
     `description` says when it applies and when not. `origin`: written by a model, mechanically from what

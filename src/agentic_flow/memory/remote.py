@@ -79,13 +79,13 @@ class RemoteMemory(HttpTwin):
         # With an id of the caller's a repeated call has one certificate.
         again = preview or recall_id is not None
         answer = await self.call("POST", f"{_ROOT}/recall", body=body, principal=principal, idempotent=again)
-        return Recall.model_validate(answer)
+        return Recall.from_record(answer)
 
     async def start(self, principal: Principal, trajectory: Trajectory) -> Trajectory:
         """See MemoryService."""
         path = f"{_ROOT}/trajectories/start"
         answer = await self._post(principal, path, trajectory.model_dump(mode="json"), idempotent=True)
-        return Trajectory.model_validate(answer)
+        return Trajectory.from_record(answer)
 
     async def append(
         self,
@@ -103,7 +103,7 @@ class RemoteMemory(HttpTwin):
         """See MemoryService."""
         path = f"{_trajectory(trajectory_id)}/finish"
         answer = await self._post(principal, path, end.model_dump(mode="json"), idempotent=True)
-        return Trajectory.model_validate(answer)
+        return Trajectory.from_record(answer)
 
     async def record(self, principal: Principal, trajectory: Trajectory) -> None:
         """See MemoryService."""
@@ -112,9 +112,7 @@ class RemoteMemory(HttpTwin):
 
     async def trajectory(self, principal: Principal, trajectory_id: str) -> Trajectory:
         """See MemoryService."""
-        return Trajectory.model_validate(
-            await self.call("GET", _trajectory(trajectory_id), principal=principal)
-        )
+        return Trajectory.from_record(await self.call("GET", _trajectory(trajectory_id), principal=principal))
 
     async def trajectories(
         self,
@@ -132,19 +130,19 @@ class RemoteMemory(HttpTwin):
             state=state, outcome=outcome, agent=agent, since_s=since_s, cursor=cursor, limit=limit
         )
         answer = await self.call("GET", f"{_ROOT}/trajectories", params=params, principal=principal)
-        return TrajectoryPage.model_validate(answer)
+        return TrajectoryPage.from_record(answer)
 
     async def similar(self, principal: Principal, task: str, *, k: int = 5) -> list[Trajectory]:
         """See MemoryService."""
         body = {"task": task, "k": k}
         answer = await self._post(principal, f"{_ROOT}/similar", body, idempotent=True)
-        return [Trajectory.model_validate(one) for one in answer["trajectories"]]
+        return [Trajectory.from_record(one) for one in answer["trajectories"]]
 
     async def add_verdict(self, principal: Principal, trajectory_id: str, verdict: Verdict) -> Trajectory:
         """See MemoryService."""
         path = f"{_trajectory(trajectory_id)}/verdicts"
         answer = await self._post(principal, path, verdict.model_dump(mode="json"), idempotent=True)
-        return Trajectory.model_validate(answer)
+        return Trajectory.from_record(answer)
 
     async def learn(self, principal: Principal, *, timeout_s: float = 60.0) -> LearnReport:
         """See MemoryService."""
@@ -155,7 +153,7 @@ class RemoteMemory(HttpTwin):
             principal=principal,
             deadline=Deadline.after(timeout_s + self._timeout_s, self._clock),
         )
-        return LearnReport.model_validate(answer)
+        return LearnReport.from_record(answer)
 
     async def retry(self, principal: Principal) -> list[str]:
         """See MemoryService."""
@@ -165,7 +163,7 @@ class RemoteMemory(HttpTwin):
     async def add(self, principal: Principal, note: Note) -> Kept:
         """See MemoryService."""
         answer = await self._post(principal, f"{_ROOT}/items", note.model_dump(mode="json"))
-        return Kept.model_validate(answer)
+        return Kept.from_record(answer)
 
     async def items(
         self,
@@ -178,17 +176,17 @@ class RemoteMemory(HttpTwin):
         """See MemoryService."""
         params = _params(state=state, cursor=cursor, limit=limit)
         answer = await self.call("GET", f"{_ROOT}/items", params=params, principal=principal)
-        return ItemPage.model_validate(answer)
+        return ItemPage.from_record(answer)
 
     async def explain(self, principal: Principal, item_id: str) -> Explanation:
         """See MemoryService."""
-        return Explanation.model_validate(await self.call("GET", _item(item_id), principal=principal))
+        return Explanation.from_record(await self.call("GET", _item(item_id), principal=principal))
 
     async def edit(self, principal: Principal, item_id: str, edit: Edit) -> MemoryItem:
         """See MemoryService."""
         body = edit.model_dump(mode="json", exclude_none=True)
         answer = await self.call("PATCH", _item(item_id), body=body, principal=principal)
-        return MemoryItem.model_validate(answer)
+        return MemoryItem.from_record(answer)
 
     async def forget(self, principal: Principal, item_id: str) -> bool:
         """See MemoryService."""
@@ -202,14 +200,14 @@ class RemoteMemory(HttpTwin):
             principal=principal,
             deadline=Deadline.after(_LONG_S, self._clock),
         )
-        return ConsolidationReport.model_validate(answer)
+        return ConsolidationReport.from_record(answer)
 
     async def uplift(self, principal: Principal, *, item_id: str | None = None) -> UpliftReport:
         """See MemoryService."""
         answer = await self.call(
             "GET", f"{_ROOT}/uplift", params=_params(item_id=item_id), principal=principal
         )
-        return UpliftReport.model_validate(answer)
+        return UpliftReport.from_record(answer)
 
     async def verify(self, principal: Principal, recall_id: str | None = None) -> Verification:
         """See MemoryService."""
@@ -231,16 +229,16 @@ class RemoteMemory(HttpTwin):
                 deadline=Deadline.after(_LONG_S, self._clock),
                 idempotent=True,
             )
-            total = _joined(total, ImportReport.model_validate(answer))
+            total = _joined(total, ImportReport.from_record(answer))
         return total
 
     async def series(self, principal: Principal) -> MemorySeries:
         """See MemoryService."""
-        return MemorySeries.model_validate(await self.call("GET", f"{_ROOT}/series", principal=principal))
+        return MemorySeries.from_record(await self.call("GET", f"{_ROOT}/series", principal=principal))
 
     async def status(self, principal: Principal) -> MemoryStatus:
         """See MemoryService."""
-        return MemoryStatus.model_validate(await self.call("GET", f"{_ROOT}/status", principal=principal))
+        return MemoryStatus.from_record(await self.call("GET", f"{_ROOT}/status", principal=principal))
 
     # Skills, episodes, several tries of one task
 
@@ -249,19 +247,18 @@ class RemoteMemory(HttpTwin):
     ) -> SkillPage:
         """See MemoryService."""
         params = _params(cursor=cursor, limit=limit)
-        return SkillPage.model_validate(
-            await self.call("GET", f"{_ROOT}/skills", params=params, principal=principal)
-        )
+        answer = await self.call("GET", f"{_ROOT}/skills", params=params, principal=principal)
+        return SkillPage.from_record(answer)
 
     async def find_skills(self, principal: Principal, task: str, *, k: int = 3) -> list[FoundSkill]:
         """See MemoryService."""
         body = {"task": task, "k": k}
         answer = await self._post(principal, f"{_ROOT}/skills/find", body, idempotent=True)
-        return [FoundSkill.model_validate(one) for one in answer["skills"]]
+        return [FoundSkill.from_record(one) for one in answer["skills"]]
 
     async def show_skill(self, principal: Principal, skill_id: str) -> Skill:
         """See MemoryService."""
-        return Skill.model_validate(await self.call("GET", _skill(skill_id), principal=principal))
+        return Skill.from_record(await self.call("GET", _skill(skill_id), principal=principal))
 
     async def use_skill(
         self,
@@ -274,7 +271,7 @@ class RemoteMemory(HttpTwin):
         """See MemoryService."""
         body = {"parameters": dict(parameters), "version": version}
         answer = await self._post(principal, f"{_skill(skill_id)}/use", body, idempotent=True)
-        return [FilledStep.model_validate(one) for one in answer["steps"]]
+        return [FilledStep.from_record(one) for one in answer["steps"]]
 
     async def record_skill_use(
         self,
@@ -292,7 +289,7 @@ class RemoteMemory(HttpTwin):
             "version": version,
         }
         answer = await self._post(principal, f"{_skill(skill_id)}/uses", body, idempotent=True)
-        return Skill.model_validate(answer)
+        return Skill.from_record(answer)
 
     async def forget_skill(self, principal: Principal, skill_id: str) -> bool:
         """See MemoryService."""
@@ -303,13 +300,13 @@ class RemoteMemory(HttpTwin):
     ) -> EpisodePage:
         """See MemoryService."""
         params = _params(cursor=cursor, limit=limit)
-        return EpisodePage.model_validate(
+        return EpisodePage.from_record(
             await self.call("GET", f"{_ROOT}/episodes", params=params, principal=principal)
         )
 
     async def show_episode(self, principal: Principal, episode_id: str) -> Episode:
         """See MemoryService."""
-        return Episode.model_validate(await self.call("GET", _episode(episode_id), principal=principal))
+        return Episode.from_record(await self.call("GET", _episode(episode_id), principal=principal))
 
     async def forget_episode(self, principal: Principal, episode_id: str) -> bool:
         """See MemoryService."""
@@ -327,7 +324,7 @@ class RemoteMemory(HttpTwin):
         """See MemoryService."""
         body = {"task": task, "k": k, "tokens_max": tokens_max, "of": list(of)}
         answer = await self._post(principal, f"{_ROOT}/tries", body, idempotent=True)
-        return EarlierTries.model_validate(answer)
+        return EarlierTries.from_record(answer)
 
     async def assess(
         self, principal: Principal, trajectory_id: str, *, timeout_s: float = 60.0
@@ -340,7 +337,7 @@ class RemoteMemory(HttpTwin):
             principal=principal,
             deadline=Deadline.after(timeout_s + self._timeout_s, self._clock),
         )
-        return Assessment.model_validate(answer)
+        return Assessment.from_record(answer)
 
     async def contrast(
         self, principal: Principal, tries: Sequence[Trajectory], *, timeout_s: float = 120.0
@@ -353,7 +350,7 @@ class RemoteMemory(HttpTwin):
             principal=principal,
             deadline=Deadline.after(timeout_s + self._timeout_s, self._clock),
         )
-        return Contrasted.model_validate(answer)
+        return Contrasted.from_record(answer)
 
     async def _forget(self, principal: Principal, path: str) -> bool:
         answer = await self.call("DELETE", path, principal=principal, idempotent=False)

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
 from agentic_flow.core.errors import Conflict, NotFound
-from agentic_flow.core.messages import Frozen
+from agentic_flow.core.messages import Frozen, Record
 from agentic_flow.core.ports import VectorStore
 from agentic_flow.core.vectors import Item, SearchQuery
 from agentic_flow.memory.beliefs import Explanation, explanation
@@ -92,7 +92,7 @@ _COUNTS: dict[Outcome, Literal["for", "against", "neither"]] = {
 }
 
 
-class SkillVersion(Frozen):
+class SkillVersion(Record):
     """A procedure as it was from some time on; `successes` and `failures` of its uses."""
 
     version: int
@@ -117,7 +117,7 @@ class SkillVersion(Frozen):
         return wilson(self.successes, self.uses)
 
 
-class Use(Frozen):
+class Use(Record):
     """How one use of a version ended, by whom."""
 
     version: int
@@ -125,7 +125,7 @@ class Use(Frozen):
     source: VerdictSource
 
 
-class Skill(Frozen):
+class Skill(Record):
     """A procedure in its versions, the newest last. `examples` are runs that it was made from; `supported`
     counts all. `uses` are the last ones by trajectory."""
 
@@ -349,7 +349,7 @@ class Skills:
             stored = hit.item.metadata
             like = max((likeness(one["task"], task) for one in stored["examples"]), default=0.0)
             current = stored["versions"][-1]
-            form = [Piece.model_validate(piece) for piece in current["procedure"]["task"]]
+            form = [Piece.from_record(piece) for piece in current["procedure"]["task"]]
             parameters = read_form(form, task)
             if parameters is not None or like >= LIKENESS_MIN:
                 worth = like * success_share(current["successes"], current["failures"])
@@ -658,12 +658,12 @@ def _skill_row(skill: Skill) -> Item:
 
 
 def _read_skill(row: Item) -> Skill:
-    return Skill.model_validate({k: v for k, v in row.metadata.items() if k not in ("kind", "signature")})
+    return Skill.from_record({k: v for k, v in row.metadata.items() if k not in ("kind", "signature")})
 
 
 def _read_trace(row: Item) -> Trace:
     fields = {k: v for k, v in row.metadata.items() if k not in ("kind", "signature", "skill")}
-    return Trace.model_validate({**fields, "task": row.text})
+    return Trace.from_record({**fields, "task": row.text})
 
 
 def _signature(tools: Sequence[str]) -> str:

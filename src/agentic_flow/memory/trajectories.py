@@ -583,7 +583,7 @@ class Trajectories:
             cursor = page.cursor
             if cursor is None:
                 break
-        return [TrajectoryStep.model_validate(step) for row in rows for step in row.metadata["steps"]]
+        return [TrajectoryStep.from_record(step) for row in rows for step in row.metadata["steps"]]
 
     async def _forget_steps(self, tenant: str, trajectory_ids: Sequence[str]) -> None:
         try:
@@ -701,7 +701,7 @@ def _item(trajectory: Trajectory, vector: Vector | None = None) -> Item:
 
 
 def _parse(item: Item) -> Trajectory:
-    return Trajectory.model_validate({**item.metadata, "id": item.id, "task": item.text})
+    return Trajectory.from_record({**item.metadata, "id": item.id, "task": item.text})
 
 
 def _unknown(trajectory_id: str) -> NotFound:

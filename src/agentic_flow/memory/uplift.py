@@ -299,4 +299,4 @@ def _add(strata: _Strata, stratum: tuple[object, ...], treated: bool, success: b
 
 def _read(row: Item) -> _Outcome:
     fields: Mapping[str, object] = {name: value for name, value in row.metadata.items() if name != "kind"}
-    return _Outcome.model_validate(fields)
+    return _Outcome.from_record(fields)

@@ -295,7 +295,7 @@ class Identity:
             if rows(connection, "SELECT 1 FROM meta WHERE name='owner_key'"):
                 return None
             info, text = self._insert_key(connection, DEFAULT_TENANT, OWNER, _OWNER_SCOPES, None, LOCAL_OWNER)
-            rows(connection, "INSERT INTO meta VALUES ('owner_key', ?)", (info.id,))
+            rows(connection, "INSERT INTO meta (name, value) VALUES ('owner_key', ?)", (info.id,))
             return text
 
         return await self._db.write(job)
@@ -521,7 +521,7 @@ class Identity:
         tenant = TenantInfo(name, secrets.token_hex(8), self._clock.time_s(), None)
         rows(
             connection,
-            "INSERT INTO tenants VALUES (?, ?, ?, NULL)",
+            "INSERT INTO tenants (name, id, created_at_s) VALUES (?, ?, ?)",
             (tenant.name, tenant.id, tenant.created_at_s),
         )
         return tenant
@@ -544,7 +544,8 @@ class Identity:
         )
         rows(
             connection,
-            "INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, ?, NULL)",
+            "INSERT INTO keys (id, tenant, subject, scopes, secret_hash, created_at_s, expires_at_s) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
             (
                 info.id,
                 tenant,
@@ -573,7 +574,7 @@ class Identity:
         jwk = identity.new_signing_key()
         rows(
             connection,
-            "INSERT INTO signing_keys VALUES (?, ?, ?, NULL)",
+            "INSERT INTO signing_keys (kid, jwk, created_at_s) VALUES (?, ?, ?)",
             (jwk["kid"], json.dumps(jwk), self._clock.time_s()),
         )
         return str(jwk["kid"])

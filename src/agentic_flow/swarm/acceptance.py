@@ -161,12 +161,12 @@ class Acceptance:
         result = (await context.children(AGENT, {key: agent.model_dump(mode="json")}))[key]
         if "error" in result:
             error = from_problem(result["error"])
-            usage = RunUsage.model_validate(error.details.get("usage", {}))
+            usage = RunUsage.from_record(error.details.get("usage", {}))
             failed = report_of(key, "reviewer", brief.model, "failed", usage, error)
             return Checked(criterion=criterion, met=False, reason=f"nobody could say: {error.message}"), [
                 failed
             ]
-        output = AgentOutput.model_validate(result)
+        output = AgentOutput.from_record(result)
         report = report_of(key, "reviewer", output.model, "completed", output.usage, None)
         verdict = (prompts.parse_verdicts(output.text) or {}).get(1)
         met, reason = verdict or (False, "the reviewer's answer held no verdict")

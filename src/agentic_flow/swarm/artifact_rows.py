@@ -115,21 +115,26 @@ def content_of(connection: Connection, workflow_id: str, number: int) -> bytes |
 
 
 def copy_artifacts(
-    connection: Connection, as_new: Mapping[str, Any], where: str, bindings: Mapping[str, Any]
+    connection: Connection,
+    columns: str,
+    as_new: Mapping[str, Any],
+    where: str,
+    bindings: Mapping[str, Any],
 ) -> None:
     """Give a new run those of another one that meet a condition, under its own id.
 
     Args:
         connection: In whose transaction.
+        columns: Those that are copied as they are: all but the ids and the number.
         as_new: `new`, the new run's id, and `behind`, the length of the old one's plus 1.
         where: The condition.
         bindings: What is bound to it.
     """
     execute(
         connection,
-        f"INSERT INTO af_artifacts (root_id, number, workflow_id, {_COLUMNS}) SELECT CAST(:new AS TEXT), "
+        f"INSERT INTO af_artifacts (root_id, number, workflow_id, {columns}) SELECT CAST(:new AS TEXT), "
         "number, CAST(:new AS TEXT) || substr(workflow_id, CAST(:behind AS INTEGER)), "
-        f"{_COLUMNS} FROM af_artifacts WHERE {where}",
+        f"{columns} FROM af_artifacts WHERE {where}",
         **as_new,
         **bindings,
     )

@@ -264,7 +264,7 @@ def runs_of(steps: Iterable[RunStep]) -> list[FileRun]:
     found: list[tuple[float, FileRun]] = []
     for step in sorted(steps, key=lambda step: (step.agent, step.index)):
         if step.name == "model" and step.output:
-            parts = Completion.model_validate(step.output).parts
+            parts = Completion.from_record(step.output).parts
             waiting[step.agent] = [part.arguments for part in parts if isinstance(part, ToolCallPart)]
         elif step.name == "tool:shell_run" and waiting.get(step.agent):
             arguments = waiting[step.agent].pop(0)

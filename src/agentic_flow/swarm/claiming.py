@@ -37,6 +37,7 @@ class Claimer:
         free: How many places are free now.
         enter: Begins what was taken.
         doubt: Called when something may have been taken that is not begun: an answer was lost.
+        besides: Runs that the process leaves to others; more may come.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Claimer:
         free: Callable[[], int],
         enter: Callable[[Sequence[Claim]], Awaitable[None]],
         doubt: Callable[[], None],
+        besides: Collection[str] = (),
     ) -> None:
         self._database = database
         self._queues = queues
@@ -59,6 +61,7 @@ class Claimer:
         self._free = free
         self._enter = enter
         self._doubt = doubt
+        self._besides = besides
         self._woken = asyncio.Event()
         self._poll_s = _POLL_FILE_S if database.is_sqlite else _POLL_SERVER_S
 
@@ -90,11 +93,19 @@ class Claimer:
 
     async def _take(self) -> bool:
         free = self._free()
-        if free <= 0 or not await asyncio.to_thread(self._queues.has_work, self._names):
+        if free <= 0:
+            return False
+        besides = frozenset(self._besides)
+        if not await asyncio.to_thread(self._queues.has_work, self._names, besides=besides):
             return False
         taking = asyncio.ensure_future(
             asyncio.to_thread(
-                self._queues.take, self._executor_id, self._names, self._workflows, self._free()
+                self._queues.take,
+                self._executor_id,
+                self._names,
+                self._workflows,
+                self._free(),
+                besides=besides,
             )
         )
         try:

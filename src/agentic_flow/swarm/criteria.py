@@ -12,49 +12,49 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from agentic_flow.core.messages import Frozen
+from agentic_flow.core.messages import Frozen, Record
 
 CRITERIA_MAX = 50
 
 _Text = Annotated[str, StringConstraints(min_length=1, max_length=2000)]
 
 
-class Contains(Frozen):
+class Contains(Record):
     """The answer has this text in it; upper and lower case are the same."""
 
     kind: Literal["contains"] = "contains"
     text: _Text
 
 
-class Cites(Frozen):
+class Cites(Record):
     """A citation of the answer that stands is of a path that fits this glob."""
 
     kind: Literal["cites"] = "cites"
     path: _Text
 
 
-class MinCitations(Frozen):
+class MinCitations(Record):
     """At least so many citations of the answer stand."""
 
     kind: Literal["min_citations"] = "min_citations"
     n: Annotated[int, Field(ge=1, le=1000)]
 
 
-class MaxWords(Frozen):
+class MaxWords(Record):
     """The answer has no more words than this."""
 
     kind: Literal["max_words"] = "max_words"
     n: Annotated[int, Field(ge=1, le=1_000_000)]
 
 
-class Command(Frozen):
+class Command(Record):
     """This program ends with 0, started by `shell_run` in the run's folder under its policy."""
 
     kind: Literal["command"] = "command"
     argv: Annotated[tuple[_Text, ...], Field(min_length=1, max_length=100)]
 
 
-class Question(Frozen):
+class Question(Record):
     """The reviewer's model says that this is true of the answer."""
 
     kind: Literal["question"] = "question"

@@ -29,6 +29,7 @@ from agentic_flow.core.errors import (
     AgenticFlowError,
     Cancelled,
     Conflict,
+    NeedsNewer,
     NotFound,
     Unavailable,
     as_problem,
@@ -84,6 +85,7 @@ _LOOK_S = 0.25
 _EXPIRE_S = 1.0
 _SETTLE_S = 0.5
 _TEARDOWN_S = 30.0
+_REFUSED_MAX = 10_000
 
 
 class SqlRunEngine:
@@ -141,7 +143,7 @@ class SqlRunEngine:
         self.peer_patience_s = peer_patience_s
         self._workflows: dict[str, Workflow] = {}
         self._is_open = False
-        self._opened = False
+        self._opened = self._takes_over = False
         self._reset()
 
     def _reset(self) -> None:
@@ -157,6 +159,7 @@ class SqlRunEngine:
         self._executions: dict[str, set[Execution]] = {}
         self._keepers: list[asyncio.Task[None]] = []
         self._claiming: set[str] = set()
+        self._refused: dict[str, NeedsNewer] = {}
         self._taking_over = asyncio.Lock()
         self._custody = Custody()
         self._background: set[asyncio.Task[Any]] = set()
@@ -182,7 +185,7 @@ class SqlRunEngine:
         """
         if self._opened:
             raise Conflict("this run engine is open already", hint="share it, or close it first")
-        self._opened = True
+        self._opened, self._takes_over = True, takeover
         self._reset()
         try:
             await unbroken(asyncio.to_thread(self._prepare, queues if self._places_max else ()))
@@ -219,6 +222,7 @@ class SqlRunEngine:
             free=lambda: 0 if self._is_draining else self._places.free,
             enter=self._enter_taken,
             doubt=self._custody.doubt,
+            besides=self._refused.keys(),
         )
         self._keepers.append(asyncio.create_task(self._claimer.run()))
         if not self._database.is_sqlite:
@@ -493,6 +497,7 @@ class SqlRunEngine:
 
         Raises:
             Unavailable: the workflow is not in the run database.
+            NeedsNewer: this build cannot go on with it.
         """
         pause_s = _WAIT_FIRST_S
         while True:
@@ -509,6 +514,8 @@ class SqlRunEngine:
                 )
             if record.state in ENDED:
                 return record
+            if record.state == "interrupted" and not self._takes_over and workflow_id in self._refused:
+                raise self._refused[workflow_id]  # alone with the run database: nobody else will end it
             if workflow_id not in self._runs:
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 1.5, _WAIT_MOST_S)
@@ -585,14 +592,14 @@ class SqlRunEngine:
         """See RunEngine.
 
         Raises:
-            Conflict: the workflow was stored by another version, or is one that this process does not have.
+            NeedsNewer: a newer build has stored the workflow, or this process does not have it.
         """
         self._check_open()
         record = await self.get(workflow_id)
         if record is None or record.state not in ("interrupted", "cancelled"):
             return False
         if record.name not in self._workflows:
-            raise Conflict(
+            raise NeedsNewer(
                 f"workflow {workflow_id!r} needs {record.name!r}, which this process does not have",
                 hint="resume it with the version that started it",
             )
@@ -615,6 +622,7 @@ class SqlRunEngine:
             return found
         names = list(self._workflows)
         others = await asyncio.to_thread(self._leases.orphans, names, asker=me, queued=False)
+        others = [each for each in others if each not in self._refused]
         return found + [each for each in others if await unbroken(self._continue(each, asked=False))]
 
     async def cancel(self, workflow_id: str) -> bool:
@@ -639,7 +647,7 @@ class SqlRunEngine:
     async def _retry(self, workflow_id: str, new_id: str, payload: str, from_step: str | None) -> bool:
         record = await self.get(workflow_id)
         if record is not None and record.name not in self._workflows:
-            raise Conflict(
+            raise NeedsNewer(
                 f"workflow {workflow_id!r} needs {record.name!r}, which this process does not have",
                 hint="retry it with the version that started it",
             )
@@ -814,8 +822,12 @@ class SqlRunEngine:
             execution.result.set_result({"error": as_problem(told)})
         if execution.task.cancelled() or (error := execution.task.exception()) is None:
             return
-        # The store could not be used: let go, so that it is continued where it can.
+        # The store could not be used, or not be understood: let go, so that it is continued where it can.
         log.error("workflow_abandoned", workflow_id=execution.workflow_id, error=str(error))
+        if isinstance(error, NeedsNewer):
+            while len(self._refused) >= _REFUSED_MAX:
+                del self._refused[next(iter(self._refused))]
+            self._refused[run.workflow_id] = error
         self._stop_run(run, "lost")
         self._custody.doubt()
         releasing = asyncio.create_task(self._release(run))
@@ -824,9 +836,17 @@ class SqlRunEngine:
 
     async def _release(self, run: Run) -> None:
         try:
-            await asyncio.to_thread(self._leases.release, run.workflow_id, run.fence)
+            if (refusal := self._refused.get(run.workflow_id)) is not None:
+                await asyncio.to_thread(self._leave_to_others, run, refusal.message)
+                self._wake_claimer()
+            else:
+                await asyncio.to_thread(self._leases.release, run.workflow_id, run.fence)
         except AgenticFlowError as error:
             log.warning("release_failed", workflow_id=run.workflow_id, error=error.message)
+
+    def _leave_to_others(self, run: Run, why: str) -> None:
+        if not self._queues.hand_back(self._executor_id, [run.workflow_id], why=why):
+            self._leases.leave_to_others(run.workflow_id, run.name, run.fence, why)
 
     async def _body(self, execution: Execution) -> None:
         """One execution of a workflow from its beginning to its recorded end."""
@@ -871,6 +891,8 @@ class SqlRunEngine:
             if execution.is_being_stopped:
                 raise
             failure = internal(f"workflow {name!r}", error)
+        except NeedsNewer:
+            raise
         except AgenticFlowError as error:
             if error is execution.unusable:
                 raise
@@ -887,7 +909,7 @@ class SqlRunEngine:
     async def _call(self, execution: Execution) -> JsonObject:
         workflow = self._workflows.get(execution.name)
         if workflow is None:
-            raise Conflict(
+            raise NeedsNewer(
                 f"workflow {execution.workflow_id!r} needs {execution.name!r}, which is not known here",
                 hint="run it with the version that started it",
             )

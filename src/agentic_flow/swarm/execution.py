@@ -20,6 +20,7 @@ from agentic_flow.core.errors import (
     Cancelled,
     Conflict,
     DeadlineExceeded,
+    NeedsNewer,
     StorageFull,
     Unavailable,
     as_problem,
@@ -330,6 +331,9 @@ class Context:
             if execution.is_being_stopped:
                 # Whatever it says, it says it because it was interrupted: that is no result.
                 raise asyncio.CancelledError from error
+            if isinstance(error, NeedsNewer):
+                # A neighbour's answer. Recorded as it is, it would later look like a record of this run.
+                return None, Conflict(error.message, hint=error.hint, details=error.details)
             if isinstance(error, AgenticFlowError):
                 return None, error
             log.exception("step_failed", workflow_id=execution.workflow_id, step=name)

@@ -206,7 +206,7 @@ def trajectory_steps(run_id: str, steps: Sequence[StepRecord]) -> list[Trajector
         error = str(step.error.get("detail")) if step.error else None
         action, observation, cost_usd = "", "", 0.0
         if step.name == "model" and step.output:
-            completion = Completion.model_validate(step.output)
+            completion = Completion.from_record(step.output)
             for call in completion.tool_calls:
                 asked[agent][call.name].append(call)
             action = ", ".join(call.name for call in completion.tool_calls)
@@ -238,7 +238,7 @@ def trajectory_steps(run_id: str, steps: Sequence[StepRecord]) -> list[Trajector
 def memory_of(steps: Sequence[StepRecord]) -> RunMemory | None:
     """What memory had for a run that has not completed, from its recorded steps; None before it was asked."""
     recalled = next((step.output for step in steps if step.name == "recall" and step.output), None)
-    return Shown.model_validate(recalled).as_result(()) if recalled else None
+    return Shown.from_record(recalled).as_result(()) if recalled else None
 
 
 def steps_of_run(run_id: str, steps: Sequence[RunStep]) -> list[TrajectoryStep]:

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
-from agentic_flow.core.errors import Conflict, Unavailable
+from agentic_flow.core.errors import NeedsNewer, Unavailable
 from agentic_flow.core.messages import JsonObject
 from agentic_flow.core.ports import EventKind
 from agentic_flow.core.sql import Connection, SqlDatabase, execute
@@ -66,8 +66,13 @@ from agentic_flow.swarm.scheduling import (
 # ruff: noqa: S608 - what is interpolated into SQL here is constants; values are bound.
 
 VERSION = "runs-1"
-"""Stored with every workflow. It changes when stored runs can no longer be replayed by this code, not with
-every build: otherwise an upgrade would strand every run under way."""
+"""Stored with every workflow: the least that whoever goes on with it must be able to read. A build that
+records in a run what older ones cannot replay stores another name with it; not every build does, otherwise an
+upgrade would strand every run under way."""
+READABLE = (VERSION,)
+"""What this build goes on with. It leaves other runs alone, for those who can."""
+READER = 1
+"""The form of the whole database that this build reads: see `RunDatabase.check_form`."""
 
 NOBODY = ""
 ENDED_AT = "COALESCE(ended_at_s, updated_at_s)"
@@ -143,12 +148,32 @@ class RunDatabase(SqlDatabase):
 
         Raises:
             Conflict: a process of such a build is at work on them.
+            NeedsNewer: a newer build has changed them so that this one cannot use them.
             Unavailable: the database cannot be reached.
             DataCorrupted: the database file is damaged.
         """
         if self.has_table("af_leases"):
             import_runs(self, self._tables, self.folder / "executors")
+        self.check_form()
         super().create()
+
+    def check_form(self) -> None:
+        """Refuse a database in a form that is none of this build's.
+
+        New columns and tables harm nobody (`0026` in the decisions). A build that takes something away or
+        gives it another meaning puts into `af_form` the number that a reader must know.
+
+        Raises:
+            NeedsNewer: it is too new.
+        """
+        if not self.has_table("af_form"):
+            return
+        least = max((int(row[0]) for row in self.rows("SELECT reader_min FROM af_form")), default=0)
+        if least > READER:
+            raise NeedsNewer(
+                f"the run database needs a reader of number {least!r}, this build reads {READER!r}",
+                hint="upgrade agentic-flow here too",
+            )
 
     def has_runs(self) -> bool:
         """False as long as nobody has made the tables: there are no runs then. Takes older ones in."""
@@ -156,7 +181,10 @@ class RunDatabase(SqlDatabase):
             return False
         if self.has_table("af_leases"):
             self.create()
-        return self.has_table("af_workflows")
+        if not self.has_table("af_workflows"):
+            return False
+        self.check_form()
+        return True
 
     def now_s(self, connection: Connection, clock: Clock) -> float:
         """The time of the one clock that all processes on this database share: for SQLite the machine's,
@@ -252,6 +280,32 @@ class Leases:
         """
         with self._database.transaction() as connection:
             self._hand_on(connection, executor_id, run_ids)
+
+    def leave_to_others(self, workflow_id: str, name: str, fence: Fence, why: str) -> bool:
+        """As `hand_on`, of one that this build cannot go on with; its events say so.
+
+        Args:
+            workflow_id: A top-level workflow that came from no shared queue.
+            name: Its workflow's.
+            fence: What this process held of it.
+            why: For people.
+
+        Returns:
+            False when it is not this process's any more.
+        """
+        with self._database.transaction() as connection:
+            changed = execute(
+                connection,
+                f"UPDATE af_workflows SET executor_id = :nobody WHERE workflow_id = :id AND {_UNFINISHED} "
+                "AND executor_id = :me AND epoch = :epoch",
+                nobody=HANDED_ON,
+                id=workflow_id,
+                me=fence.executor_id,
+                epoch=fence.epoch,
+            )
+            if changed.rowcount:
+                self._tell(connection, workflow_id, "handed_back", name, {"text": why})
+            return bool(changed.rowcount)
 
     def _hand_on(self, connection: Connection, executor_id: str, run_ids: Sequence[str] | None) -> None:
         if run_ids is not None and not run_ids:
@@ -367,11 +421,11 @@ class Leases:
             among = f"AND workflow_id {'' if queued else 'NOT'} IN (SELECT root_id FROM af_queued)"
             found = execute(
                 connection,
-                f"SELECT workflow_id {unfinished} AND executor_id IN :dead AND version = :version "
+                f"SELECT workflow_id {unfinished} AND executor_id IN :dead AND version IN :versions "
                 f"{'AND name IN :names' if named else ''} {'' if queued is None else among} "
                 "ORDER BY accepted_at_s, workflow_id",
                 dead=dead,
-                version=VERSION,
+                versions=list(READABLE),
                 **named,
             )
             return [str(row[0]) for row in found]
@@ -386,7 +440,7 @@ class Leases:
         `QUEUED_BY` as the process it goes back to its shared queue, or to `queue` if it had none.
 
         Raises:
-            Conflict: it was stored by a version of the product whose workflows this one cannot continue.
+            NeedsNewer: it was stored by a version of the product whose workflows this one cannot continue.
         """
         with self._database.transaction() as connection:
             row = execute(
@@ -415,12 +469,7 @@ class Leases:
                 )
                 self._tell(connection, workflow_id, "given_up", str(row[5]), {"takeovers": int(row[3])})
                 return None
-            if row[4] != VERSION:
-                raise Conflict(
-                    f"workflow {workflow_id!r} was stored by version {row[4]!r} of the run engine, this one "
-                    f"continues {VERSION!r}",
-                    hint="resume it with the version of agentic-flow that started it",
-                )
+            check_readable(workflow_id, str(row[4]))
             data: JsonObject = {"asked": asked, "epoch": epoch + 1}
             kind: EventKind = "handed_back" if executor_id == QUEUED_BY else "taken_over"
             self._tell(connection, workflow_id, kind, str(row[5]), data)
@@ -609,6 +658,19 @@ class Leases:
 
     def _now_s(self, connection: Connection) -> float:
         return self._database.now_s(connection, self._clock)
+
+
+def check_readable(workflow_id: str, version: str) -> None:
+    """Refuse a run that this build cannot go on with.
+
+    Raises:
+        NeedsNewer: that is so.
+    """
+    if version not in READABLE:
+        raise NeedsNewer(
+            f"workflow {workflow_id!r} was stored as {version!r}, this build goes on with {READABLE!r}",
+            hint="resume or retry it with the version of agentic-flow that worked on it last",
+        )
 
 
 def root_of(workflow_id: str) -> str:

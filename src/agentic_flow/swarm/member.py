@@ -78,7 +78,7 @@ class Budgets:
         since_s = payload.started_at_s if payload.retry_of is not None else 0.0
         for step in await self._engine.steps(run_id):
             if step.name == "model" and step.output and (step.completed_at_s or 0.0) >= since_s:
-                spent = spent + Completion.model_validate(step.output).usage
+                spent = spent + Completion.from_record(step.output).usage
         prices: dict[str, ModelInfo] = {}
         if payload.spec.budget_usd is not None:
             for model in {brief.model for brief in payload.briefs.values()}:
@@ -121,7 +121,7 @@ class Members:
 
     async def agent(self, context: WorkflowContext, data: JsonObject) -> JsonObject:
         """The workflow of one agent; returns an AgentOutput as JSON. Its errors carry its usage so far."""
-        payload = AgentPayload.model_validate(data)
+        payload = AgentPayload.from_record(data)
         calls = _RecordedCalls(self, context, payload)
         started = time.monotonic()
         spec, settings = payload.run.spec, self.settings
@@ -254,7 +254,7 @@ class _RecordedCalls:
         async def call(step: StepContext) -> JsonObject:
             return (await self._members.complete(self._payload, request, step)).model_dump(mode="json")
 
-        completion = Completion.model_validate(await self._context.step("model", call))
+        completion = Completion.from_record(await self._context.step("model", call))
         self._used = self._used + completion.usage
         self.model = completion.model
         self.model_calls += 1
@@ -311,9 +311,9 @@ class _RecordedCalls:
         if "error" in result:
             error = from_problem(result["error"])
             self._note(child, "failed", error.details.get("usage", {}), error)
-            self._adopt([AgentReport.model_validate(one) for one in error.details.get("delegates", [])])
+            self._adopt([AgentReport.from_record(one) for one in error.details.get("delegates", [])])
             return _result(call, as_tool_error(error), is_error=True)
-        output = AgentOutput.model_validate(result)
+        output = AgentOutput.from_record(result)
         self._note(child, "completed", output.usage.model_dump(), None)
         self._adopt(output.delegates)
         if call.name == delegation.HANDOFF:
@@ -327,7 +327,7 @@ class _RecordedCalls:
         usage: JsonObject,
         error: AgenticFlowError | None,
     ) -> None:
-        used = RunUsage.model_validate(usage)
+        used = RunUsage.from_record(usage)
         self._depth = max(self._depth, 1 + used.delegation_depth)
         self.delegates.append(report_of(child.agent, child.role, child.brief.model, state, used, error))
 

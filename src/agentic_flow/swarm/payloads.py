@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
+from dataclasses import fields
 from typing import Any
 
 from agentic_flow.core.auth import Principal
-from agentic_flow.core.messages import Frozen, JsonObject
+from agentic_flow.core.messages import JsonObject, Record
 from agentic_flow.core.settings import SwarmSettings
 from agentic_flow.swarm.runs import AgentReport, RunSpec, RunUsage
 from agentic_flow.swarm.topology import Assignment, Role, Shape
 
+_FIELDS = frozenset(field.name for field in fields(Assignment))
 RUN = "run"
 AGENT = "agent"
 
 
-class Brief(Frozen):
+class Brief(Record):
     """One persona, fixed when the run is accepted so that a resume uses the same words."""
 
     system: str
@@ -24,7 +26,7 @@ class Brief(Frozen):
     tools: tuple[str, ...] = ()
 
 
-class RunPayload(Frozen):
+class RunPayload(Record):
     """All that a run needs to be done again elsewhere; what the engine stores as its input.
 
     `briefs` has one persona for each role, and one for each stage of a pipeline (`stage-1`). `account`: whose
@@ -66,14 +68,14 @@ class RunPayload(Frozen):
         return max(0.0, min(settings.run_timeout_s, self.started_at_s + deadline_s - time.time()))
 
 
-class Account(Frozen):
+class Account(Record):
     """The workflow whose budget, tokens and deadline its steps share."""
 
     run_id: str
     payload: RunPayload
 
 
-class AgentPayload(Frozen):
+class AgentPayload(Record):
     """One assignment, or one question of an agent to another, with everything its agent may use.
 
     `asked` are the roles and questions above a delegated question, the outermost first; empty for an
@@ -91,7 +93,7 @@ class AgentPayload(Frozen):
     asked: tuple[tuple[str, str], ...] = ()
 
 
-class AgentOutput(Frozen):
+class AgentOutput(Record):
     """What an agent left: its words, what they cost, and what those it asked did."""
 
     text: str
@@ -128,6 +130,7 @@ def as_record(assignment: Assignment) -> JsonObject:
 
 
 def from_record(record: JsonObject) -> Assignment:
-    """The inverse of `as_record`."""
-    fields: dict[str, Any] = {**record, "sees": tuple(record.get("sees", ()))}
-    return Assignment(**fields)
+    """The inverse of `as_record`; what only a newer build knows of it is passed over."""
+    known: dict[str, Any] = {name: record[name] for name in _FIELDS & record.keys()}
+    known["sees"] = tuple(record.get("sees", ()))
+    return Assignment(**known)

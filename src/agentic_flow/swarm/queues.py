@@ -17,10 +17,11 @@ import orjson
 
 from agentic_flow.core.clock import Clock
 from agentic_flow.core.errors import DeadlineExceeded, as_problem
+from agentic_flow.core.messages import JsonObject
 from agentic_flow.core.ports import EventKind, QueueDepth
 from agentic_flow.core.sql import Connection, execute
 from agentic_flow.swarm.event_log import append, end_data, event
-from agentic_flow.swarm.leases import VERSION, Claim, RunDatabase
+from agentic_flow.swarm.leases import READABLE, Claim, RunDatabase
 from agentic_flow.swarm.queue_rates import QueueRates
 from agentic_flow.swarm.queue_rows import notify, set_state, tenant_of
 from agentic_flow.swarm.scheduling import QUEUED_BY, Fence, Queued, chosen
@@ -72,25 +73,33 @@ class RunQueues:
         self._tenant_runs_max = tenant_runs_max
         self._rates = rates or QueueRates(database, clock, {})
 
-    def has_work(self, queues: Collection[str]) -> bool:
-        """Whether anything may wait in these queues: a question that takes no lock."""
+    def has_work(self, queues: Collection[str], *, besides: Collection[str] = ()) -> bool:
+        """Whether anything may wait in these queues, apart from some runs: a question that takes no lock."""
         if not queues:  # who works for none takes nothing
             return False
         closed = self._rates.closed(queues)
         ready = "EXISTS (SELECT 1 FROM af_queued WHERE state = 'ready' AND queue IN"
         asked = ["EXISTS (SELECT 1 FROM af_queued WHERE state = 'delayed' AND not_before_s <= :now)"]
-        lists: dict[str, list[str]] = {}
+        other, lists = _others(besides)
         # An empty list has no type, and PostgreSQL compares no text with it.
         if opened := sorted(set(queues) - closed):
-            asked.append(f"{ready} :opened)")
+            asked.append(f"{ready} :opened {other})")
             lists["opened"] = opened
         if closed:
-            asked.append(f"{ready} :closed {_RETURNED})")
+            asked.append(f"{ready} :closed {_RETURNED} {other})")
             lists["closed"] = sorted(closed)
         statement = f"SELECT 1 WHERE {' OR '.join(asked)}"
         return bool(self._database.rows(statement, now=self._clock.time_s(), **lists))
 
-    def take(self, executor_id: str, queues: Sequence[str], names: Collection[str], free: int) -> list[Claim]:
+    def take(
+        self,
+        executor_id: str,
+        queues: Sequence[str],
+        names: Collection[str],
+        free: int,
+        *,
+        besides: Collection[str] = (),
+    ) -> list[Claim]:
         """Become the owner of the next runs of these queues.
 
         Args:
@@ -98,6 +107,7 @@ class RunQueues:
             queues: Those it works for.
             names: The workflows it knows.
             free: Its free places.
+            besides: Runs that it leaves to others.
         """
         free = min(free, _TAKEN_MAX)
         with self._database.transaction() as connection:
@@ -111,7 +121,7 @@ class RunQueues:
             )
             running = _running(connection)
             left = self._rates.left(connection, queues)
-            candidates = self._candidates(connection, queues, names, running, left, free, now_s)
+            candidates = self._candidates(connection, queues, names, running, left, free, now_s, besides)
             next_ones = chosen(
                 candidates,
                 running,
@@ -139,6 +149,7 @@ class RunQueues:
         starts_left: Mapping[str, int],
         free: int,
         now_s: float,
+        besides: Collection[str],
     ) -> list[Queued]:
         """The oldest runs of the lines that are next; at least so many that the choice is the right one."""
         by_tenant, by_queue = Counter[str](), Counter[str]()
@@ -159,6 +170,7 @@ class RunQueues:
         lines = [line for line in lines if limit is None or by_tenant[tenant_of(line[1])] < limit]
         lines.sort(key=lambda line: (line[1].partition(":")[0], by_tenant[tenant_of(line[1])], line[2]))
         found: list[Queued] = []
+        other, refused = _others(besides)
         for queue, line, served_at_s in lines[:_LINES_MAX]:
             left = starts_left.get(queue)
             parts = [("", free)] if left is None else [(_RETURNED, free), (_NEW, min(free, left))]
@@ -167,14 +179,15 @@ class RunQueues:
                     connection,
                     "SELECT root_id, priority, tenant, at_s, taken_at_s FROM af_queued "
                     "WHERE state = 'ready' AND queue = :queue AND line = :line AND name IN :names "
-                    f"AND version = :version AND (deadline_s IS NULL OR deadline_s > :now) {which} "
+                    f"AND version IN :versions {other} AND (deadline_s IS NULL OR deadline_s > :now) {which} "
                     "ORDER BY at_s, root_id LIMIT :limit",
                     queue=queue,
                     line=line,
                     names=sorted(names),
-                    version=VERSION,
+                    versions=list(READABLE),
                     now=now_s,
                     limit=limit,
+                    **refused,
                 )
                 found += [
                     Queued(
@@ -238,7 +251,9 @@ class RunQueues:
             if (row := stored.get(run_id)) is not None
         ]
 
-    def hand_back(self, executor_id: str, run_ids: Sequence[str] | None = None) -> list[str]:
+    def hand_back(
+        self, executor_id: str, run_ids: Sequence[str] | None = None, *, why: str | None = None
+    ) -> list[str]:
         """Give what this process took and has not finished back to its queues, for others to go on with.
 
         The process must have stopped it: what it would still record is refused.
@@ -246,6 +261,7 @@ class RunQueues:
         Args:
             executor_id: The process.
             run_ids: Only these; None: all.
+            why: For people, if it is not that the process leaves.
         """
         if run_ids is not None and not run_ids:
             return []
@@ -275,9 +291,10 @@ class RunQueues:
             )
             set_state(connection, list(names), "ready", None)
             told: EventKind = "handed_back"
+            data: JsonObject | None = None if why is None else {"text": why}
             append(
                 connection,
-                [event(run_id, run_id, told, now_s, name) for run_id, name in names.items()],
+                [event(run_id, run_id, told, now_s, name, data) for run_id, name in names.items()],
                 sqlite=self._database.is_sqlite,
             )
             if not self._database.is_sqlite:
@@ -349,6 +366,12 @@ def late_error() -> DeadlineExceeded:
         "the run's deadline passed before it could begin",
         hint="give it more time, or start more workers for its queue",
     )
+
+
+def _others(besides: Collection[str]) -> tuple[str, dict[str, list[str]]]:
+    """A condition on `root_id` that leaves these out, and what is bound to it."""
+    # Without any there is none: an empty list has no type, and PostgreSQL compares no text with it.
+    return ("AND root_id NOT IN :besides", {"besides": sorted(besides)}) if besides else ("", {})
 
 
 def _running(connection: Connection) -> dict[tuple[str, str], int]:

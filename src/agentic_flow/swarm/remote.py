@@ -10,6 +10,8 @@ from contextlib import aclosing
 from typing import Any
 from urllib.parse import quote
 
+import orjson
+
 from agentic_flow.core.auth import Principal
 from agentic_flow.core.errors import DataCorrupted, Unavailable
 from agentic_flow.core.http_twin import HttpTwin
@@ -56,7 +58,7 @@ class RemoteSwarm(HttpTwin):
         answer = await self.call(
             "POST", "/v1/workflows/validate", body=body, principal=principal, idempotent=True
         )
-        return Validation.model_validate(answer)
+        return Validation.from_record(answer)
 
     async def submit_workflow(
         self, principal: Principal, request: WorkflowRequest, *, idempotency_key: str | None = None
@@ -81,7 +83,7 @@ class RemoteSwarm(HttpTwin):
                 pass
 
     async def show(self, principal: Principal, run_id: str) -> RunResult:
-        return RunResult.model_validate(await self.call("GET", _path(run_id), principal=principal))
+        return RunResult.from_record(await self.call("GET", _path(run_id), principal=principal))
 
     async def list_runs(
         self, principal: Principal, *, states: Sequence[RunState] = (), limit: int = 50
@@ -90,16 +92,16 @@ class RemoteSwarm(HttpTwin):
         if states:
             params["state"] = ",".join(states)
         answer = await self.call("GET", "/v1/runs", params=params, principal=principal)
-        return [RunResult.model_validate(run) for run in answer["runs"]]
+        return [RunResult.from_record(run) for run in answer["runs"]]
 
     async def steps(self, principal: Principal, run_id: str) -> list[RunStep]:
         answer = await self.call("GET", f"{_path(run_id)}/steps", principal=principal)
-        return [RunStep.model_validate(step) for step in answer["steps"]]
+        return [RunStep.from_record(step) for step in answer["steps"]]
 
     async def artifacts(self, principal: Principal, run_id: str, *, versions: bool = False) -> list[Artifact]:
         params = {"versions": "true"} if versions else None
         answer = await self.call("GET", f"{_path(run_id)}/artifacts", params=params, principal=principal)
-        return [Artifact.model_validate(one) for one in answer["artifacts"]]
+        return [Artifact.from_record(one) for one in answer["artifacts"]]
 
     async def artifact(
         self, principal: Principal, run_id: str, name: str, *, version: int | None = None
@@ -122,7 +124,7 @@ class RemoteSwarm(HttpTwin):
 
     async def questions(self, principal: Principal, run_id: str) -> list[Question]:
         answer = await self.call("GET", f"{_path(run_id)}/questions", principal=principal)
-        return [Question.model_validate(one) for one in answer["questions"]]
+        return [Question.from_record(one) for one in answer["questions"]]
 
     async def answer(self, principal: Principal, run_id: str, question_id: str, answer: str) -> bool:
         given = await self.call(
@@ -180,7 +182,7 @@ class RemoteSwarm(HttpTwin):
     async def purge(self, principal: Principal, request: PurgeRequest) -> Purged:
         body = request.model_dump(mode="json")
         answer = await self.call("POST", "/v1/runs/purge", body=body, principal=principal)
-        return Purged.model_validate(answer)
+        return Purged.from_record(answer)
 
     async def events(self, principal: Principal, run_id: str, *, after: int = 0) -> AsyncIterator[RunEvent]:
         """See RunService. A stream that breaks is opened again after the last event seen."""
@@ -195,7 +197,7 @@ class RemoteSwarm(HttpTwin):
                 ) as stream:
                     async for sent in stream:
                         failures, came = 0, True
-                        event = RunEvent.model_validate_json(sent.data)
+                        event = RunEvent.told(orjson.loads(sent.data))
                         yield event
                         if event.kind == "run_finished":
                             return
@@ -222,16 +224,15 @@ class RemoteSchedules:
     async def add(self, principal: Principal, request: ScheduleRequest) -> Schedule:
         """See ScheduleService. Not repeated by itself: a second time there is one of the name."""
         body = request.model_dump(mode="json", exclude_unset=True)
-        return Schedule.model_validate(
-            await self._twin.call("POST", "/v1/schedules", body=body, principal=principal)
-        )
+        answer = await self._twin.call("POST", "/v1/schedules", body=body, principal=principal)
+        return Schedule.from_record(answer)
 
     async def every(self, principal: Principal) -> list[Schedule]:
         answer = await self._twin.call("GET", "/v1/schedules", principal=principal)
-        return [Schedule.model_validate(one) for one in answer["schedules"]]
+        return [Schedule.from_record(one) for one in answer["schedules"]]
 
     async def show(self, principal: Principal, name: str) -> Schedule:
-        return Schedule.model_validate(await self._twin.call("GET", _schedule(name), principal=principal))
+        return Schedule.from_record(await self._twin.call("GET", _schedule(name), principal=principal))
 
     async def pause(self, principal: Principal, name: str) -> bool:
         return bool((await self._post(principal, name, "pause"))["paused"])

@@ -18,7 +18,7 @@ from agentic_flow.core.messages import JsonObject
 from agentic_flow.core.sql import Connection, execute
 from agentic_flow.swarm.artifact_rows import copy_artifacts
 from agentic_flow.swarm.event_log import EventRow, append, event, recorded_events
-from agentic_flow.swarm.leases import TREE, VERSION, RunDatabase, tree_of
+from agentic_flow.swarm.leases import TREE, RunDatabase, check_readable, tree_of
 from agentic_flow.swarm.scheduling import ENDED
 
 # ruff: noqa: S608 - what is interpolated into SQL here is constants; values are bound.
@@ -130,7 +130,8 @@ class Retries:
 
         Raises:
             NotFound: the run or the step is not there.
-            Conflict: the run has not ended, no step of it has failed, or another version has stored it.
+            Conflict: the run has not ended, or no step of it has failed.
+            NeedsNewer: a newer build has worked on it.
         """
         with self._database.transaction() as connection:
             old = execute(
@@ -147,12 +148,7 @@ class Retries:
                 raise Conflict(
                     f"run {workflow_id!r} has not ended", hint="resume it, or cancel it before you retry it"
                 )
-            if old[1] != VERSION:
-                raise Conflict(
-                    f"run {workflow_id!r} was stored by version {old[1]!r} of the run engine, this one "
-                    f"continues {VERSION!r}",
-                    hint="start it anew",
-                )
+            check_readable(workflow_id, str(old[1]))
             kept = kept_of(workflow_id, str(old[0]), _parts(connection, workflow_id), from_step)
             now_s = self._clock.time_s()
             stored = connection.execute(
@@ -163,7 +159,7 @@ class Retries:
                 {
                     "id": new_id,
                     "name": old[2],
-                    "version": VERSION,
+                    "version": old[1],
                     "tenant": old[3],
                     "priority": old[4],
                     "me": executor_id,
@@ -182,7 +178,7 @@ class Retries:
 
     def _copy(self, connection: Connection, old_id: str, new_id: str, kept: Kept) -> None:
         """The records that are kept, under new ids."""
-        columns = "step_index, name, output, error, started_at_s, completed_at_s"
+        columns = self._columns(connection, "af_steps", besides=("workflow_id",))
         as_new: dict[str, Any] = {"new": new_id, "behind": len(old_id) + 1}
         renamed = "CAST(:new AS TEXT) || substr({}, CAST(:behind AS INTEGER))"
         execute(
@@ -194,11 +190,9 @@ class Retries:
             before=kept.before,
         )
         own = {"old": old_id, "before": kept.before}
-        copy_artifacts(connection, as_new, "workflow_id = :old AND step_index < :before", own)
-        same = (
-            "parent_step, name, version, tenant, priority, status, epoch, executor_id, payload, output, "
-            "error, takeovers, accepted_at_s, started_at_s, updated_at_s, ended_at_s"
-        )
+        kinds = self._columns(connection, "af_artifacts", besides=("root_id", "number", "workflow_id"))
+        copy_artifacts(connection, kinds, as_new, "workflow_id = :old AND step_index < :before", own)
+        same = self._columns(connection, "af_workflows", besides=("workflow_id", "root_id", "parent_id"))
         for child in kept.children:
             execute(
                 connection,
@@ -217,7 +211,11 @@ class Retries:
                 **tree_of(child),
             )
             tree = f"workflow_id IN (SELECT workflow_id FROM af_workflows WHERE {TREE})"
-            copy_artifacts(connection, as_new, tree, tree_of(child))
+            copy_artifacts(connection, kinds, as_new, tree, tree_of(child))
+
+    def _columns(self, connection: Connection, table: str, *, besides: Sequence[str]) -> str:
+        """All that are copied as they are, those of newer builds too."""
+        return ", ".join(name for name in self._database.columns(connection, table) if name not in besides)
 
 
 def _parts(connection: Connection, run_id: str) -> list[Part]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args
 
 from pydantic import Field, StringConstraints
 
 from agentic_flow.agentdb.ingest import IngestReport
 from agentic_flow.core.auth import Principal
-from agentic_flow.core.messages import Completion, Frozen, JsonObject, Usage
+from agentic_flow.core.messages import Completion, Frozen, JsonObject, Record, Usage
 from agentic_flow.core.ports import RunState
 from agentic_flow.memory.records import Id
 from agentic_flow.swarm.criteria import CRITERIA_MAX, Checked, Criterion
@@ -30,7 +30,7 @@ After = Annotated[tuple[Id, ...], Field(max_length=64)]
 AgentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 
 
-class RoleChoice(Frozen):
+class RoleChoice(Record):
     """How a role is played in one run; what is None stays as it is by default.
 
     `agent` names an agent definition, `model` a model, `tools` the tools in place of the definition's.
@@ -41,7 +41,7 @@ class RoleChoice(Frozen):
     tools: Annotated[tuple[str, ...], Field(max_length=100)] | None = None
 
 
-class Stage(Frozen):
+class Stage(Record):
     """One stage of a pipeline: an agent definition, and its task (None: the run's goal)."""
 
     agent: AgentName
@@ -50,7 +50,7 @@ class Stage(Frozen):
     )
 
 
-class RunSpec(Frozen):
+class RunSpec(Record):
     """A goal and what may be used to reach it.
 
     `inputs` are absolute paths of files or folders on the machine that executes the run. `model` None takes
@@ -282,7 +282,9 @@ RunEventKind = Literal[
     "message_received",
     "question_asked",
     "ingest_progress",
+    "other",
 ]
+EVENT_KINDS = frozenset[str](get_args(RunEventKind))
 
 
 class RunEvent(Frozen):
@@ -295,7 +297,8 @@ class RunEvent(Frozen):
     `agent_finished` (state, error), `question_asked` (id, text, options, default, until_s),
     `message_received` (key, sender; name: its topic, `answer:ID` for an answer), `run_given_up` (taken over
     too often), `run_cancelled` (and resumed later), `run_paused` and `run_unpaused` (by), `run_finished`
-    (state, error), which is the last. `ingest_progress` (done, total files) is live only: it is not stored,
+    (state, error), which is the last. `other`: what a newer build tells of; `kind` in its data says what.
+    `ingest_progress` (done, total files) is live only: it is not stored,
     and bears the number of the event before it.
     """
 
@@ -305,6 +308,13 @@ class RunEvent(Frozen):
     agent: str | None = None
     name: str | None = None
     data: dict[str, Any] = Field(default_factory=dict[str, Any])
+
+    @classmethod
+    def told(cls, event: JsonObject) -> RunEvent:
+        """What a server has told, perhaps one of a newer build."""
+        if event.get("kind") not in EVENT_KINDS:
+            event = event | {"kind": "other", "data": {**event.get("data", {}), "kind": event.get("kind")}}
+        return cls.from_record(event)
 
 
 class RunStep(Frozen):
@@ -321,7 +331,7 @@ class RunStep(Frozen):
     @property
     def usage(self) -> Usage | None:
         """What a model call consumed; None of any other step."""
-        return Completion.model_validate(self.output).usage if self.name == "model" and self.output else None
+        return Completion.from_record(self.output).usage if self.name == "model" and self.output else None
 
 
 class SignalRequest(Frozen):

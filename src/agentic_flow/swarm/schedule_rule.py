@@ -17,12 +17,12 @@ from zoneinfo import ZoneInfo
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from agentic_flow.core.messages import Frozen
+from agentic_flow.core.messages import Record
 
 CATCH_UP_MIN_S, CATCH_UP_MAX_S = 60.0, 7 * 86_400.0
 
 
-class ScheduleRule(Frozen):
+class ScheduleRule(Record):
     """When a workflow runs by itself: by `cron`, five fields, in a `timezone`; or `every_s` seconds.
 
     `overlap`: whether it runs while the run before is unfinished. A time that was missed, because no process

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import structlog
 
 from agentic_flow.core.auth import Principal
 from agentic_flow.core.clock import Clock
-from agentic_flow.core.errors import Conflict, LimitExceeded, NotFound
+from agentic_flow.core.errors import Conflict, LimitExceeded, NeedsNewer, NotFound
 from agentic_flow.core.sql import Connection, execute
 from agentic_flow.swarm.leases import RunDatabase
 from agentic_flow.swarm.schedule_rows import IS_DUE, bound
@@ -26,6 +27,8 @@ from agentic_flow.swarm.schedule_rule import ScheduleRule
 from agentic_flow.swarm.schedules import SCHEDULES_MAX, Schedule, ScheduleRequest
 
 # ruff: noqa: S608 - what is interpolated into SQL here is constants; values are bound.
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("agentic_flow.schedules")
 
 _DUE_MAX = 100
 _COLUMNS = (
@@ -97,6 +100,7 @@ class ScheduleStore:
         self._pooled = RunDatabase(database_url, data_dir)
         self._database = self._closed
         self._has_table = False
+        self._left: set[str] = set()
 
     @contextmanager
     def open(self) -> Generator[None]:
@@ -145,19 +149,20 @@ class ScheduleStore:
                 )
 
     def every(self, tenant: str) -> list[Row]:
-        """A tenant's, by name."""
+        """A tenant's, by name; without those that only a newer build can read."""
         if not self._is_there():
             return []
         rows = self._database.rows(
             f"SELECT {_COLUMNS} FROM af_schedules WHERE tenant = :tenant ORDER BY name", tenant=tenant
         )
-        return [_row(row) for row in rows]
+        return self._readable(rows)
 
     def get(self, tenant: str, name: str) -> Row:
         """One of a tenant's.
 
         Raises:
             NotFound: there is none of this name.
+            NeedsNewer: this build cannot read it.
         """
         rows: Sequence[Sequence[Any]] = ()
         if self._is_there():
@@ -199,7 +204,19 @@ class ScheduleStore:
             f"SELECT {_COLUMNS} FROM af_schedules WHERE {IS_DUE} ORDER BY next_s LIMIT {_DUE_MAX}",
             **bound(self.clock),
         )
-        return [_row(row) for row in rows]
+        return self._readable(rows)
+
+    def _readable(self, rows: Sequence[Sequence[Any]]) -> list[Row]:
+        """Those that this build can read: it leaves the others to those which can."""
+        found: list[Row] = []
+        for row in rows:
+            try:
+                found.append(_row(row))
+            except NeedsNewer as error:
+                if row[0] not in self._left:
+                    log.warning("schedule_left", tenant=row[1], schedule=row[2], error=error.message)
+                self._left.add(str(row[0]))
+        return found
 
     def note_firing(self, row: Row, fire_s: float, next_s: float) -> bool:
         """Note for which due time it runs now; False when another process has."""
@@ -283,8 +300,8 @@ def _row(row: Sequence[Any]) -> Row:
         workflow=str(row[3]),
         subject=str(row[4]),
         scopes=tuple(orjson.loads(row[5])),
-        request=ScheduleRequest.model_validate_json(row[6]),
-        rule=ScheduleRule.model_validate_json(row[7]),
+        request=ScheduleRequest.from_record(orjson.loads(row[6])),
+        rule=ScheduleRule.from_record(orjson.loads(row[7])),
         is_paused=bool(row[8]),
         anchor_s=float(row[9]),
         next_s=float(row[10]),

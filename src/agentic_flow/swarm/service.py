@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from agentic_flow.core.auth import LOCAL_OWNER, Principal
-from agentic_flow.core.errors import Conflict, Forbidden, InvalidInput, NotFound, Unavailable
+from agentic_flow.core.errors import (
+    Conflict,
+    Forbidden,
+    InvalidInput,
+    NeedsNewer,
+    NotFound,
+    Unavailable,
+    as_problem,
+)
 from agentic_flow.core.messages import Completion, JsonObject, ModelInfo
 from agentic_flow.core.ports import (
     ArtifactRecord,
@@ -262,7 +270,7 @@ class Swarm:
             )
         if not accepted:
             record = await self._record(principal, run_id)
-            if record.name != RUN or RunPayload.model_validate(record.payload).spec != spec:
+            if record.name != RUN or not _is_same(record.payload.get("spec"), spec):
                 raise _other_run(idempotency_key, run_id)
         return run_id
 
@@ -296,7 +304,7 @@ class Swarm:
             record = await self._record(principal, run_id)
             if record.name != WORKFLOW:
                 raise _other_run(idempotency_key, run_id)
-            known = WorkflowPayload.model_validate(record.payload)
+            known = WorkflowPayload.from_record(record.payload, keep=False)
             before = (known.run.spec.after, known.run.spec.after_any_end)
             same = before == (request.after, request.after_any_end)
             if not same or (known.workflow, known.inputs) != (payload.workflow, payload.inputs):
@@ -378,8 +386,15 @@ class Swarm:
         )
 
     async def resume(self, principal: Principal, run_id: str) -> bool:
+        """See RunService.
+
+        Raises:
+            NeedsNewer: this build cannot go on with it.
+        """
         principal.demand("runs:write")
-        await self._record(principal, run_id)
+        record = await self._record(principal, run_id)
+        if record.state not in _ENDED:
+            _run_payload(record)
         was_paused = await self._engine.unpause(run_id, by=principal.subject)
         return await self._engine.resume(run_id) or was_paused
 
@@ -524,7 +539,7 @@ class Swarm:
         """What a cancelled run did is experience as well; nothing runs in it that could still store that."""
         if record.name != RUN:
             return
-        payload = RunPayload.model_validate(record.payload)
+        payload = RunPayload.from_record(record.payload)
         steps = await self._engine.steps(record.workflow_id)
         recalled = next((step.output for step in steps if step.name == "recall" and step.output), None)
         await self._experience.record(
@@ -533,7 +548,7 @@ class Swarm:
             payload.spec,
             model=payload.briefs["worker"].model,
             started_at_s=payload.started_at_s,
-            shown=Shown.model_validate(recalled) if recalled else Shown(),
+            shown=Shown.from_record(recalled) if recalled else Shown(),
             cited=(),
             result=None,
             failure=None,
@@ -606,24 +621,14 @@ class Swarm:
 def summary_of(record: WorkflowRecord) -> RunResult:
     """A run without reading its steps: the stored result, or what its specification says."""
     if record.state == "completed" and record.output is not None:
-        result = RunResult.model_validate(record.output)
+        result = RunResult.from_record(record.output)
     else:
-        is_workflow = record.name == WORKFLOW
-        payload = _run_payload(record)
-        result = RunResult(
-            run_id=record.workflow_id,
-            state=record.state,
-            goal=payload.spec.goal,
-            topology=WORKFLOW if is_workflow else payload.spec.topology,
-            model=payload.briefs["worker"].model,
-            answer="",
-            error=record.error,
-        )
+        result = _begun(record)
         kept = (record.error or {}).get("details", {}).get("result")
         if kept is not None and record.error is not None:  # it has an answer that was not accepted
             details = {name: value for name, value in record.error["details"].items() if name != "result"}
             error = record.error | {"details": details}
-            result = RunResult.model_validate(kept).model_copy(update={"error": error})
+            result = RunResult.from_record(kept).model_copy(update={"error": error})
     # Read as it is: a list must not check every payload again.
     run: JsonObject = record.payload.get("run", {}) if record.name == WORKFLOW else record.payload
     return result.model_copy(
@@ -639,9 +644,33 @@ def summary_of(record: WorkflowRecord) -> RunResult:
     )
 
 
+def _begun(record: WorkflowRecord) -> RunResult:
+    """A run without a result, as far as it can be read here: a list must show the others as well."""
+    error = record.error
+    try:
+        payload = _run_payload(record)
+        goal, topology, model = payload.spec.goal, payload.spec.topology, payload.briefs["worker"].model
+    except NeedsNewer as newer:
+        goal, topology, model, error = "", _UNREADABLE, _UNREADABLE, error or as_problem(newer)
+    return RunResult(
+        run_id=record.workflow_id,
+        state=record.state,
+        goal=goal,
+        topology=WORKFLOW if record.name == WORKFLOW else topology,
+        model=model,
+        answer="",
+        error=error,
+    )
+
+
+def _is_same(stored: object, spec: RunSpec) -> bool:
+    """Whether a stored specification is this one, as far as this build knows what may be in one."""
+    return RunSpec.from_record(stored, keep=False) == spec
+
+
 def _run_payload(record: WorkflowRecord) -> RunPayload:
     """What a run was accepted with; a workflow's as a whole."""
-    return RunPayload.model_validate(record.payload["run"] if record.name == WORKFLOW else record.payload)
+    return RunPayload.from_record(record.payload["run"] if record.name == WORKFLOW else record.payload)
 
 
 def partial_result(
@@ -696,7 +725,7 @@ def _agent_so_far(
     model: str,
     end: JsonObject,
 ) -> AgentReport:
-    completions = [Completion.model_validate(s.output) for s in steps if s.name == "model" and s.output]
+    completions = [Completion.from_record(s.output) for s in steps if s.name == "model" and s.output]
     problem: JsonObject | None = end.get("error")
     if problem is None:
         problem = next((s.error for s in reversed(steps) if s.error), None)
@@ -766,6 +795,7 @@ def _step(run_id: str, step: StepRecord) -> RunStep:
     )
 
 
+_UNREADABLE = "unknown"
 _KINDS: dict[str, RunEventKind] = {
     "accepted": "run_accepted",
     "started": "run_started",
@@ -789,7 +819,9 @@ def _run_event(event: EventRecord, assignments: Mapping[tuple[str, int], JsonObj
         index = int(data.pop("index"))
         below = f"{event.workflow_id}.{event.agent}" if event.agent else event.workflow_id
         data = data or assignments.get((below, index), {})
-    kind = "agent_finished" if event.kind == "cancelled" and event.agent else _KINDS[event.kind]
+    kind = "agent_finished" if event.kind == "cancelled" and event.agent else _KINDS.get(event.kind, "other")
+    if kind == "other":  # of a newer build
+        data |= {"kind": event.kind}
     name = event.name if event.kind in ("step_finished", "message", "question") else None
     return RunEvent(
         sequence=event.sequence,

@@ -21,7 +21,9 @@ from agentic_flow.agentdb.ingest import IngestReport
 from agentic_flow.core.errors import (
     AgenticFlowError,
     DeadlineExceeded,
+    InvalidInput,
     LimitExceeded,
+    NeedsNewer,
     NotAccepted,
     from_problem,
 )
@@ -119,7 +121,7 @@ class Team:
 
     async def run(self, context: WorkflowContext, data: JsonObject) -> JsonObject:
         """The workflow of a run; returns a RunResult as JSON."""
-        payload = RunPayload.model_validate(data)
+        payload = RunPayload.from_record(data)
         attributes = {
             "agentic_flow.run_id": context.workflow_id,
             "agentic_flow.tenant": payload.tenant,
@@ -132,12 +134,15 @@ class Team:
         run_id = context.workflow_id
         progress = _Progress()
         result: RunResult | None = None
+        _check_topology(payload.spec.topology)
         try:
             await self._budgets.of(run_id, payload)
             async with asyncio.timeout(payload.time_left_s(self._settings)):
                 result = await self._work(context, payload, progress)
         except TimeoutError:
             failure: AgenticFlowError = self._out_of_time(payload.spec)
+        except NeedsNewer:
+            raise  # not the run's failure: others go on with it
         except AgenticFlowError as error:
             failure = error
         else:
@@ -221,7 +226,7 @@ class Team:
             )
             return shown.model_dump(mode="json")
 
-        return Shown.model_validate(await context.step("recall", ask))
+        return Shown.from_record(await context.step("recall", ask))
 
     async def _record(
         self,
@@ -262,7 +267,7 @@ class Team:
             )
             return report.model_dump(mode="json")
 
-        return IngestReport.model_validate(await context.step("ingest", read_in))
+        return IngestReport.from_record(await context.step("ingest", read_in))
 
     # ---- a batch -----------------------------------------------------------------------------------------
 
@@ -383,12 +388,12 @@ class Team:
         key, name, role = assignment.key, assignment.agent, assignment.role
         if "error" in result:
             error = from_problem(result["error"])
-            usage = RunUsage.model_validate(error.details.get("usage", {}))
-            delegates = [AgentReport.model_validate(one) for one in error.details.get("delegates", [])]
+            usage = RunUsage.from_record(error.details.get("usage", {}))
+            delegates = [AgentReport.from_record(one) for one in error.details.get("delegates", [])]
             model = payload.brief(assignment).model
             self._fail(assignment, error, model, usage, delegates, progress)
             return
-        output = AgentOutput.model_validate(result)
+        output = AgentOutput.from_record(result)
         text, cited = prompts.without_note_ids(output.text, progress.shown.given_ids)
         if not text.strip():
             error = LimitExceeded(f"agent {name!r} said nothing", hint="try another model or a clearer goal")
@@ -514,7 +519,7 @@ class Team:
             Claim(
                 number,
                 entry["text"],
-                tuple(Citation.model_validate(citation) for citation in entry["citations"]),
+                tuple(Citation.from_record(citation) for citation in entry["citations"]),
                 entry["author"],
             )
             for number, entry in enumerate(recorded["kept"], start=1)
@@ -613,6 +618,14 @@ def _room(spec: RunSpec, assignment: Assignment) -> str | None:
     if spec.board == "all":
         return "all"
     return assignment.room if spec.board == "topology" else None
+
+
+def _check_topology(name: str) -> None:
+    """It was there where the run was accepted."""
+    try:
+        topology_named(name)
+    except InvalidInput as error:
+        raise NeedsNewer(error.message, hint="leave the run to processes that have it") from None
 
 
 def _not_accepted(unmet: Sequence[Checked]) -> NotAccepted:

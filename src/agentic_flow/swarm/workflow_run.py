@@ -26,11 +26,12 @@ from agentic_flow.core.errors import (
     DeadlineExceeded,
     InvalidInput,
     LimitExceeded,
+    NeedsNewer,
     NotAccepted,
     as_problem,
     from_problem,
 )
-from agentic_flow.core.messages import Frozen, JsonObject
+from agentic_flow.core.messages import JsonObject, Record
 from agentic_flow.core.ports import Approval, RunEngine, StepContext, ToolBox, WorkflowContext
 from agentic_flow.core.settings import SwarmSettings
 from agentic_flow.swarm import findings
@@ -57,12 +58,12 @@ from agentic_flow.swarm.workflow_text import as_text
 
 WORKFLOW = "workflow"
 STEP = "workflow_step"
-_FINAL = (BudgetExceeded, Cancelled)
+_FINAL = (BudgetExceeded, Cancelled, NeedsNewer)
 """Failures that another attempt cannot mend."""
 _SEARCHES = "memory_search"
 
 
-class WorkflowPayload(Frozen):
+class WorkflowPayload(Record):
     """All that a workflow needs to be done again elsewhere.
 
     `run` has its folder, budget and principal; `agents` the persona of each agent step, `teams` those of each
@@ -76,7 +77,7 @@ class WorkflowPayload(Frozen):
     teams: dict[str, dict[str, Brief]]
 
 
-class StepPayload(Frozen):
+class StepPayload(Record):
     """One step, or one item of a fan-out, with its texts filled in."""
 
     workflow_id: str
@@ -140,7 +141,7 @@ class Workflows:
 
     async def run(self, context: WorkflowContext, data: JsonObject) -> JsonObject:
         """The workflow itself; returns a RunResult as JSON. A failure carries what there is of it."""
-        payload = WorkflowPayload.model_validate(data)
+        payload = WorkflowPayload.from_record(data)
         own = payload.run
         attributes = {
             "agentic_flow.run_id": context.workflow_id,
@@ -162,6 +163,8 @@ class Workflows:
             outputs, failure = conclude(payload.workflow, payload.inputs, progress.plan.outcomes)
         except TimeoutError:
             failure = self._out_of_time(payload.workflow)
+        except NeedsNewer:
+            raise  # not the run's failure: others go on with it
         except AgenticFlowError as error:
             failure = error
         finally:
@@ -206,7 +209,7 @@ class Workflows:
             )
             return report.model_dump(mode="json")
 
-        return IngestReport.model_validate(await context.step("ingest", read_in))
+        return IngestReport.from_record(await context.step("ingest", read_in))
 
     def _out_of_time(self, spec: WorkflowSpec) -> AgenticFlowError:
         if spec.deadline_s is not None and spec.deadline_s <= self._settings.run_timeout_s:
@@ -223,7 +226,7 @@ class Workflows:
 
     async def step(self, context: WorkflowContext, data: JsonObject) -> JsonObject:
         """One step with its attempts; returns `output` and what agents did. A failure carries the latter."""
-        payload = StepPayload.model_validate(data)
+        payload = StepPayload.from_record(data)
         step, reports = payload.step, list[AgentReport]()
         failure: AgenticFlowError | None = None
         for attempt in range(1, step.retry.attempts + 1):
@@ -383,11 +386,11 @@ class Workflows:
         result = (await context.children(AGENT, {key: child.model_dump(mode="json")}))[key]
         if "error" in result:
             error = from_problem(result["error"])
-            used = RunUsage.model_validate(error.details.get("usage", {}))
+            used = RunUsage.from_record(error.details.get("usage", {}))
             reports.append(report_of(payload.key, agent.role, brief.model, "failed", used, error))
-            reports += [AgentReport.model_validate(one) for one in error.details.get("delegates", [])]
+            reports += [AgentReport.from_record(one) for one in error.details.get("delegates", [])]
             raise error
-        output = AgentOutput.model_validate(result)
+        output = AgentOutput.from_record(result)
         reports.append(report_of(payload.key, agent.role, output.model, "completed", output.usage, None))
         reports += output.delegates
         if not output.text.strip():
@@ -436,9 +439,9 @@ class Workflows:
         if result.get("error") is not None:  # a result has the field as well, and it is empty there
             error = from_problem(result["error"])
             kept: JsonObject = error.details.get("result") or {}
-            reports += [AgentReport.model_validate(one) for one in kept.get("agents", ())]
+            reports += [AgentReport.from_record(one) for one in kept.get("agents", ())]
             raise error
-        ended = RunResult.model_validate(result)
+        ended = RunResult.from_record(result)
         reports += [
             report.model_copy(update={"name": f"{payload.key}.{report.name}"}) for report in ended.agents
         ]
@@ -467,10 +470,14 @@ def account_of(spec: WorkflowSpec, folders: Sequence[str]) -> RunSpec:
 def _team_spec(step: Step, team: RunSpec, whole: RunSpec, goal: str) -> RunSpec:
     """The run of a team step: its own shape, the workflow's folders and rules."""
     fields = team.model_dump(mode="json", exclude_unset=True) | {"goal": goal}
-    fields |= whole.model_dump(mode="json", include={"inputs", "paths_allowed", "paths_forbidden"})
+    fields |= {
+        "inputs": whole.inputs,
+        "paths_allowed": whole.paths_allowed,
+        "paths_forbidden": whole.paths_forbidden,
+    }
     fields.setdefault("model", whole.model)
     try:
-        return RunSpec.model_validate(fields)
+        return RunSpec.model_validate(fields, extra="allow")  # a newer build's keys were stored with it
     except ValidationError as error:
         raise InvalidInput(
             f"step {step.id!r}: {error.errors()[0]['msg']}: goal {goal[:100]!r}",
@@ -500,11 +507,11 @@ def _take(key: str, result: JsonObject, progress: _Progress) -> None:
     if "error" in result:
         error: JsonObject = result["error"]
         told: Mapping[str, Any] = error.get("details") or {}
-        progress.reports += [AgentReport.model_validate(one) for one in told.get("reports", ())]
+        progress.reports += [AgentReport.from_record(one) for one in told.get("reports", ())]
         kept = as_problem(from_problem(error | {"details": _without(told)}))
         progress.results[key] = Outcome("failed", error=kept)
         return
-    progress.reports += [AgentReport.model_validate(one) for one in result["reports"]]
+    progress.reports += [AgentReport.from_record(one) for one in result["reports"]]
     progress.results[key] = Outcome("completed", result["output"])
 
 

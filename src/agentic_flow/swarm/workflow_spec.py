@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field, StringConstraints, model_validator
 
 from agentic_flow.core.errors import InvalidInput
-from agentic_flow.core.messages import Frozen, JsonObject
+from agentic_flow.core.messages import Frozen, JsonObject, Record
 from agentic_flow.core.settings import SwarmSettings
 from agentic_flow.swarm.questions import OPTIONS_MAX, check_question
 from agentic_flow.swarm.runs import After, AgentName, Count, Priority, QueueName, RunSpec, StepKind
@@ -40,7 +40,7 @@ Kind = Literal["string", "integer", "number", "boolean", "list", "object", "path
 StepState = Literal["completed", "failed", "skipped"]
 
 
-class InputSpec(Frozen):
+class InputSpec(Record):
     """One input. Without a `default` it must be given. A `path` is a file or folder."""
 
     type: Kind = "string"
@@ -53,7 +53,7 @@ class InputSpec(Frozen):
         return "default" not in self.model_fields_set
 
 
-class AgentWork(Frozen):
+class AgentWork(Record):
     """One agent with a prompt. `definition` names an agent definition; without, `role` chooses one.
 
     `prompt` is a template. `model` and `tools` stand in place of the definition's. The output of the step is
@@ -70,14 +70,14 @@ class AgentWork(Frozen):
     output_tokens_max: Count | None = None
 
 
-class ToolWork(Frozen):
+class ToolWork(Record):
     """One call of a tool. The texts in `arguments` are templates; the tool's result is the output."""
 
     name: Annotated[str, StringConstraints(min_length=1, max_length=128)]
     arguments: dict[str, Any] = Field(default_factory=dict[str, Any])
 
 
-class ApprovalWork(Frozen):
+class ApprovalWork(Record):
     """A question to a person; the step waits for the answer. `question` is a template.
 
     `options` are the answers that are taken; none: any text. The answer "deny" fails the step. When the
@@ -98,7 +98,7 @@ class ApprovalWork(Frozen):
         return self
 
 
-class SignalWork(Frozen):
+class SignalWork(Record):
     """A wait for a signal to the run. Every step that waits for it receives it, also one that begins later.
 
     When the `timeout_s` of the step is over it goes on with the `default` value, or fails without one (null
@@ -109,7 +109,7 @@ class SignalWork(Frozen):
     default: Any = None
 
 
-class FanOut(Frozen):
+class FanOut(Record):
     """The step once for each entry of a list, as `item` and `index` (from 0); it gives the list of outputs.
 
     More entries than `items_max` are refused, none left out.
@@ -120,14 +120,14 @@ class FanOut(Frozen):
     items_max: Annotated[int, Field(ge=1, le=ITEMS_MAX)] = ITEMS_MAX
 
 
-class Retry(Frozen):
+class Retry(Record):
     """`attempts` in all, `backoff_s` before the second, doubled before each one after it."""
 
     attempts: Annotated[int, Field(ge=1, le=ATTEMPTS_MAX)] = 3
     backoff_s: Annotated[float, Field(ge=0, le=3600)] = 1.0
 
 
-class Step(Frozen):
+class Step(Record):
     """One step: exactly one of `agent`, `team`, `tool`, `approval` and `wait_for`.
 
     `needs` are the steps before it. `start_when`: "all" of them completed (else it is skipped), "any" of them
@@ -185,7 +185,7 @@ class Step(Frozen):
         return next(name for name in get_args(StepKind) if getattr(self, name) is not None)
 
 
-class WorkflowSpec(Frozen):
+class WorkflowSpec(Record):
     """A whole workflow.
 
     `folders` (templates) are what tools and agents may touch, within `paths_allowed` and `paths_forbidden`.

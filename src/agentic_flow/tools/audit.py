@@ -184,7 +184,7 @@ def _append(connection: apsw.Connection, entry: Entry) -> int:
     rows(connection, f"INSERT INTO audit ({_COLUMNS}, hash) VALUES ({marks})", values)  # noqa: S608
     rows(
         connection,
-        "INSERT INTO audit_head VALUES (1, ?, ?) "
+        "INSERT INTO audit_head (only, sequence, hash) VALUES (1, ?, ?) "
         "ON CONFLICT (only) DO UPDATE SET sequence = excluded.sequence, hash = excluded.hash",
         (record.sequence, record.hash),
     )

@@ -16,7 +16,7 @@ from typing import LiteralString, NamedTuple
 from psycopg import AsyncConnection, errors
 
 from agentic_flow.agentdb.postgres.connections import APP_ROLE, connect
-from agentic_flow.core.errors import Conflict, Forbidden, Unavailable
+from agentic_flow.core.errors import Conflict, Forbidden, NeedsNewer, Unavailable
 
 MIGRATE_COMMAND = "agentic-flow db migrate-schema"
 PGVECTOR_MIN = (0, 8, 0)
@@ -356,7 +356,8 @@ async def migrate(url: str) -> list[str]:
                 "name text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now())",
                 "GRANT CREATE ON DATABASE … TO …",
             )
-        check_version(version or 0, allow_older=True)
+        if version is not None:
+            await check_version(connection, allow_older=True)
         applied: list[str] = []
         for number, migration in enumerate(MIGRATIONS[version or 0 :], (version or 0) + 1):
             await connection.execute(migration.sql)
@@ -396,11 +397,28 @@ async def has_schema(connection: AsyncConnection) -> bool:
     return await cursor.fetchone() is not None
 
 
-def check_version(version: int, *, allow_older: bool = False) -> None:
-    """Raise Conflict unless this program can work with a schema of this version."""
-    if version > len(MIGRATIONS):
-        raise Conflict(
-            f"the PostgreSQL schema has version {version!r}, this program knows {len(MIGRATIONS)!r}",
+async def _needed_version(connection: AsyncConnection) -> int:
+    """The migration that a program must know. A newer build may note (column `reader_min`) that one of its
+    own harms nobody who knows an older one: a new column, say."""
+    cursor = await connection.execute(
+        "SELECT coalesce(max(coalesce((to_jsonb(m) ->> 'reader_min')::integer, m.version)), 0) "
+        "FROM agentic_flow.migrations AS m"
+    )
+    row = await cursor.fetchone()
+    return int(row[0]) if row else 0
+
+
+async def check_version(connection: AsyncConnection, *, allow_older: bool = False) -> None:
+    """Refuse a schema that this program cannot work with.
+
+    Raises:
+        NeedsNewer: it is too new.
+        Conflict: it is too old, unless that is allowed.
+    """
+    version = await read_version(connection) or 0
+    if version > len(MIGRATIONS) and (needed := await _needed_version(connection)) > len(MIGRATIONS):
+        raise NeedsNewer(
+            f"the PostgreSQL schema needs version {needed!r}, this program knows {len(MIGRATIONS)!r}",
             hint="use the version of agentic-flow that wrote it, or a newer one",
         )
     if version < len(MIGRATIONS) and not allow_older:

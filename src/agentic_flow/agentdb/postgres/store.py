@@ -160,7 +160,7 @@ class PostgresAgentDB:
                     hint=f"run {schema.MIGRATE_COMMAND!r}",
                 )
             await schema.work_as_app(connection)
-            schema.check_version(await schema.read_version(connection) or 0)
+            await schema.check_version(connection)
             vector_schema = await schema.find_pgvector(connection)
         if vector_schema is None:
             raise Unavailable(f"database {self._db.where} has lost pgvector", hint="CREATE EXTENSION vector")
