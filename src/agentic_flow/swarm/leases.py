@@ -160,7 +160,7 @@ class RunDatabase(SqlDatabase):
     def check_form(self) -> None:
         """Refuse a database in a form that is none of this build's.
 
-        New columns and tables harm nobody (`0026` in the decisions). A build that takes something away or
+        New columns and tables harm nobody (`0027` in the decisions). A build that takes something away or
         gives it another meaning puts into `af_form` the number that a reader must know.
 
         Raises:
