@@ -339,12 +339,10 @@ class AsyncRuns:
         )
         runtime, swarm = await self._client._swarm()  # pyright: ignore[reportPrivateUsage]
         if detached:
-            from agentic_flow.swarm.scheduling import DEFAULT_QUEUE
             from agentic_flow.swarm.service import Swarm
 
             if isinstance(swarm, Swarm):  # else the server that is asked does it, or knows who does
-                spec = spec.model_copy(update={"queue": spec.queue or DEFAULT_QUEUE})
-                await swarm.check_served(spec.queue or DEFAULT_QUEUE)
+                spec = spec.model_copy(update={"queue": await swarm.queue_of_detached(spec.queue)})
         return await swarm.submit(runtime.principal, spec, idempotency_key=idempotency_key)
 
     def spec(
@@ -416,6 +414,12 @@ class AsyncRuns:
         """
         runtime, runs = await self._client._records()  # pyright: ignore[reportPrivateUsage]
         return await runs.artifact(runtime.principal, run_id, name, version=version)
+
+    async def picture(self, run_id: str) -> str:
+        """An SVG of the run: its message graph, and the timeline of its agents with tokens and cost."""
+        from agentic_flow.swarm.picture import picture
+
+        return picture(await self.show(run_id), await self.steps(run_id))
 
     async def questions(self, run_id: str) -> Sequence[Question]:
         """What the run has asked people, answered or not."""
@@ -714,6 +718,10 @@ class Runs:
     def artifact(self, run_id: str, name: str, *, version: int | None = None) -> ArtifactContent:
         """See `AsyncRuns.artifact`."""
         return self._call(lambda: self._runs.artifact(run_id, name, version=version))
+
+    def picture(self, run_id: str) -> str:
+        """See `AsyncRuns.picture`."""
+        return self._call(lambda: self._runs.picture(run_id))
 
     def questions(self, run_id: str) -> Sequence[Question]:
         """See `AsyncRuns.questions`."""

@@ -167,6 +167,11 @@ def test_a_worker_says_that_its_port_is_taken(tmp_path: Path) -> None:
     assert not (place.data_dir / "runs").exists()
 
 
+FLOW = """
+name: note
+steps:
+  - {id: note, tool: {name: artifact_write, arguments: {name: n.txt, text: noted}}}
+"""
 DETACHED = ("run", QUESTION, "--input", "project", "--agents", "1", "--detach")
 
 
@@ -179,15 +184,20 @@ def test_a_detached_run_is_refused_where_nobody_would_do_it(tmp_path: Path) -> N
     assert nobody.code != 0
     assert "no process takes runs from the queue 'default'" in nobody.problem
     assert "agentic-flow worker --queue default" in nobody.err
+    (tmp_path / "flow.yaml").write_text(FLOW, "utf-8")
+    flow = ("workflow", "run", "flow.yaml", "--detach")
+    assert "no process takes runs from the queue 'default'" in place.run(*flow).problem
     with place.start("worker", "--queue", "gpu") as worker:
         worker.until(lambda line: "takes runs from gpu" in line)
         assert place.run(*words).code == nobody.code, "a worker of another queue"
         on_gpu = place.run(*words, "--queue", "gpu", "--json")
         assert on_gpu.code == 0, on_gpu.err
+        also = place.run(*flow, "--queue", "gpu", "--json")
+        assert also.code == 0, also.err
         worker.signal(signal.SIGKILL)
         worker.end()
     assert place.run(*words, "--queue", "gpu").code == nobody.code, "a dead worker"
-    assert place.run_ids() == [on_gpu.data["run_id"]]
+    assert set(place.run_ids()) == {on_gpu.data["run_id"], also.data["run_id"]}
 
 
 def test_a_detached_run_is_left_to_others(tmp_path: Path) -> None:

@@ -48,6 +48,19 @@ def follow(session: Session, begin: Begin, *, whole: bool = False) -> None:
         raise typer.Exit(code)
 
 
+def leave(session: Session, begin: Begin) -> None:
+    """Begin a run with `begin`, say under which id, and leave it to others."""
+    from agentic_flow.client import AsyncClient
+
+    async def main() -> str:
+        async with AsyncClient(settings=session.start()) as client:
+            return await begin(client)
+
+    run_id = asyncio.run(main())
+    session.show({"run_id": run_id}, lambda: print(run_id))
+    talk(f"`agentic-flow runs show {run_id}` tells how it goes, `agentic-flow swarm watch {run_id}` shows it")
+
+
 def _print_end(session: Session, result: RunResult) -> int:
     """Print the run as it ended; the exit code that tells how."""
     if result.state == "cancelled":

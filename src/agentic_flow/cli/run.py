@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -174,8 +173,9 @@ def register(app: typer.Typer) -> None:
         run does is recorded: if this process dies, `agentic-flow runs resume ID` goes on where it was.
         Ctrl-C cancels the run; a second Ctrl-C leaves at once.
         """
-        from agentic_flow.cli.follow import follow
+        from agentic_flow.cli.follow import follow, leave
         from agentic_flow.cli.run_options import spec_options
+        from agentic_flow.core.errors import InvalidInput
         from agentic_flow.swarm.topology import topology_named
 
         if topology is not None:
@@ -212,27 +212,9 @@ def register(app: typer.Typer) -> None:
                 **given,
             )
 
+        if detach and watch:
+            raise InvalidInput("--detach leaves the run alone, and --watch stays", hint="give one of the two")
         if detach:
-            _detach(session, submit, watch=watch)
+            leave(session, submit)
         else:
             follow(session, submit, whole=watch)
-
-
-def _detach(session: Session, submit: Callable[[AsyncClient], Awaitable[str]], *, watch: bool) -> None:
-    """Submit, say under which id, and leave."""
-    import asyncio
-
-    from agentic_flow.cli.output import talk
-    from agentic_flow.client import AsyncClient
-    from agentic_flow.core.errors import InvalidInput
-
-    if watch:
-        raise InvalidInput("--detach leaves the run alone, and --watch stays", hint="give one of the two")
-
-    async def main() -> str:
-        async with AsyncClient(settings=session.start()) as client:
-            return await submit(client)
-
-    run_id = asyncio.run(main())
-    session.show({"run_id": run_id}, lambda: print(run_id))
-    talk(f"`agentic-flow runs show {run_id}` tells how it goes, `agentic-flow swarm watch {run_id}` shows it")

@@ -119,10 +119,9 @@ def picture(
 ) -> None:
     """Draw a run as SVG: its message graph, and the timeline of its agents with tokens and cost."""
     from agentic_flow.core.errors import PathNotFound
-    from agentic_flow.swarm.picture import picture as draw
 
     with session.client() as client:
-        drawn = draw(client.runs.show(run_id), client.runs.steps(run_id))
+        drawn = client.runs.picture(run_id)
     try:
         output.write_text(drawn, "utf-8")
     except OSError as error:
@@ -152,17 +151,27 @@ def artifacts(
         typer.Option("--out", help="Write them into this folder, made if it is not there.", metavar="DIR"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that are there already.")] = False,
+    versions: Annotated[
+        bool, typer.Option("--versions", help="List every version, not only the newest.")
+    ] = False,
 ) -> None:
     """List the files that a run has left, or write them into a folder.
 
     Each is written whole or not at all; without --force none is, when one of the files is there already.
     """
     from agentic_flow.cli.output import print_table
+    from agentic_flow.core.errors import InvalidInput
 
+    if versions and (names or out is not None):
+        raise InvalidInput(
+            "--versions lists all, and takes no names and no folder", hint="leave one of them out"
+        )
     with session.client() as client:
         known = {one.name: one for one in client.runs.artifacts(run_id)}
         # Of one that is not there the service says what is wrong.
         found = [known.get(name) or client.runs.artifact(run_id, name).artifact for name in names or known]
+        if versions:
+            found = list(client.runs.artifacts(run_id, versions=True))
         written: list[Path] = []
         if out is not None:
             from agentic_flow.swarm.artifact_files import write_out

@@ -51,6 +51,7 @@ def validate(session: Session, file: File) -> None:
     examples=(
         "agentic-flow workflow run flow.yaml --input folder=src",
         'agentic-flow workflow run flow.yaml --input \'names=["a", "b"]\' --idempotency-key nightly-7 --json',
+        "agentic-flow workflow run flow.yaml --queue nightly --detach",
     ),
 )
 def run(
@@ -92,13 +93,17 @@ def run(
         bool,
         typer.Option("--after-any-end", help="With --after: it is enough that they have ended."),
     ] = False,
+    detach: Annotated[
+        bool,
+        typer.Option("--detach", help="Leave it to a server or worker, print its id and end at once."),
+    ] = False,
 ) -> None:
     """Run a workflow file and print its outputs.
 
     It is followed, cancelled and resumed as a run is: `agentic-flow runs show|resume|cancel ID`. Steps that
     have ended are not repeated.
     """
-    from agentic_flow.cli.follow import follow
+    from agentic_flow.cli.follow import follow, leave
     from agentic_flow.client import AsyncClient
     from agentic_flow.swarm.workflow_bound import parsed_inputs, source_of, workflow_of
 
@@ -114,9 +119,13 @@ def run(
             priority=priority,
             after=after or (),
             after_any_end=after_any_end,
+            detached=detach,
         )
 
-    follow(session, submit)
+    if detach:
+        leave(session, submit)
+    else:
+        follow(session, submit)
 
 
 @command(

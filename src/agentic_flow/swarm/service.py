@@ -68,6 +68,7 @@ from agentic_flow.swarm.runs import (
 )
 from agentic_flow.swarm.schedule_store import ScheduleStore
 from agentic_flow.swarm.scheduler import Scheduler
+from agentic_flow.swarm.scheduling import DEFAULT_QUEUE
 from agentic_flow.swarm.team import DEFAULT_TOOLS, Team
 from agentic_flow.swarm.topology import Assignment, Role
 from agentic_flow.swarm.tracing import accepting
@@ -231,6 +232,16 @@ class Swarm:
                 f"no process takes runs from the queue {queue!r}",
                 hint=f"start `agentic-flow worker --queue {queue}` or a server on this run database",
             )
+
+    async def queue_of_detached(self, queue: str | None) -> str:
+        """The queue of a run that another process is to do, by default `DEFAULT_QUEUE`.
+
+        Raises:
+            Unavailable: see `check_served`.
+        """
+        queue = queue or DEFAULT_QUEUE
+        await self.check_served(queue)
+        return queue
 
     async def queue_depths(self) -> list[QueueDepth]:
         """How the shared queues stand. See RunEngine."""

@@ -65,6 +65,7 @@ class BoundWorkflows:
         priority: int = 0,
         after: Sequence[str] = (),
         after_any_end: bool = False,
+        detached: bool = False,
     ) -> str:
         """Accept a workflow durably and return the id of its run; follow it as any run (`client.runs`).
 
@@ -76,9 +77,12 @@ class BoundWorkflows:
             priority: -100 to 100; high ones go first.
             after: Runs that must have completed before it begins; it fails when one does not.
             after_any_end: It is enough that they have ended.
+            detached: Another process is to do it: a client without a server puts it into a shared queue, by
+                default `default`.
 
         Raises:
             InvalidInput: the workflow or an input is wrong; `details["problems"]` has all that is.
+            Unavailable: detached, and no process that lives takes runs from the queue.
             PathNotFound: the file or a folder does not exist.
             Conflict: the key was used for another run.
         """
@@ -100,6 +104,11 @@ class BoundWorkflows:
                 f"{name} {fields.get(name)!r} is refused: {problem['msg']}", hint=f"give another {name}"
             ) from None
         runs, principal = await self._open()
+        if detached:
+            from agentic_flow.swarm.service import Swarm
+
+            if isinstance(runs, Swarm):  # else the server that is asked does it, or knows who does
+                request = request.model_copy(update={"queue": await runs.queue_of_detached(queue)})
         return await runs.submit_workflow(principal, request, idempotency_key=idempotency_key)
 
     async def run(
