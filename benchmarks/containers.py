@@ -2,8 +2,10 @@
 
 Each service runs alone, hardened as the stacks run it (read-only root, no capabilities), with its memory in a
 new volume; a worker beside a PostgreSQL. Ready is the first 200 of `/health/ready`, from before `docker run`.
+Then whole stacks get another version while clients ask for 50 things a second and begin a stream each second:
+on PostgreSQL a good one and one that is taken back, and a good one on folders.
 
-Usage: python benchmarks/containers.py [--json] (needs a Docker engine, or root on Debian)
+Usage: python benchmarks/containers.py [--json] [--upgrades] (needs a Docker engine, or root on Debian)
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import secrets
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 TITLE = "Containers"
 STARTS, PROBES, IDLE_S, REBUILDS = 5, 20, 20.0, 3
+HELD_S = 1.0
 READY_TARGET_S, REBUILD_TARGET_S, PROBE_TARGET_MS = 10, 10, 60
 LIMITS_MB = {"platform": 320, "agentdb": 220, "swarm": 220, "worker": 220}
 DATABASE = "postgresql://postgres:for-benchmarks@{host}/postgres"
@@ -102,8 +106,6 @@ def probe_cpu_ms(at: Any, target: str) -> float:
 
 def rebuild_s() -> float:
     """From a changed line of the source to the image, everything else in the build's cache."""
-    import tempfile
-
     from engine import build, start
     from images import build_secrets, copy_context
 
@@ -122,7 +124,44 @@ def rebuild_s() -> float:
     return statistics.median(took_s)
 
 
-def measure() -> dict[str, Any]:
+def upgrades(engine: Any, images: Any) -> list[dict[str, Any]]:
+    """What clients noticed of another version, by the stack's store and how good the version was."""
+    from traffic import RATE_PER_S
+    from upgrades import BAD, GOOD, POSTGRESQL, make_versions, opened, streaming_provider, upgraded
+
+    make_versions(engine, images)
+    found: list[dict[str, Any]] = []
+    stacks: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = ((POSTGRESQL, (GOOD, BAD)), ({}, (GOOD,)))
+    for spec, tags in stacks:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            streaming_provider() as provider,
+            opened(engine, provider, Path(folder), **spec) as place,
+        ):
+            for tag in tags:
+                begun_s = time.monotonic()
+                done, seen = upgraded(place, tag, rate_per_s=RATE_PER_S)
+                ended_s = time.monotonic() - begun_s
+                assert done.code == (7 if tag == BAD else 0), done.err
+                found.append(
+                    {
+                        "store": spec.get("store", "directory"),
+                        "good": tag == GOOD,
+                        "took_s": ended_s,
+                        "pause_s": done.data.get("pause_s"),
+                        "requests": len(seen.took_s),
+                        "failed": sum(seen.failures.values()) + seen.given_up,
+                        "median_ms": 1000 * statistics.median(seen.took_s),
+                        "held": sum(took_s > HELD_S for took_s in seen.took_s),
+                        "slowest_s": max(seen.took_s),
+                        "streams": sum(seen.streams.values()),
+                        "cut": sum(seen.streams.values()) - seen.streams["whole"],
+                    }
+                )
+    return found
+
+
+def measure(*, only_upgrades: bool = False) -> dict[str, Any]:
     """Everything, by target."""
     from engine import running, start, stop
     from images import Images
@@ -131,6 +170,8 @@ def measure() -> dict[str, Any]:
     engine = start()
     try:
         images = Images(engine)
+        if only_upgrades:
+            return {"upgrades": upgrades(engine, images)}
         figures: dict[str, Any] = {"rebuild_s": rebuild_s()}
         for target in ("platform", "agentdb", "swarm"):
             figures[target] = service_figures(engine, target, images(target), ())
@@ -141,14 +182,29 @@ def measure() -> dict[str, Any]:
             )
             options = (f"--network={database.removesuffix('-db')}", *stores)
             figures["worker"] = service_figures(engine, "worker", images("worker"), options)
+        figures["upgrades"] = upgrades(engine, images)
         return figures
     finally:
         if before is None:
             stop()
 
 
+def upgrade_row(own: dict[str, Any]) -> str:
+    """A row of the section."""
+    version = "good" if own["good"] else "bad, taken back"
+    store = {"postgresql": "PostgreSQL", "directory": "folders"}[own["store"]]
+    pause = "none" if not own["pause_s"] else f"{own['pause_s']:.1f}"
+    return (
+        f"| {store} | {version} | {own['took_s']:.0f} | {own['requests']} | {own['failed']} | {own['held']} "
+        f"| {own['median_ms']:.0f} | {own['slowest_s']:.1f} | {own['streams']} | {own['cut']} | {pause} |"
+    )
+
+
 def section() -> str:
     """The section of RESULTS.md."""
+    from traffic import RATE_PER_S
+    from upgrades import STREAM_S
+
     figures = measure()
     rows = []
     for target, limit_mb in LIMITS_MB.items():
@@ -170,6 +226,15 @@ def section() -> str:
             f"One changed line of the source is in an image after {figures['rebuild_s']:.1f} s (median of "
             f"{REBUILDS}). Starts are medians of {STARTS}.",
             "",
+            f"Another version of a whole stack under {RATE_PER_S:.0f} requests/s, each fifth a write, and a "
+            f"stream of {STREAM_S:.0f} s each second. Held are requests that took more than {HELD_S:.0f} s; "
+            "what the proxy could not hold until it was over counts as failed.",
+            "",
+            "| store | version | s, the whole upgrade | requests | failed | held | ms median | s slowest "
+            "| streams | cut | s pause told |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
+            *map(upgrade_row, figures["upgrades"]),
+            "",
             "`python benchmarks/containers.py`",
         ]
     )
@@ -179,7 +244,12 @@ def main() -> int:
     """Print the section, or with `--json` the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    print(json.dumps(measure(), indent=1) if parser.parse_args().json else section())
+    parser.add_argument("--upgrades", action="store_true", help="only upgrades of stacks, as JSON")
+    given = parser.parse_args()
+    if given.json or given.upgrades:
+        print(json.dumps(measure(only_upgrades=given.upgrades), indent=1))
+    else:
+        print(section())
     return 0
 
 

@@ -1,172 +1,117 @@
-"""`agentic-flow upgrade` behind the proxy, under requests and open streams."""
+"""`agentic-flow upgrade` behind the proxy, under 50 requests a second and open streams: nobody notices."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
-from ipaddress import ip_network
-from pathlib import Path
 from typing import Any
 
 import pytest
 from engine import Engine
-from images import REPOSITORIES, TAG, Images
-from stack_place import StackPlace
-from traffic import Seen, Traffic
+from images import Images
+from stack_place import Done, StackPlace
+from traffic import Seen
+from upgrades import BAD, GOOD, POSTGRESQL, SILENT, make_versions, opened, streaming_provider, upgraded
 
-from agentic_flow.testing.fake_provider import FakeProvider, Reply
-from conftest import remove_project
+from agentic_flow.deploy.caddy import HOLD_S
+from agentic_flow.testing.fake_provider import FakeProvider
 
-GOOD, BAD = f"{TAG}-next", f"{TAG}-bad"
-STREAM_S = 4.0
-RATE_PER_S = float(os.environ.get("UPGRADE_RATE_PER_S", "10"))
-"""The suite shares its machine; a claim is made of 50 on a quiet one."""
-ANSWER = " ".join(str(number) for number in range(20))
+SILENT_GATE_S = "15"
 
 
 @pytest.fixture(scope="module")
 def versions(engine: Engine, images: Images) -> None:
-    """A version that differs from the one under test, and one whose platform never becomes healthy."""
-    for target in ("platform", "agentdb", "swarm"):
-        images(target)
-        name = REPOSITORIES[target]
-        ends = "echo broken on purpose >&2; exit 3"
-        bad = f'\nENTRYPOINT ["sh", "-c", "{ends}"]' if target == "platform" else ""
-        for tag, more in ((GOOD, ""), (BAD, bad)):
-            text = f"FROM {name}:{TAG}\nLABEL org.opencontainers.image.version={tag}{more}\n"
-            engine.run("build", "--tag", f"{name}:{tag}", "-", input_text=text)
+    """A good version and two bad ones."""
+    make_versions(engine, images)
 
 
 @pytest.fixture(scope="module")
 def provider() -> Iterator[FakeProvider]:
     """Streams its answer over some seconds."""
-    words = ANSWER.split()
-    reply = Reply.text(ANSWER, chunk_delay_s=STREAM_S / len(words))
-    with FakeProvider(lambda _: reply, host="0.0.0.0") as fake:
+    with streaming_provider() as fake:
         yield fake
 
 
-def opened(engine: Engine, provider: FakeProvider, folder: Path, **spec: Any) -> StackPlace:
-    """A stack that is up, with a namespace."""
-    subnet = engine.output("network", "inspect", "bridge", "--format", "{{(index .IPAM.Config 0).Subnet}}")
-    gateway = next(ip_network(subnet).hosts())
-    place = StackPlace(folder, engine, f"af-test-{os.urandom(4).hex()}", provider="claude", **spec)
-    place.environment |= {
-        "ANTHROPIC_API_KEY": "sk-ant-test-0123456789",
-        "ANTHROPIC_BASE_URL": f"http://{gateway}:{provider.url.rpartition(':')[2]}",
-    }
-    started = place.up()
-    assert started.code == 0, started.err
-    made = place.client("db", "create", "notes")
-    assert made.code == 0, made.err
-    return place
-
-
-@pytest.fixture
-def postgres(engine: Engine, versions: None, provider: FakeProvider, tmp_path: Path) -> Iterator[StackPlace]:
+@pytest.fixture(scope="module")
+def postgres(
+    engine: Engine, versions: None, provider: FakeProvider, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[StackPlace]:
     """The stack on PostgreSQL, with two workers."""
-    services = {"platform": {}, "agentdb": {}, "swarm": {}, "worker": {"replicas": 2}}
-    place = opened(engine, provider, tmp_path, store="postgresql", services=services)
-    try:
+    with opened(engine, provider, tmp_path_factory.mktemp("postgres"), **POSTGRESQL) as place:
         yield place
-    finally:
-        remove_project(engine, place.project)
 
 
-@pytest.fixture
-def directory(engine: Engine, versions: None, provider: FakeProvider, tmp_path: Path) -> Iterator[StackPlace]:
+@pytest.fixture(scope="module")
+def directory(
+    engine: Engine, versions: None, provider: FakeProvider, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[StackPlace]:
     """The stack on SQLite."""
-    place = opened(engine, provider, tmp_path)
-    try:
+    with opened(engine, provider, tmp_path_factory.mktemp("directory")) as place:
         yield place
-    finally:
-        remove_project(engine, place.project)
 
 
-def upgraded(place: StackPlace, tag: str) -> tuple[int, Any, Seen]:
-    """Exit code, report, and what clients saw meanwhile."""
-    stack = place.stack
-    key = (stack / "secrets" / "owner_key").read_text().strip()
-    with Traffic(
-        place.url, stack / "certs" / "ca.crt", key, model="anthropic:claude-test", rate_per_s=RATE_PER_S
-    ) as traffic:
-        done = place.run("upgrade", "--tag", tag, "--json")
-    print(done.err)
-    seen = traffic.seen
-    print(f"requests {seen.requests}, slowest {seen.slowest_s:.2f} s, streams {dict(seen.streams)}")
-    return done.code, done.data, traffic.seen
-
-
-def images_of(place: StackPlace) -> dict[str, set[str]]:
-    """Service of ours → tags of its running containers."""
-    listed = place.engine.output(
-        "ps",
-        "--filter",
-        f"label=com.docker.compose.project={place.project}",
-        "--format",
-        '{{.Label "com.docker.compose.service"}} {{.Image}}',
-    )
-    found: dict[str, set[str]] = {}
-    for line in listed.splitlines():
-        service, image = line.split()
-        if image.startswith("agentic-flow"):
-            found.setdefault(service, set()).add(image.rpartition(":")[2])
-    return found
+def tags_of(place: StackPlace) -> set[str]:
+    """Versions of ours that run."""
+    words = ("ps", "--filter", f"label=com.docker.compose.project={place.project}", "--format", "{{.Image}}")
+    images = place.engine.output(*words).splitlines()
+    return {image.rpartition(":")[2] for image in images if image.startswith("agentic-flow")}
 
 
 def assert_kept(place: StackPlace, seen: Seen) -> None:
     """Every acknowledged write is there."""
+    assert seen.written
     for first in range(0, len(seen.written), 100):
-        got = place.client("db", "get", "notes", *seen.written[first : first + 100], "--json")
+        asked = seen.written[first : first + 100]
+        got = place.client("db", "get", "notes", *asked, "--json")
         assert got.code == 0, got.err
-        assert len(got.data) == len(seen.written[first : first + 100]), json.dumps(got.data)[:500]
+        assert len(got.data) == len(asked), json.dumps(got.data)[:500]
 
 
-def assert_unnoticed(seen: Seen) -> None:
-    """No read failed, no stream was cut, and hardly a write: the proxy may send one on a connection that the
-    old container closes in that moment, and does not repeat what it cannot know to be harmless."""
-    assert set(seen.streams) == {"whole"}
-    posts = {f"POST /v1/namespaces/notes/{what}: 502 " for what in ("items", "search")}
-    assert set(seen.failures) <= posts
-    assert seen.failures.total() <= 0.01 * seen.requests
+def assert_unnoticed(done: Done, seen: Seen) -> None:
+    """No request failed, and no stream was cut."""
+    assert not seen.failures, f"{seen.told()}\n{done.err}"
+    assert set(seen.streams) == {"whole"}, f"{seen.told()}\n{done.err}"
+
+
+def assert_taken_back(place: StackPlace, done: Done, service: str) -> dict[str, Any]:
+    """A bad version's end: told, with its service; the version before runs, and is well."""
+    assert done.code == 7, done.out
+    error: dict[str, Any] = done.data["error"]
+    assert error["details"]["rolled_back_to"] == GOOD
+    assert service in error["detail"]
+    assert tags_of(place) == {GOOD}
+    assert place.run("status").code == 0
+    return error
 
 
 def test_on_postgresql_nobody_notices(postgres: StackPlace) -> None:
-    """Catches a read that fails, a stream that is cut, and a write that is lost while versions change."""
-    code, report, seen = upgraded(postgres, GOOD)
-    assert code == 0, report
-    assert (report["mode"], report["tag"], report["pause_s"]) == ("start-first", GOOD, 0.0)
-    assert_unnoticed(seen)
-    assert {tag for tags in images_of(postgres).values() for tag in tags} == {GOOD}
+    """Catches a request that fails, a stream that is cut, and a write that is lost while versions change."""
+    done, seen = upgraded(postgres, GOOD)
+    assert done.code == 0, done.out
+    assert (done.data["mode"], done.data["tag"], done.data["pause_s"]) == ("start-first", GOOD, 0.0)
+    assert_unnoticed(done, seen)
+    assert seen.given_up == 0
+    assert tags_of(postgres) == {GOOD}
     assert_kept(postgres, seen)
     assert postgres.run("upgrade", "--tag", GOOD).code == 5
-    code, problem, seen = upgraded(postgres, BAD)
-    assert code == 7, problem
-    assert problem["error"]["details"]["rolled_back_to"] == GOOD
-    assert "platform" in problem["error"]["detail"]
-    assert_unnoticed(seen)
-    assert {tag for tags in images_of(postgres).values() for tag in tags} == {GOOD}
+
+
+@pytest.mark.parametrize(
+    ("tag", "service", "options"),
+    [(BAD, "platform", ()), (SILENT, "agentdb", ("--gate", SILENT_GATE_S))],
+    ids=["ends", "never-ready"],
+)
+def test_on_postgresql_a_bad_version_is_taken_back_unnoticed(
+    postgres: StackPlace, tag: str, service: str, options: tuple[str, ...]
+) -> None:
+    """Catches a bad version that stays, in part or whole, or that clients notice before it is gone."""
+    if tags_of(postgres) != {GOOD}:
+        assert postgres.run("upgrade", "--tag", GOOD).code == 0
+    done, seen = upgraded(postgres, tag, *options)
+    assert_taken_back(postgres, done, service)
+    assert_unnoticed(done, seen)
+    assert seen.given_up == 0
     assert_kept(postgres, seen)
-    assert postgres.run("status").code == 0
-
-
-def test_on_sqlite_the_pause_is_told_and_nothing_is_lost(directory: StackPlace) -> None:
-    """Catches a pause that nobody tells of, a lost write, and a bad version that stays."""
-    code, report, seen = upgraded(directory, GOOD)
-    assert code == 0, report
-    assert report["mode"] == "stop-first"
-    assert report["pause_s"] > 0
-    print(f"pause {report['pause_s']:.1f} s, slowest request {seen.slowest_s:.1f} s")
-    print(f"failed: {dict(seen.failures)}")
-    assert {tag for tags in images_of(directory).values() for tag in tags} == {GOOD}
-    assert_kept(directory, seen)
-    back = directory.run("upgrade", "--tag", BAD, "--json")
-    assert back.code == 7
-    assert back.data["error"]["details"]["rolled_back_to"] == GOOD
-    assert {tag for tags in images_of(directory).values() for tag in tags} == {GOOD}
-    assert directory.run("status").code == 0
-    assert_kept(directory, seen)
 
 
 def test_a_version_that_is_not_here_changes_nothing(directory: StackPlace) -> None:
@@ -176,3 +121,25 @@ def test_a_version_that_is_not_here_changes_nothing(directory: StackPlace) -> No
     assert (missing.code, missing.data["error"]["code"]) == (4, "not_found")
     assert directory.run("upgrade", "--tag", "latest").code == 2
     assert directory.container("platform") == before
+
+
+def test_on_sqlite_the_proxy_holds_what_comes(directory: StackPlace) -> None:
+    """Catches a request that fails though the proxy could hold it, a stream that is cut, a lost write, and a
+    pause that nobody tells of."""
+    done, seen = upgraded(directory, GOOD)
+    assert done.code == 0, done.out
+    assert done.data["mode"] == "stop-first"
+    assert_unnoticed(done, seen)
+    assert seen.given_up == 0 or done.data["pause_s"] > HOLD_S, seen.told()
+    assert tags_of(directory) == {GOOD}
+    assert_kept(directory, seen)
+
+
+def test_on_sqlite_a_bad_version_is_taken_back(directory: StackPlace) -> None:
+    """Catches a bad version that stays, and requests that fail while it is taken back."""
+    if tags_of(directory) != {GOOD}:
+        assert directory.run("upgrade", "--tag", GOOD).code == 0
+    done, seen = upgraded(directory, BAD)
+    assert_taken_back(directory, done, "platform")
+    assert_unnoticed(done, seen)
+    assert_kept(directory, seen)

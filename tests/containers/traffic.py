@@ -14,6 +14,8 @@ from typing import Any, Self
 
 import aiohttp
 
+from agentic_flow.deploy.caddy import HOLD_S
+
 RATE_PER_S = 50.0
 STREAM_EACH_S = 1.0
 TIMEOUT_S = 60.0
@@ -25,16 +27,24 @@ class Seen:
 
     Args:
         failures: What was not answered as it should, in words.
+        given_up: Requests and streams that the proxy held for as long as it does, and then refused.
         written: Ids of items whose writing was acknowledged.
-        slowest_s: Longest time of one request.
+        took_s: Time of each request.
         streams: Streams by how they ended.
     """
 
-    requests: int = 0
     failures: Counter[str] = field(default_factory=Counter[str])
+    given_up: int = 0
     written: list[str] = field(default_factory=list[str])
-    slowest_s: float = 0.0
+    took_s: list[float] = field(default_factory=list[float])
     streams: Counter[str] = field(default_factory=Counter[str])
+
+    def told(self) -> str:
+        """All of it in a line."""
+        return (
+            f"{len(self.took_s)} requests, slowest {max(self.took_s):.2f} s, failed {dict(self.failures)}, "
+            f"given up {self.given_up}, streams {dict(self.streams)}"
+        )
 
 
 class Traffic:
@@ -110,21 +120,22 @@ class Traffic:
             ("GET", f"{self._url}/v1/agents", None),
         )[number % 5]
         began_s = time.monotonic()
-        self.seen.requests += 1
+        what = f"{method} {path.removeprefix(self._url)}"
         try:
             async with session.request(method, path, json=body) as answer:
                 text = await answer.text()
-                if answer.status >= 400:
-                    self.seen.failures[
-                        f"{method} {path.removeprefix(self._url)}: {answer.status} {text[:200]}"
-                    ] += 1
+                if self._is_given_up(answer.status, began_s):
+                    self.seen.given_up += 1
+                elif answer.status >= 400:
+                    self.seen.failures[f"{what}: {answer.status} {text[:200]}"] += 1
                 elif number % 5 == 0:
                     self.seen.written.append(item)
         except (aiohttp.ClientError, TimeoutError) as error:
-            self.seen.failures[
-                f"{method} {path.removeprefix(self._url)}: {type(error).__name__} {error}"
-            ] += 1
-        self.seen.slowest_s = max(self.seen.slowest_s, time.monotonic() - began_s)
+            self.seen.failures[f"{what}: {type(error).__name__} {error}"] += 1
+        self.seen.took_s.append(time.monotonic() - began_s)
+
+    def _is_given_up(self, status: int, began_s: float) -> bool:
+        return status == 503 and time.monotonic() - began_s >= HOLD_S
 
     async def _stream(self, session: aiohttp.ClientSession) -> None:
         body: dict[str, Any] = {
@@ -133,9 +144,12 @@ class Traffic:
             "stream": True,
             "messages": [{"role": "user", "content": "count"}],
         }
-        last = ""
+        last, began_s = "", time.monotonic()
         try:
             async with session.post(f"{self._url}/v1/messages", json=body) as answer:
+                if self._is_given_up(answer.status, began_s):
+                    self.seen.given_up += 1
+                    return
                 if answer.status != 200:
                     self.seen.streams[f"refused: {answer.status} {(await answer.text())[:200]}"] += 1
                     return
