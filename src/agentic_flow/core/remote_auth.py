@@ -68,6 +68,9 @@ class RemoteAuthenticator:
                 hint=f"use at most {FEED_AGE_MAX_S - _POLL_TIMEOUT_S:.0f} s",
             )
         self._clock = clock
+        peers = peers or PeerSettings()
+        # The feed is asked for that often anyway, and nobody is let in while it is old.
+        peers = peers.model_copy(update={"breaker_open_s": min(peers.breaker_open_s, self._poll_s)})
         self._twin = HttpTwin(platform_url, peers, tls=tls, peer="platform", clock=clock)
         self._issuer = ""
         self._keys: KeySet | None = None

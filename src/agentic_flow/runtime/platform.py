@@ -7,6 +7,7 @@ routes of runs and memory over its neighbours, wherever those run.
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, NamedTuple
@@ -265,7 +266,9 @@ class _Apps:
             return all_of()
         from agentic_flow.core.http_twin import HttpTwin
 
-        peers = self._settings.peers.model_copy(update={"attempts": 1, "timeout_s": ANSWER_TIMEOUT_S})
+        # A probe each time: a circuit that opens would go on saying for seconds that a neighbour is away.
+        once = {"attempts": 1, "timeout_s": ANSWER_TIMEOUT_S, "breaker_failures": sys.maxsize}
+        peers = self._settings.peers.model_copy(update=once)
         twins = {name: HttpTwin(url, peers, tls=self._settings.tls, peer=name) for name, url in urls.items()}
         for twin in twins.values():
             self._runtime.on_exit(twin.close)
