@@ -15,7 +15,19 @@ from agentic_flow.swarm.runs import Citation, RunResult, RunStep
 STEPS = st.lists(
     st.builds(
         RunStep,
-        agent=st.sampled_from(["run", "work-1", "work-2", "work-1.ask-1", "merge", "odd"]),
+        agent=st.sampled_from(
+            [
+                "run",
+                "work-1",
+                "work-2",
+                "work-1.ask-1",
+                "merge",
+                "odd",
+                "odd.ask-1",
+                "lone.try-1",
+                "far.off.away",
+            ]
+        ),
         index=st.integers(0, 9),
         name=st.sampled_from(["model", "tool:file_read", "overview"]),
         error=st.none() | st.just({"detail": "<&>"}),
@@ -54,6 +66,34 @@ def test_every_record_is_a_well_formed_picture(steps: list[RunStep], goal: str, 
     heard = {(edge.speaker, edge.listener) for edge in graph_of(record).edges}
     assert ("a<b>&", "two") in heard
     assert "hears a<b>&" in graph_text(result(goal), record)
+
+
+def test_the_steps_of_a_workflow_hear_those_that_they_need() -> None:
+    """Catches workflows without a picture, attempts drawn as agents, and items that nobody is shown to hear."""
+
+    def plan(**of: tuple[str, list[str]]) -> RunStep:
+        begun = {key: {"step": step, "needs": needs} for key, (step, needs) in of.items()}
+        return RunStep(
+            agent="run", index=0, name="plan", output={"start": [*begun], "ended": {}, "of": begun}
+        )
+
+    record = [
+        plan(find=("find", [])),
+        plan(**{"each-1": ("each", ["find"]), "each-2": ("each", ["find"])}),
+        plan(sum=("sum", ["each"])),
+        *(RunStep(agent=f"sum.try-{n}", index=1, name="model", started_at_s=1.0) for n in (1, 2)),
+    ]
+    graph = graph_of(record)
+    assert [node.agent for node in graph.nodes] == ["find", "each-1", "each-2", "sum"]
+    assert {(edge.speaker, edge.listener) for edge in graph.edges} == {
+        ("find", "each-1"),
+        ("find", "each-2"),
+        ("each-1", "sum"),
+        ("each-2", "sum"),
+    }
+    ElementTree.fromstring(picture(result("a workflow"), record))
+    older = [RunStep(agent="run", index=0, name="plan", output={"start": ["find", "sum"], "ended": {}})]
+    assert [node.agent for node in graph_of(older).nodes] == ["find", "sum"]
 
 
 def answer(text: str, citations: int, author: str = "") -> Answer:

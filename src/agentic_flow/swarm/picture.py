@@ -7,7 +7,8 @@ and for how much. So there is a picture of a run under way, of one that failed a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
@@ -15,6 +16,7 @@ from agentic_flow.swarm.payloads import from_record
 from agentic_flow.swarm.runs import RunResult, RunStep
 from agentic_flow.swarm.topology import Assignment, Edge, MessageGraph, Node, message_graph
 
+_ATTEMPT = re.compile(r"\.try-\d+(?=\.|$)")
 WIDTH = 960
 _MARGIN, _ROW, _LABEL, _COST = 24, 22, 170, 190
 _LAYER, _BOX_WIDTH, _BOX_HEIGHT = 84, 118, 30
@@ -51,21 +53,49 @@ def assignments_of(steps: Sequence[RunStep]) -> list[Assignment]:
 
 
 def graph_of(steps: Sequence[RunStep]) -> MessageGraph:
-    """Who heard whom; questions that agents passed on to others are messages there and back."""
+    """Who heard whom; questions that agents passed on to others are messages there and back.
+
+    Of a workflow the steps are the agents: each hears those that it needs.
+    """
     assigned = {assignment.key: assignment for assignment in assignments_of(steps)}
     graph = message_graph(assigned.values())
-    nodes, edges = list(graph.nodes), list(graph.edges)
-    for workflow in dict.fromkeys(step.agent for step in steps if "." in step.agent):
-        parent = agent_name(workflow.rpartition(".")[0], assigned)
-        asked = agent_name(workflow, assigned)
-        nodes.append(Node(asked, "worker", (workflow,)))
-        edges += [Edge(parent, asked, 1), Edge(asked, parent, 1)]
-    return MessageGraph(tuple(nodes), tuple(edges))
+    nodes = {node.agent: node for node in graph.nodes}
+    edges = list(graph.edges)
+    of_step: dict[str, list[str]] = {}
+    for key, step, needs in _workflow_steps(steps):
+        nodes[key] = Node(key, "worker", (key,))
+        edges += [Edge(speaker, key, 1) for need in needs for speaker in of_step.get(need, ())]
+        of_step.setdefault(step, []).append(key)
+    for path in dict.fromkeys(_without_attempts(step.agent) for step in steps):
+        parts = path.split(".")
+        for depth in range(1, len(parts)):  # whoever is between has perhaps no step of its own
+            above = agent_name(".".join(parts[:depth]), assigned)
+            asked = agent_name(".".join(parts[: depth + 1]), assigned)
+            nodes.setdefault(above, Node(above, "worker", (above,)))
+            if asked not in nodes:
+                nodes[asked] = Node(asked, "worker", (".".join(parts[: depth + 1]),))
+                edges += [Edge(above, asked, 1), Edge(asked, above, 1)]
+    return MessageGraph(tuple(nodes.values()), tuple(edges))
+
+
+def _workflow_steps(steps: Sequence[RunStep]) -> Iterator[tuple[str, str, list[str]]]:
+    """Of a workflow: key, step and needed steps of what was begun, in order. Older records have no needs."""
+    for plan in steps:
+        if plan.agent == "run" and plan.name == "plan" and plan.output:
+            of = plan.output.get("of", {})
+            for key in plan.output.get("start", ()):
+                about = of.get(key, {})
+                yield key, about.get("step", key), about.get("needs", [])
+
+
+def _without_attempts(workflow: str) -> str:
+    """`sum.try-2` is `sum` once more, not somebody else."""
+    return _ATTEMPT.sub("", workflow)
 
 
 def agent_name(workflow: str, assigned: dict[str, Assignment]) -> str:
     """The agent behind a step's `agent` (`work-1`, `work-1.ask-2`)."""
-    key, _, below = workflow.partition(".")
+    key, _, below = _without_attempts(workflow).partition(".")
     name = assigned[key].agent if key in assigned else key
     return f"{name}-{below.replace('.', '-')}" if below else name
 

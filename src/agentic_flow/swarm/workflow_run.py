@@ -187,7 +187,9 @@ class Workflows:
 
             async def note(_: StepContext, plan: Plan = plan) -> JsonObject:
                 ended = {name: outcome.state for name, outcome in plan.outcomes.items()}
-                return {"start": [start.key for start in plan.start], "ended": ended}
+                # For the picture of the run: whose results each of them is given.
+                of = {s.key: {"step": s.step, "needs": list(steps[s.step].needs)} for s in plan.start}
+                return {"start": [start.key for start in plan.start], "ended": ended, "of": of}
 
             await context.step("plan", note)
             children = {
