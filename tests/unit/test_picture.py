@@ -69,7 +69,7 @@ def test_every_record_is_a_well_formed_picture(steps: list[RunStep], goal: str, 
 
 
 def test_the_steps_of_a_workflow_hear_those_that_they_need() -> None:
-    """Catches workflows without a picture, attempts drawn as agents, and items that nobody is shown to hear."""
+    """Catches workflows without a picture, attempts drawn as agents, items that nobody hears."""
 
     def plan(**of: tuple[str, list[str]]) -> RunStep:
         begun = {key: {"step": step, "needs": needs} for key, (step, needs) in of.items()}
