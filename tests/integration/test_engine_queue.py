@@ -28,6 +28,39 @@ from agentic_flow.core.serve import stop_on_signals
 from agentic_flow.swarm.engine import SqlRunEngine
 
 QUEUE, RUNS, STEPS, PLACES = "jobs", 40, 3, 2
+QUEUED, PEAK_MAX_MB = 10_000, 300
+MANY = """
+import asyncio, json, resource, sys
+from pathlib import Path
+from agentic_flow.swarm.engine import SqlRunEngine
+
+folder, url, queued = json.loads(sys.argv[1])
+ended = asyncio.Semaphore(0)
+
+async def flow(context, payload):
+    ended.release()
+    return {}
+
+async def main():
+    engine = SqlRunEngine(url, Path(folder), lease_s=60.0, runs_parallel_max=4)
+    engine.register("flow", flow)
+    async with engine.open():
+        for first in range(0, queued, 1000):
+            put = [
+                engine.start("flow", f"r{n}", {"text": "x" * 1000}, tenant=f"t{n % 20}", queue="jobs")
+                for n in range(first, first + 1000)
+            ]
+            assert all(await asyncio.gather(*put))
+    async with engine.open(queues=["jobs"]):
+        for _ in range(50):
+            await ended.acquire()
+        (depth,) = await engine.queue_depths()
+        assert depth.waiting > queued - 1000, depth
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+asyncio.run(main())
+"""
+"""A process that queues many runs, and then works on them."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -157,6 +190,15 @@ def test_a_killed_worker_loses_nothing(store: Store) -> None:
         repeated = {key: count for key, count in counts.items() if count > 1}
         assert len(repeated) <= PLACES, repeated
         assert set(repeated.values()) <= {2}
+
+
+def test_ten_thousand_wait_in_little_memory(store: Store) -> None:
+    """Catches a process that holds in memory what waits in the store, as submitter or as worker."""
+    told = json.dumps([store.folder, store.url, QUEUED])
+    done = subprocess.run([sys.executable, "-c", MANY, told], stdout=subprocess.PIPE, check=True, timeout=200)
+    peak_mb = int(done.stdout) / 1024
+    print(f"{peak_mb:.0f} MB with {QUEUED} runs")
+    assert peak_mb < PEAK_MAX_MB
 
 
 def test_a_drained_worker_hands_back_at_once(store: Store) -> None:
