@@ -24,12 +24,25 @@ from stacks import Stack, assert_no_secret_shows, prepare, spec_with_free_ports
 
 from agentic_flow.core.identity import new_key
 from agentic_flow.deploy import compose
+from agentic_flow.deploy.certs import CertificateFolder
+from agentic_flow.deploy.engine import Engine as DockerCommand
 from agentic_flow.deploy.infrastructure import DATABASE_PORT
 from agentic_flow.deploy.plan import PORTS, checked_plan
 from agentic_flow.deploy.spec import ServiceSpec
+from agentic_flow.deploy.stack import Stack as DeployedStack
 from conftest import remove_project
 
 ROOT = Path(__file__).resolve().parents[2]
+# PostgreSQL speaks TLS after it was asked whether it does.
+SHOWN_BY_POSTGRES = """
+import socket, ssl, struct
+context = ssl.create_default_context(cafile="/run/secrets/ca.crt")
+with socket.create_connection(("postgres", 5432), 5) as plain:
+    plain.sendall(struct.pack("!ii", 8, 80877103))
+    assert plain.recv(1) == b"S"
+    with context.wrap_socket(plain, server_hostname="postgres") as connection:
+        print(connection.getpeercert()["serialNumber"])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +165,23 @@ def test_the_database_takes_nobody_without_tls(stack: Stack) -> None:
     assert "sslmode=verify-full" in stack.secret("database_url")
     clients = "pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE client_addr IS NOT NULL"
     assert in_database(stack, f"SELECT bool_and(ssl) FROM {clients}") == [["t"]]
+
+
+def test_the_database_takes_up_a_renewed_certificate(stack: Stack) -> None:
+    """Catches a certificate that the database shows until it expires, though a new one lies in its place."""
+    (platform,), (postgres,) = stack.containers("platform"), stack.containers("postgres")
+
+    def shown() -> str:
+        return stack.engine.output("exec", platform, "python", "-c", SHOWN_BY_POSTGRES)
+
+    before = shown(), stack.engine.output("inspect", "--format={{.State.StartedAt}}", postgres)
+    CertificateFolder(stack.folder / "certs", mounted=True).renew(["postgres"], within_days=400)
+    engine = DockerCommand(stack.engine.docker, stack.engine.variables)
+    assert "postgres" in DeployedStack(stack.folder, stack.spec, engine).take_up_certificates()
+    until(lambda: shown() != before[0], 30, "the new certificate")
+    assert stack.engine.output("inspect", "--format={{.State.StartedAt}}", postgres) == before[1]
+    with stack.client() as client:
+        assert client.run("What is a worker?", input="/inputs/guides", agents=1).state == "completed"
 
 
 def test_the_overlays_are_the_whole_plan(stack: Stack) -> None:

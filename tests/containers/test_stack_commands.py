@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import ssl
 from pathlib import Path
 
 from stack_place import StackPlace
@@ -47,8 +48,11 @@ def test_a_second_up_changes_nothing(place: StackPlace) -> None:
 
 
 def test_renewed_certificates_reach_running_containers(place: StackPlace) -> None:
-    """Catches a renewal that containers never see, because the file that they mounted was replaced."""
+    """Catches a renewal that containers never see, because the file that they mounted was replaced, or
+    because their program reads it once, as the proxy's does."""
     container = place.container("swarm")
+    started = place.engine.output("inspect", "--format={{.State.StartedAt}}", place.container("proxy"))
+    outside = ssl.get_server_certificate(("localhost", place.ports["platform"]))
 
     def shown() -> str:
         return place.engine.output("exec", container, "python", "-c", SHOWN_BY_PLATFORM).strip()
@@ -60,6 +64,11 @@ def test_renewed_certificates_reach_running_containers(place: StackPlace) -> Non
         if (after := shown()) != before:
             break
     assert after != before
+    assert "proxy has taken up its own" in renewed.err
+    assert ssl.get_server_certificate(("localhost", place.ports["platform"])) != outside
+    assert started == place.engine.output(
+        "inspect", "--format={{.State.StartedAt}}", place.container("proxy")
+    )
     assert place.run("status").code == 0
 
 

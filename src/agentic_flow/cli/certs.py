@@ -110,7 +110,8 @@ def renew(
 ) -> None:
     """Make anew what expires soon or cannot be used. Servers take it up without a restart (tls.reload_s).
 
-    Keys are made anew too, except the authority's: what it signed before stays good.
+    Keys are made anew too, except the authority's: what it signed before stays good. In the folder of a stack
+    that runs (stack/certs), the proxy and PostgreSQL are told to take theirs up.
     """
     from agentic_flow.deploy.certs import (
         AUTHORITY_DAYS,
@@ -127,6 +128,28 @@ def renew(
         authority_days=AUTHORITY_DAYS if authority_days is None else authority_days,
     )
     _show(session, folder, changes)
+    if any(change.outcome != "kept" for change in changes):
+        _tell_stack(folder)
+
+
+def _tell_stack(folder: Path) -> None:
+    """Let the stack whose certificates these are take them up, if there is one that runs."""
+    from agentic_flow.cli.output import talk
+    from agentic_flow.core.errors import AgenticFlowError
+    from agentic_flow.deploy.engine import Engine
+    from agentic_flow.deploy.stack import STATE_FILE, Stack
+
+    place = folder.absolute().parent
+    if not (place / STATE_FILE).exists() or folder.name != "certs":
+        return
+    engine = Engine()
+    try:
+        engine.check()
+    except AgenticFlowError as error:
+        talk(f"no container was told: {error.message}")
+        return
+    for name in Stack.remembered(place, engine).take_up_certificates():
+        talk(f"{name} has taken up its own")
 
 
 @command(app, "show", examples=("agentic-flow certs show", "agentic-flow certs show --dir certs --json"))

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 from agentic_flow.deploy.parts import Published, certificate_files
 
+ADMIN = "unix//tmp/caddy.sock"
+"""Where Caddy is told to take up renewed certificates: within its container alone."""
 HOLD_S = 30
 """Longest time that a request waits for a service that takes none."""
 _GRACE_S = 10
@@ -42,7 +44,7 @@ def caddyfile(published: Sequence[Published], head: str) -> str:
     sites = "\n".join(_site(one, certificate, key) for one in published)
     return f"""{head}
 {{
-	admin off
+	admin {ADMIN}
 	auto_https off
 	grace_period {_GRACE_S}s
 	log {{

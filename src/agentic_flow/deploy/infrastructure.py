@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from agentic_flow.deploy.caddy import ADMIN
 from agentic_flow.deploy.parts import (
     FILES_DIR,
     FILES_GROUP,
@@ -21,6 +22,7 @@ WORKER_PORT = 9001
 COLLECTOR_PORT = 4318
 COLLECTOR_URL = f"https://collector:{COLLECTOR_PORT}"
 DATABASE, DATABASE_USER, DATABASE_PORT = "agentic_flow", "agentic_flow", 5432
+_CADDY_CONFIG = ("--config", "/etc/caddy/Caddyfile", "--adapter", "caddyfile")
 _UNPRIVILEGED = f"{FILES_GROUP}:{FILES_GROUP}"
 
 _LIMITS: dict[Tier, dict[str, Limits]] = {
@@ -55,7 +57,7 @@ def proxy(config: str, published: Sequence[Published], behind: Sequence[str]) ->
         name="proxy",
         image="caddy",
         tag="2",
-        command=("caddy", "run", "--config", "/etc/caddy/Caddyfile", "--adapter", "caddyfile"),
+        command=("caddy", "run", *_CADDY_CONFIG),
         environment={"XDG_CONFIG_HOME": "/tmp/config", "XDG_DATA_HOME": "/tmp/data"},  # noqa: S108
         files={"/etc/caddy/Caddyfile": config},
         has_certificate=True,
@@ -66,6 +68,8 @@ def proxy(config: str, published: Sequence[Published], behind: Sequence[str]) ->
         capabilities=("NET_BIND_SERVICE",),
         # No probe: its image has no program that asks. Whether it passes requests on shows from outside.
         waits_for=tuple(name for name in behind if name in targets),
+        # Its configuration is the same, only what that names has changed: hence --force.
+        reload=("caddy", "reload", *_CADDY_CONFIG, "--address", ADMIN, "--force"),
         ours=False,
     )
 
@@ -83,7 +87,8 @@ def postgres(tier: Tier) -> Part:
     }
     words = " ".join(f"-c {name}={value}" for name, value in options.items())
     # It refuses a key that others could read, and a secret's file cannot be given to its user.
-    start = f"install -m 0600 {key} {private} && exec docker-entrypoint.sh postgres {words}"
+    own_key = f"install -m 0600 {key} {private}"
+    start = f"{own_key} && exec docker-entrypoint.sh postgres {words}"
     return Part(
         name="postgres",
         image="pgvector/pgvector",
@@ -104,6 +109,7 @@ def postgres(tier: Tier) -> Part:
         # The server that fills the first database has no TCP port; asking by TCP waits for the real one.
         probe=("pg_isready", "-q", "-h", "127.0.0.1", "-U", DATABASE_USER, "-d", DATABASE),
         stop_s=60,
+        reload=("sh", "-c", f"{own_key} && kill -HUP 1"),
         ours=False,
     )
 

@@ -84,6 +84,7 @@ class Part:
         stop_s: Seconds from the request to stop to the kill.
         waits_for: Parts that must be ready before it starts.
         ours: Whether it is one of our images.
+        reload: Command within it that makes it take up renewed certificates; None: it does so by itself.
         tries: How often a job that fails is begun again; None: it is no job and runs for ever.
     """
 
@@ -110,6 +111,7 @@ class Part:
     way_out: bool = False
     waits_for: tuple[str, ...] = ()
     ours: bool = True
+    reload: tuple[str, ...] | None = None
     tries: int | None = None
 
 

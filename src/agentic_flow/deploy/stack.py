@@ -328,6 +328,33 @@ class Stack:
             details={"service": ill.service, "condition": ill.condition, "log": log},
         )
 
+    def take_up_certificates(self) -> list[str]:
+        """Make the parts that read their certificates only at the start read the renewed ones; who has.
+
+        Connections that are open go on with what they began with; the proxy ends those that are still in use
+        after its grace period.
+
+        Raises:
+            Unavailable: one could not; the others have.
+        """
+        done: list[str] = []
+        failed: list[str] = []
+        for one in self.containers():
+            part = next((part for part in self.plan.parts if part.name == one.service), None)
+            if part is None or part.reload is None or one.state != "running":
+                continue
+            try:
+                self.engine.call("exec", one.id, *part.reload)
+                done.append(one.service)
+            except AgenticFlowError as error:
+                failed.append(f"{one.service} ({error.message})")
+        if failed:
+            raise Unavailable(
+                f"the renewed certificates were not taken up by {', '.join(failed)}",
+                hint=f"restart them: `docker compose restart`, in {str(self.folder)!r}",
+            )
+        return done
+
     def down(self, *, volumes: bool = False) -> None:
         """Stop and remove the containers and networks; volumes with all data only if told so."""
         words = ("down", "--remove-orphans", *(("--volumes",) if volumes else ()))
