@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,28 @@ from agentic_flow.deploy.plan import PORTS, checked_plan
 from conftest import remove_project
 
 ROOT = Path(__file__).resolve().parents[2]
+# Runs within a service: asks a neighbour over TLS with its certificate, over TLS without, and without TLS.
+ASKED_THREE_WAYS = """
+import json, socket, ssl, sys
+caller, callee, port = sys.argv[1:]
+def answer(connection):
+    lines = ("GET /health/live HTTP/1.1", f"host: {callee}", "connection: close", "", "")
+    connection.sendall("\\r\\n".join(lines).encode())
+    return (connection.recv(100).split(b" ") + [b"", b""])[1].decode()
+def asked(how):
+    context = ssl.create_default_context(cafile="/run/secrets/ca.crt")
+    if how == "certificate":
+        context.load_cert_chain(f"/run/secrets/{caller}.crt", f"/run/secrets/{caller}.key")
+    try:
+        with socket.create_connection((callee, int(port)), 5) as plain:
+            if how == "plain":
+                return answer(plain)
+            with context.wrap_socket(plain, server_hostname=callee) as connection:
+                return answer(connection)
+    except OSError as error:
+        return type(error).__name__
+print(json.dumps({how: asked(how) for how in ("certificate", "tls", "plain")}))
+"""
 QUESTION = "How is a secret file read again when it changes?"
 
 
@@ -97,6 +120,17 @@ def test_who_reaches_whom_is_the_list_of_edges(stack: Stack, images: Images) -> 
             told = [outcome[host, port] for host in (callee, *addresses(inspected[callee]))]
             reached = "reached" in told
             assert reached is (frozenset((caller, callee)) in joined), (caller, callee, told)
+
+
+def test_services_speak_only_with_who_shows_a_certificate(stack: Stack) -> None:
+    """Catches a service that answers a neighbour without TLS, or without a certificate of the stack."""
+    for caller, callees in (("platform", ("agentdb", "swarm")), ("swarm", ("platform", "agentdb"))):
+        (container,) = stack.containers(caller)
+        for callee in callees:
+            words = ("python", "-c", ASKED_THREE_WAYS, caller, callee, str(PORTS[callee]))
+            told = json.loads(stack.engine.output("exec", container, *words))
+            assert told["certificate"] == "200", (caller, callee, told)
+            assert "200" not in (told["tls"], told["plain"]), (caller, callee, told)
 
 
 def test_internal_networks_have_no_way_out(stack: Stack, images: Images) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ class Receiver(http.server.BaseHTTPRequestHandler):
         if self.headers.get("content-encoding") == "gzip":
             import gzip
             body = gzip.decompress(body)
-        names = sorted(set(re.findall(rb"service.instance.id\\x12[^a-z]*([a-z]+)", body)))
+        names = sorted(set(re.findall(rb"service.name\\x12[^a-z]*([a-z-]+)", body)))
         print("RECEIVED", self.path, self.headers["content-type"], names, flush=True)
         self.send_response(200)
         self.send_header("content-length", "0")
@@ -135,13 +136,17 @@ def test_promtool_finds_nothing_wrong(stack: Stack) -> None:
 
 
 def test_traces_of_every_service_arrive(stack: Stack) -> None:
-    """Catches an exporter that does not trust the collector, shows it no certificate, or sends nothing."""
+    """Catches an exporter that does not trust the collector, shows it no certificate, or sends nothing, and
+    services that all have one name."""
     with stack.client() as client:
         client.models()
 
     def arrived() -> bool:
         text = stack.logs("collector")
-        return "/v1/traces" in text and all(name in text for name in ("platform", "agentdb", "swarm"))
+        names = set(re.findall(r"b'(agentic-flow-[a-z]+)'", text))
+        return "/v1/traces" in text and names == {
+            f"agentic-flow-{name}" for name in ("platform", "agentdb", "swarm")
+        }
 
     until(arrived, f"traces of all services: {stack.logs('collector')[-2000:]}")
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+from datetime import datetime
 from pathlib import Path
 
+from container import until
 from engine import Engine
 from images import Images
 from stacks import prepare, spec_with_free_ports
 
 from agentic_flow.deploy import compose
-from agentic_flow.deploy.variants import BENCHMARK, TEAMS
+from agentic_flow.deploy.variants import BENCHMARK, PAUSE_S, TEAMS, TRIES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,3 +50,29 @@ def test_every_team_works_as_its_variables_say(
     assert {one["topology"] for one in records} == {"mesh", "hierarchical", "ring", "star"}
     assert {one["iteration"] for one in records} == {1, 2}
     assert all(one["verdict"] == "ok" for one in records)
+
+
+def test_a_job_that_fails_is_begun_again_after_a_pause(
+    engine: Engine, images: Images, project: object, tmp_path: Path
+) -> None:
+    """Catches a job that is begun again at once, for ever, or never; Compose has no word for a pause."""
+    name = project()  # type: ignore[operator]
+    stack = prepare(
+        engine, images, name, tmp_path, spec_with_free_ports(), (compose.PARALLEL,), targets=("platform",)
+    )
+    stack.override({"ring": {"command": ["run", "What is here?", "--input", "/inputs/nothing"]}})
+    stack.compose("up", "--detach", "ring")
+    (container,) = stack.containers("ring")
+
+    def given_up() -> bool:
+        said = engine.output("inspect", "--format={{.State.Status}} {{.RestartCount}}", container)
+        return said == f"exited {TRIES}"
+
+    until(given_up, "the last try")
+    lines = engine.run("logs", "--timestamps", container).stderr.splitlines()
+    failed = [
+        datetime.fromisoformat(line.split()[0][:26]) for line in lines if f"ends in {PAUSE_S} s" in line
+    ]
+    assert len(failed) == TRIES + 1, lines
+    pauses_s = [(later - sooner).total_seconds() for sooner, later in itertools.pairwise(failed)]
+    assert min(pauses_s) >= PAUSE_S

@@ -133,6 +133,23 @@ def test_an_unknown_setting_stops_every_command(run: Run, monkeypatch: pytest.Mo
         assert "AGENTIC_FLOW_SERVE__PLATFORM_PORT" in refused.err
 
 
+def test_a_job_that_fails_waits_before_it_ends(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a pause that is not kept, that success keeps, or that hides what went wrong."""
+    waited_s: list[float] = []
+    monkeypatch.setattr("agentic_flow.cli.session.time.sleep", waited_s.append)
+    words = ("run", "What is here?", "--input", "nowhere")
+    plain = run(*words)
+    assert waited_s == []
+    monkeypatch.setenv("AGENTIC_FLOW_SWARM__FAILURE_PAUSE_S", "7")
+    paused = run(*words)
+    assert waited_s == [7.0]
+    assert (paused.code, paused.out) == (plain.code, plain.out) == (2, "")
+    assert paused.err == f"failed; ends in 7 s\n{plain.err}"
+    assert run("runs", "show", "nothing").code != 0
+    assert run("run", "--help").code == 0
+    assert waited_s == [7.0]
+
+
 def test_exit_codes_of_the_help_are_those_of_the_table(run: Run) -> None:
     """Catches an exit code in the table of errors that the root help does not explain."""
     told = run("--help").out.partition("Exit codes:")[2]

@@ -26,6 +26,7 @@ def register(app: typer.Typer) -> None:
             'agentic-flow run "What has changed?" -i src --queue nightly --detach',
             'agentic-flow run "What is risky here?" -i . --forbid "secrets/**" --budget-usd 0.50 --json',
         ),
+        job=True,
     )
     def run(  # pyright: ignore[reportUnusedFunction] - called through the app
         session: Session,

@@ -9,8 +9,9 @@ from __future__ import annotations
 import atexit
 import functools
 import inspect
+import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
@@ -129,12 +130,33 @@ def new_app(help_text: str, *, epilog: str | None = None, completion: bool = Fal
     )
 
 
+@contextmanager
+def _slow_failure(session: Session) -> Generator[None]:
+    """Keep an error back for the pause of the settings. SIGTERM and Ctrl-C end that, too."""
+    try:
+        yield
+    except Exception as error:
+        from agentic_flow.core.errors import InvalidInput
+
+        pause_s = 0.0
+        if getattr(error, "exit_code", 1):
+            with suppress(InvalidInput):  # the settings are what is wrong
+                pause_s = session.settings.swarm.failure_pause_s
+        if pause_s:
+            from agentic_flow.cli.output import talk
+
+            talk(f"failed; ends in {pause_s:g} s")
+            time.sleep(pause_s)
+        raise
+
+
 def command(
-    app: typer.Typer, name: str, *, examples: Sequence[str]
+    app: typer.Typer, name: str, *, examples: Sequence[str], job: bool = False
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as the command `name`, with the shared options and examples in its help.
 
-    The function's docstring is the help text; its first parameter receives the Session.
+    The function's docstring is the help text; its first parameter receives the Session. A `job` is what
+    stacks begin again when it fails: it waits for `swarm.failure_pause_s` before it ends so.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -147,7 +169,8 @@ def command(
             session = Session(
                 as_json=bool(shared["as_json"]), data_dir=shared["data_dir"], log_level=shared["log_level"]
             )
-            function(session, **arguments)
+            with _slow_failure(session) if job else nullcontext():
+                function(session, **arguments)
 
         keyword = inspect.Parameter.KEYWORD_ONLY
         parameters = [

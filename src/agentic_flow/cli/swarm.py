@@ -55,6 +55,7 @@ def watch(
         "agentic-flow swarm bench --input . --task tests --topology star --agents 4 --json",
         "agentic-flow swarm bench --input src --task index --iterations 10 --out results",
     ),
+    job=True,
 )
 def bench(
     session: Session,

@@ -365,6 +365,11 @@ class SwarmSettings(Section):
         default=300.0,
         description="Longest time that a step of a run waits for a service of ours that is away.",
     )
+    failure_pause_s: Annotated[float, Field(ge=0.0, le=3600.0)] = Field(
+        default=0.0,
+        description="Seconds that `run` and `swarm bench` wait before they end with an error: for who begins "
+        "them again at once, as a container engine does.",
+    )
     lease_s: Positive = Field(default=10.0, description="A process silent for this long has lost its runs.")
     artifact_max_bytes: Annotated[int, Field(ge=1, le=128 * MIB)] = Field(
         default=16 * MIB, description="Bytes of one artifact of a run."

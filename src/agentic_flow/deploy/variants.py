@@ -31,7 +31,8 @@ from agentic_flow.deploy.plan import SERVE as _SERVE
 from agentic_flow.deploy.spec import Provider, StackSpec
 
 AGENT = "agent"
-TRIES = 3
+TRIES, PAUSE_S = 3, 5
+"""How often a job that fails is begun again, and the pause before, its own doing: Compose has none."""
 _RESULTS = Volume("agent-metrics", DATA_DIR)
 _SCRATCH = ("/tmp",)  # noqa: S108 - inside the container
 QUESTION = "How is this software organised, and where is its main job done?"
@@ -161,6 +162,7 @@ def parallel(spec: StackSpec) -> SidePlan:
 
 def _job(origin: Part, team: Team, command: tuple[str, ...]) -> Part:
     variables = {"MODEL_PROVIDER": "extractive", "ENABLE_PARALLEL_EXECUTION": "true", **team.variables}
+    variables[env_name("swarm.failure_pause_s")] = str(PAUSE_S)
     return replace(
         origin,
         name=team.name,
