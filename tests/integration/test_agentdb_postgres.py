@@ -522,6 +522,34 @@ async def test_overlapping_batches_all_count(url: str) -> None:
         assert len({item.text for item in stored}) == 1, "a batch was applied in part"
 
 
+async def test_readers_of_one_folder_store_it_together(url: str) -> None:
+    """Catches a run that fails because another one, at another worker, read the same new folder first."""
+    async with opened(url) as one, opened(url) as other:
+        await one.create_namespace("t", SPACE)
+        mark = Fingerprint(size_bytes=1, mtime_ns=1, sha256="0")
+        for turn in range(5):
+            documents = [
+                Document(
+                    path=f"{turn}/{name}",
+                    fingerprint=mark,
+                    chunks=tuple(
+                        Item(id=f"{turn}/{name}:{line}", text="a line", metadata={"path": f"{turn}/{name}"})
+                        for line in range(3)
+                    ),
+                )
+                for name in ("a", "b", "c")
+            ]
+            stores = (one, other, one, other)
+            counts = await asyncio.gather(*(store.put_documents("t", SPACE, documents) for store in stores))
+            assert counts == [9] * 4
+        assert len((await one.list_items("t", SPACE, limit=100)).items) == 45
+        taken = Document(
+            path="else", fingerprint=mark, chunks=(Item(id="0/a:0", text="x", metadata={"path": "else"}),)
+        )
+        with pytest.raises(Conflict, match="belongs to another item"):
+            await one.put_documents("t", SPACE, [taken])
+
+
 async def test_one_key_one_application(url: str) -> None:
     """Catches a request that is applied twice because its repetition arrived before the first had ended."""
     async with opened(url) as one, opened(url) as other:

@@ -172,6 +172,7 @@ async def put_documents(
 
     Raises:
         Conflict: a chunk's id belongs to an item outside its document.
+        Repeat: another transaction stored one of the documents first.
     """
     await purge_expired(connection, namespace, now_s)
     stored = await _documents(connection, namespace, [document.path for document in documents], lock=True)
@@ -194,7 +195,10 @@ async def put_documents(
     try:
         keys = await _insert(connection, tenant, namespace, rows)
     except Repeat:
-        raise await _taken(connection, namespace, documents) from None
+        conflict = await _taken(connection, namespace, documents)
+        if conflict is None:
+            raise  # somebody else stored the same documents first: once more, in their place
+        raise conflict from None
     await recount_documents(connection, namespace, {document_id for document_id, _ in ids.values()})
     await log(connection, tenant, namespace.id, "document", [*(key for key, _ in gone), *keys], now_s)
     kept = await fetch(
@@ -207,8 +211,8 @@ async def put_documents(
 
 async def _taken(
     connection: AsyncConnection, namespace: NamespaceRow, documents: Sequence[PreparedDocument]
-) -> Conflict:
-    """The error that names a document one of whose chunk ids belongs to another item."""
+) -> Conflict | None:
+    """The error that names a document one of whose chunk ids belongs to another item; None: none does."""
     found = await fetch(
         connection,
         "SELECT i.id, i.document_id FROM agentic_flow.items AS i "
@@ -227,8 +231,10 @@ async def _taken(
             for item in document.items
             if item.id_key in owners and owners[item.id_key] != ids[document.path]
         ),
-        documents[0].path,
+        None,
     )
+    if path is None:
+        return None
     return Conflict(
         f"a chunk id of document {path!r} belongs to another item",
         hint="prefix chunk ids with the document's path",
