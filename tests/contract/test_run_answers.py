@@ -12,7 +12,7 @@ from agentic_flow.core.errors import Unavailable
 from agentic_flow.core.messages import JsonObject
 from agentic_flow.core.ports import StepContext, WorkflowContext
 from agentic_flow.swarm import checkpoints
-from agentic_flow.swarm import engine as engine_module
+from agentic_flow.swarm import executor as executor_module
 from agentic_flow.swarm.engine import SqlRunEngine
 from agentic_flow.swarm.leases import Leases
 
@@ -84,7 +84,7 @@ async def test_a_history_that_cannot_be_read_fails_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a run that is recorded as failed because the store was away when it was taken over."""
-    begun, hold, read = asyncio.Event(), asyncio.Event(), engine_module.recorded_history
+    begun, hold, read = asyncio.Event(), asyncio.Event(), executor_module.recorded_history
 
     async def flow(context: WorkflowContext, payload: JsonObject) -> JsonObject:
         async def held(_: StepContext) -> JsonObject:
@@ -95,7 +95,7 @@ async def test_a_history_that_cannot_be_read_fails_no_run(
         return await context.step("held", held)
 
     def away(*arguments: Any) -> Any:
-        monkeypatch.setattr(engine_module, "recorded_history", read)
+        monkeypatch.setattr(executor_module, "recorded_history", read)
         raise Unavailable("the run database is away")
 
     for turn in range(2):
@@ -105,9 +105,9 @@ async def test_a_history_that_cannot_be_read_fails_no_run(
             if turn == 0:
                 await engine.start("flow", "run", {}, tenant="t")
                 await begun.wait()
-                monkeypatch.setattr(engine_module, "recorded_history", away)
+                monkeypatch.setattr(executor_module, "recorded_history", away)
                 continue
             hold.set()
             async with asyncio.timeout(30):
                 assert (await engine.wait("run")).state == "completed"
-            assert engine_module.recorded_history is read, "it was never away"
+            assert executor_module.recorded_history is read, "it was never away"
