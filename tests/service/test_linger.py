@@ -14,7 +14,9 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from cli_process import Place
 from starlette.applications import Starlette
+from test_cli_serve import get
 from tls_files import make_certificate
 
 from agentic_flow.core.auth import NoCredentials
@@ -229,3 +231,22 @@ async def test_it_is_sent_nothing_before_its_neighbours_let_it_in() -> None:
         assert await status("accepting") == 200
         neighbours = False
         assert [await status(path) for path in ("ready", "accepting")] == [503, 200]
+
+
+def test_it_does_not_listen_before_it_can_let_anybody_in(tmp_path: Path) -> None:
+    """Catches a service that is reached as soon as it runs, beside the one that it takes the place of, and
+    turns callers away because it does not have the platform's keys yet."""
+    (tmp_path / "other").mkdir()
+    place = Place(tmp_path)
+    with place.start("serve", "platform") as first:
+        url = first.addresses(1)["platform"]
+        first.signal(signal.SIGTERM)
+        assert first.end().code == 0
+    lonely = {"AGENTIC_FLOW_PEERS__PLATFORM_URL": url}
+    with place.start("serve", "agentdb", **lonely, AGENTIC_FLOW_SERVE__LINGER_S="0.1") as waits:
+        with Place(tmp_path / "other").start("serve", "agentdb", **lonely) as witness:
+            witness.addresses(1)  # began later, and listens whatever it lacks
+        assert not [line for line in waits.err if " listens on " in line]
+        with place.start("serve", "platform", AGENTIC_FLOW_SERVE__PLATFORM_PORT=url.rpartition(":")[2]):
+            address = waits.addresses(1)["agentdb"]
+            assert get(f"{address}/health/ready")[0] == 200

@@ -8,6 +8,7 @@ is down.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,7 @@ class RemoteAuthenticator:
         # (kind, id) → time of the revocation; dropped once no token can be older.
         self._revoked: dict[tuple[str, str], float] = {}
         self._fresh_at_s: float | None = None
+        self._began = asyncio.Event()
         self._exchanged: OrderedDict[bytes, str] = OrderedDict()
         self._polling = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
@@ -98,6 +100,12 @@ class RemoteAuthenticator:
     def fresh(self) -> bool:
         """Whether callers can be let in: for the readiness of the service."""
         return self._age_s() <= FEED_AGE_MAX_S
+
+    async def wait_fresh(self, timeout_s: float) -> bool:
+        """Wait until the feed was had for the first time; whether it was."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._began.wait(), timeout_s)
+        return self._began.is_set()
 
     async def authenticate(self, credential: str) -> Principal:
         """Authenticator: tokens here, keys by exchange."""
@@ -198,6 +206,7 @@ class RemoteAuthenticator:
                 self._keys = identity.key_set(jwks["keys"])
                 self._kids = frozenset(key.kid or "" for key in self._keys.keys)
             self._fresh_at_s = asked_at_s
+            self._began.set()
 
     def _take(self, entries: list[dict[str, Any]]) -> None:
         for entry in entries:

@@ -64,7 +64,7 @@ AppLifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
 DEADLINE_HEADER = "x-deadline-s"
 _DEADLINE_NAME = DEADLINE_HEADER.encode()
 HEARTBEAT_S = 15.0
-OPENS_AFTER_S = 15.0
+OPENS_AFTER_S = 30.0
 """A service that starts while a neighbour is away is sent requests after so long all the same."""
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger("agentic_flow.web")

@@ -24,7 +24,7 @@ from agentic_flow.core.later import imported
 from agentic_flow.core.readiness import ANSWER_TIMEOUT_S, Answering, Ready, all_of, room
 from agentic_flow.core.serve import bind, check_host, serve
 from agentic_flow.core.settings import Settings
-from agentic_flow.core.web import create_app, json_response, require
+from agentic_flow.core.web import OPENS_AFTER_S, create_app, json_response, require
 from agentic_flow.core.web_floor import ErrorShape
 from agentic_flow.runtime.build import SERVICES, Runtime, definition_catalog
 from agentic_flow.runtime.deferred import DeferredRoutes
@@ -80,7 +80,12 @@ async def serve_services(
         check_host(name, host, auth_required=settings.auth.required)
         bind(name, host, port).close()
     async with Runtime(settings, serves=chosen) as runtime:
-        apps = await _Apps(runtime, on_owner_key).build(chosen)
+        made = _Apps(runtime, on_owner_key)
+        apps = await made.build(chosen)
+        if settings.serve.linger_s > 0 and made.remote is not None:
+            # Beside one that it takes the place of: who is refused a connection goes there, and who is let
+            # in is not turned away because nobody's key can be checked yet.
+            await made.remote.wait_fresh(OPENS_AFTER_S)
         scheme = "https" if settings.tls.certificate_file else "http"
 
         def ready(addresses: list[tuple[str, int]]) -> None:
@@ -134,6 +139,8 @@ class _Apps:
         self._runtime = runtime
         self._settings = runtime.settings
         self._on_owner_key = on_owner_key
+        self.remote: RemoteAuthenticator | None = None
+        """Who checks credentials where the platform runs elsewhere, once `build` was called."""
 
     async def build(self, names: Sequence[str]) -> dict[str, Starlette]:
         """Name → app."""
@@ -170,6 +177,7 @@ class _Apps:
         settings = self._settings
         remote = RemoteAuthenticator(url, settings.auth, peers=settings.peers, tls=settings.tls)
         await self._runtime.enter(remote)
+        self.remote = remote
         return remote, remote
 
     @asynccontextmanager
