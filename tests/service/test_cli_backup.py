@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +21,10 @@ from typing import Any, Self
 import apsw
 import pytest
 from cli_process import TIMEOUT_S, Place
+from kept_rows import column, database
 
-from agentic_flow.core.db import Database, execute_many, rows
-from agentic_flow.core.errors import Conflict, DataCorrupted, Unavailable
+from agentic_flow.core.db import rows
 from agentic_flow.deploy.backup import back_up_folder, databases, restore_folder
-from agentic_flow.deploy.snapshot import one_moment
 
 MOMENTS = int(os.environ.get("BACKUP_MOMENTS", "10"))
 RUN_EACH = 20
@@ -122,12 +120,6 @@ def get(url: str) -> Any:
         return json.loads(answer.read())
 
 
-def column(file: Path, sql: str) -> list[Any]:
-    # Not by another SQLite library: two in one process end each other's locks.
-    with closing(apsw.Connection(str(file))) as connection:
-        return [value for (value,) in rows(connection, sql)]
-
-
 def links_in(data_dir: Path) -> set[str]:
     """The links of the chain that a data folder holds, whichever database they are in."""
     items = column(data_dir / "agentdb/agentdb.db", "SELECT id FROM items WHERE id LIKE 'link-%'")
@@ -175,6 +167,7 @@ def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
 
 
+@pytest.mark.timeout(300)  # two servers are started, on a machine that may be busy
 def test_a_server_at_work_is_backed_up_as_of_one_moment(place: Place) -> None:
     """Catches databases that were copied one after the other, writers that get an error, acknowledged writes
     that are missing, runs without their memory or their books, and a backup that no server goes on from."""
@@ -240,120 +233,6 @@ def check_it_goes_on(place: Place, data_dir: Path) -> None:
         assert done.code == 0, done.out + done.err
 
 
-def database(path: Path) -> Database:
-    return Database(path, ("CREATE TABLE kept (value TEXT NOT NULL) STRICT",))
-
-
-def add(path: Path, value: str, *, busy_timeout_s: float = 10.0) -> None:
-    with closing(apsw.Connection(str(path))) as connection:
-        connection.set_busy_timeout(int(busy_timeout_s * 1000))
-        rows(connection, "INSERT INTO kept VALUES (?)", (value,))
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    """A data folder with two databases that are open."""
-    data_dir = tmp_path / "data"
-    opened = [database(data_dir / name) for name in ("one.db", "deep/two.db")]
-    try:
-        yield data_dir
-    finally:
-        for one in opened:
-            one.close()
-
-
-HOLD = """
-import sys
-from pathlib import Path
-from agentic_flow.deploy.backup import databases
-from agentic_flow.deploy.snapshot import one_moment
-def at_moment():
-    print("held", flush=True)
-    sys.stdin.readline()
-with one_moment(databases(Path(sys.argv[1])), at_moment=at_moment):
-    print("let go", flush=True)
-    sys.stdin.readline()
-"""
-STOP = """
-import sys
-from pathlib import Path
-from agentic_flow.deploy.backup import back_up_folder
-def progress(path, done, total):
-    print("at work", flush=True)
-    sys.stdin.readline()
-back_up_folder(Path(sys.argv[1]), Path(sys.argv[2]), settle_s=0.0, progress=progress)
-"""
-
-
-def child(program: str, *words: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *map(str, words)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def said(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    return process.stdout.readline().strip()
-
-
-def end(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.communicate()
-
-
-def test_all_writers_are_held_at_the_moment_and_then_let_go(folder: Path) -> None:
-    """Catches a barrier that bars nobody, or not everybody, and one that stays while copies are made."""
-    process = child(HOLD, folder)
-    try:
-        assert said(process) == "held"
-        for file in databases(folder):
-            with pytest.raises(apsw.BusyError):
-                add(file, "held", busy_timeout_s=0.0)
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
-        assert said(process) == "let go"
-        for file in databases(folder):
-            add(file, "later", busy_timeout_s=0.0)
-    finally:
-        end(process)
-
-
-def test_a_backup_that_is_killed_lets_go_and_leaves_no_file(folder: Path, tmp_path: Path) -> None:
-    """Catches a lock that outlives its process, and half a backup under the final name."""
-    process = child(HOLD, folder)
-    assert said(process) == "held"
-    end(process)
-    for file in databases(folder):
-        add(file, "free", busy_timeout_s=0.0)
-    process = child(STOP, folder, tmp_path / "a.tar.gz")
-    assert said(process) == "at work"
-    end(process)
-    rests = [path for path in tmp_path.iterdir() if path != folder]
-    assert rests
-    assert all(path.name.startswith(".") and path.name.endswith(".part") for path in rests)
-    back_up_folder(folder, tmp_path / "a.tar.gz", settle_s=0.0)
-    restore_folder(tmp_path / "a.tar.gz", tmp_path / "b")
-    assert column(tmp_path / "b/one.db", "SELECT value FROM kept") == ["free"]
-
-
-def test_a_writer_without_end_is_an_error_and_holds_nobody_up(folder: Path) -> None:
-    """Catches a wait for ever, and locks on the other databases meanwhile."""
-    one, two = sorted(databases(folder))
-    with closing(apsw.Connection(str(one))) as busy:
-        rows(busy, "BEGIN IMMEDIATE")
-        with (
-            pytest.raises(Unavailable, match=re.escape(one.name)) as raised,
-            one_moment([two, one], wait_s=0.2),
-        ):
-            pass
-        assert raised.value.retryable
-        add(two, "free", busy_timeout_s=0.0)
-
-
 def test_what_was_deleted_and_what_opens_something_is_not_in_it(place: Place) -> None:
     """Catches deleted rows that travel in free pages, and secrets in a backup that is said to have none."""
     path = place.data_dir / "one.db"
@@ -386,53 +265,6 @@ def test_what_was_deleted_and_what_opens_something_is_not_in_it(place: Place) ->
     assert place.run("keys", "list", "--data-dir", place.folder / "restored-False").code == 0
 
 
-def test_a_folder_is_replaced_only_when_told_and_not_under_a_server(folder: Path, tmp_path: Path) -> None:
-    """Catches a restore over what is there, one under a process that works, and one that loses the old."""
-    add(folder / "one.db", "first")
-    back_up_folder(folder, tmp_path / "a.tar.gz", settle_s=0.0)
-    add(folder / "one.db", "second")
-    with pytest.raises(Conflict, match="not empty"):
-        restore_folder(tmp_path / "a.tar.gz", folder)
-    with pytest.raises(Conflict, match="in use"):
-        restore_folder(tmp_path / "a.tar.gz", folder, force=True)
-    other = tmp_path / "other"
-    restore_folder(tmp_path / "a.tar.gz", other)
-    add(other / "one.db", "third")
-    report = restore_folder(tmp_path / "a.tar.gz", other, force=True)
-    assert report.kept is not None
-    assert column(report.kept / "one.db", "SELECT value FROM kept") == ["first", "third"]
-    assert column(other / "one.db", "SELECT value FROM kept") == ["first"]
-    assert {path.name for path in tmp_path.iterdir()} == {"data", "a.tar.gz", "other", report.kept.name}
-
-
-def test_damage_and_a_full_disk_end_it_with_nothing_left(folder: Path, tmp_path: Path, place: Place) -> None:
-    """Catches a backup of a damaged database, and rests of one, or of a restore, that had no room."""
-    file = folder / "big.db"
-    database(file).close()
-    with closing(apsw.Connection(str(file))) as connection, connection:
-        execute_many(
-            connection, "INSERT INTO kept VALUES (?)", ((os.urandom(500).hex(),) for _ in range(2000))
-        )
-    back_up_folder(folder, tmp_path / "good.tar.gz", settle_s=0.0)
-    before = set(tmp_path.iterdir())
-    small = ["bash", "-c", 'ulimit -f 600; exec "$0" -m agentic_flow "$@"', sys.executable]
-    for words in (
-        ("backup", "a.tar.gz", "--data-dir", "data"),
-        ("restore", "good.tar.gz", "--data-dir", "b"),
-    ):
-        done = subprocess.run(
-            [*small, *words], cwd=tmp_path, env=place.environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 7, done.stderr
-        assert "make room" in done.stderr
-    with file.open("r+b") as content:
-        content.seek(40 * 4096)
-        content.write(b"\xff" * 8192)
-    with pytest.raises(DataCorrupted, match=re.escape("big.db")):
-        back_up_folder(folder, tmp_path / "a.tar.gz", settle_s=0.0)
-    assert set(tmp_path.iterdir()) == before
-
-
 def test_state_that_is_elsewhere_is_not_passed_over(place: Place) -> None:
     """Catches a backup that says nothing of the runs that PostgreSQL keeps, and success over no database."""
     assert place.run("backup", "a.tar.gz").code == 2
@@ -442,3 +274,28 @@ def test_state_that_is_elsewhere_is_not_passed_over(place: Place) -> None:
     assert (refused.code, "swarm.database_url" in refused.problem) == (2, True)
     done = place.run("backup", "a.tar.gz", "--folder-only", "--json", **url)
     assert (done.code, done.data["elsewhere"]) == (0, ["swarm.database_url"])
+
+
+def test_who_erases_a_tenant_is_told_of_backups_that_hold_it(place: Place) -> None:
+    """Catches a tenant that is said to be gone and comes back with a backup that nobody named."""
+    for words in (
+        ("tenants", "create", "team-a"),
+        ("db", "create", "notes", "--tenant", "team-a"),
+        ("db", "put", "notes", "--tenant", "team-a", "--id", "s", "--text", "A secret."),
+    ):
+        assert place.run(*words).code == 0
+    backups = place.folder / "backups"
+    made = back_up_folder(place.data_dir, backups / "one.tar.gz", settle_s=0.0)
+    assert made.contents.about.tenants == ("team-a",)
+    erased = place.run("tenants", "erase", "team-a", "--yes", "--json")
+    assert erased.code == 0, erased.err
+    assert erased.data["backups"]["holding"] == [str(made.file)]
+    made.file.rename(backups / "moved.tar.gz")
+    back_up_folder(place.data_dir, backups / "after.tar.gz", settle_s=0.0)
+    (backups / "foreign.tar.gz").write_bytes(b"")
+    assert place.run("tenants", "create", "team-a").code == 0  # another of the same name
+    again = place.run("tenants", "erase", "team-a", "--yes", "--json", "--backups", backups)
+    assert again.code == 0, again.err
+    assert again.data["backups"]["holding"] == [str(backups / "moved.tar.gz")]
+    assert again.data["backups"]["missing"] == [str(made.file)]
+    assert "foreign.tar.gz" in again.data["backups"]["unreadable"][0]

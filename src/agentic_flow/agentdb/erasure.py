@@ -13,7 +13,9 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import tarfile
 import time
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,8 @@ BACKUP_DATABASE = "agentdb.db"
 """File of a backup that is the database."""
 MANIFEST = "manifest.json"
 """File of a backup that says what it is."""
+WHOLE, WHOLE_HEAD = ".tar.gz", "about.json"
+"""Ending and first file of a backup of everything, whose head names its tenants."""
 PART = ".part"
 """Ending of a folder that is being written; a crash may leave it, and it can be removed."""
 
@@ -219,7 +223,7 @@ def survey_backups(
         notes: What is to be said beside.
     """
     check_tenant(tenant)
-    missing = [place for place in made if not (place / BACKUP_DATABASE).is_file()]
+    missing = [place for place in made if not (place.is_file() or (place / BACKUP_DATABASE).is_file())]
     missing += [place for place in histories if not place.is_dir()]
     places = [place.resolve() for place in (*folders, *(one for one in made if one not in missing))]
     files: dict[Path, None] = {}
@@ -227,14 +231,18 @@ def survey_backups(
     holding: list[str] = []
     for place in dict.fromkeys(places):
         try:
+            if place.is_file():
+                files[place] = None
+                continue
             check_folders([place])
             files |= dict.fromkeys(_databases(place))
         except (PathNotFound, OSError) as error:
             unreadable.append(str(error))
     for file in files:
         try:
-            if _holds(file, tenant):
-                holding.append(str(file.parent))
+            whole = file.name != BACKUP_DATABASE
+            if tenant in _tenants_of_whole(file) if whole else _holds(file, tenant):
+                holding.append(str(file if whole else file.parent))
         except (DataCorrupted, OSError) as error:
             unreadable.append(str(error))
     branches = [place.resolve() for place in histories if place.is_dir()]
@@ -397,6 +405,7 @@ def _databases(folder: Path) -> list[Path]:
     level = [folder]
     for _ in range(_FOLDERS_DEEP_MAX):
         found += [one / BACKUP_DATABASE for one in level if _is_backup(one)]
+        found += [file for one in level for file in sorted(one.glob(f"*{WHOLE}")) if file.is_file()]
         level = [child for one in level for child in sorted(one.iterdir()) if child.is_dir()]
     return found
 
@@ -405,6 +414,21 @@ def _is_backup(folder: Path) -> bool:
     """Whether it is one, or what is left of one that was never finished."""
     named = (folder / MANIFEST).is_file() or folder.suffix == PART
     return named and (folder / BACKUP_DATABASE).is_file()
+
+
+def _tenants_of_whole(file: Path) -> frozenset[str]:
+    """The tenants that a backup of everything (`agentic-flow backup`) names in its head; none if it is
+    somebody else's archive.
+    """
+    try:
+        with tarfile.open(file, "r|gz") as archive:
+            head = archive.next()
+            source = None if head is None or head.name != WHOLE_HEAD else archive.extractfile(head)
+            return frozenset() if source is None else frozenset(orjson.loads(source.read())["tenants"])
+    except (tarfile.TarError, EOFError, zlib.error, KeyError, TypeError, orjson.JSONDecodeError) as error:
+        raise DataCorrupted(
+            f"{str(file)!r} cannot be read: {error}", hint="whether it holds the tenant cannot be told"
+        ) from error
 
 
 def _holds(file: Path, tenant: str) -> bool:

@@ -68,25 +68,31 @@ def backup(
     """
     from agentic_flow.cli.db_session import progress_bars, size
     from agentic_flow.cli.output import local_time, talk
+    from agentic_flow.cli.stack import is_compose, opened_stack
     from agentic_flow.deploy.archive import read_archive
     from agentic_flow.deploy.backup import back_up_folder
+    from agentic_flow.deploy.stack_backup import back_up_stack
 
     settings = session.start()
     if verify:
         contents = read_archive(file)
         session.show(
             {"file": str(file.absolute()), **_described(contents)},
-            lambda: print(f"{file}: {_summary(contents)}: nothing is wrong"),
+            lambda: print(
+                f"{file}: {_summary(contents)}, as of {local_time(contents.about.at_s)}: nothing is wrong"
+            ),
         )
         return
     with progress_bars() as progress:
-        report: BackupReport = back_up_folder(
-            settings.data_dir,
-            file,
-            with_secrets=with_secrets,
-            elsewhere=_elsewhere(session, folder_only),
-            progress=progress,
-        )
+        report: BackupReport
+        if is_compose(folder, embedded):
+            stack = opened_stack(folder)
+            report = back_up_stack(stack, file, with_secrets=with_secrets, progress=progress)
+        else:
+            elsewhere = _elsewhere(session, folder_only)
+            report = back_up_folder(
+                settings.data_dir, file, with_secrets=with_secrets, elsewhere=elsewhere, progress=progress
+            )
 
     def human() -> None:
         manifest = report.contents.manifest
@@ -137,19 +143,41 @@ def restore(
     session: Session,
     file: File,
     folder: Folder = _FOLDER,
+    spec: Annotated[
+        Path | None,
+        typer.Option(
+            "--spec",
+            help="Description of the stack, YAML or TOML, such as with another name or other ports. "
+            "[default: that of the backup]",
+        ),
+    ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Move aside what is there, instead of refusing.")
+        bool, typer.Option("--force", help="Move the data folder that is there aside, instead of refusing.")
     ] = False,
 ) -> None:
     """Make a data folder, or a stack of containers, of a backup: all of it, or nothing.
 
-    The whole file is checked before anything is written. Start what was restored with `agentic-flow up`.
+    The whole file is checked before anything is written. A data folder goes to --data-dir, a stack to --dir
+    and new volumes. Start what was restored with `agentic-flow up`.
     """
     from agentic_flow.cli.output import talk
+    from agentic_flow.core.errors import InvalidInput
+    from agentic_flow.deploy.archive import read_about
     from agentic_flow.deploy.backup import restore_folder
 
     settings = session.start()
-    report: RestoreReport = restore_folder(file, settings.data_dir, force=force)
+    report: RestoreReport
+    if read_about(file).kind == "compose":
+        if force:
+            raise InvalidInput(
+                "--force is for data folders: a stack is restored into a new folder and new volumes",
+                hint="name a new folder with --dir, and another stack with --spec",
+            )
+        report = _restore_stack(session, file, folder, spec)
+        start = f"agentic-flow up --dir {report.folder}"
+    else:
+        report = restore_folder(file, settings.data_dir, force=force)
+        start = f"agentic-flow up --embedded --data-dir {report.folder}"
 
     def human() -> None:
         print(f"{report.folder}: {_summary(report.contents)}")
@@ -157,16 +185,34 @@ def restore(
             talk(f"what was there is in {report.kept}")
         for note in report.notes:
             talk(note)
-        talk(f"start it: agentic-flow up --embedded --data-dir {report.folder}")
+        talk(f"start it: {start}")
 
     session.show(
         {
             "folder": str(report.folder),
             "kept": str(report.kept) if report.kept is not None else None,
             "notes": report.notes,
+            "start": start,
             **_described(report.contents),
         },
         human,
+    )
+
+
+def _restore_stack(session: Session, file: Path, folder: Path, spec: Path | None) -> RestoreReport:
+    from agentic_flow.cli.stack import provider_keys
+    from agentic_flow.deploy.engine import Engine
+    from agentic_flow.deploy.spec import read_spec
+    from agentic_flow.deploy.stack_backup import restore_stack
+
+    engine = Engine()
+    engine.check()
+    return restore_stack(
+        file,
+        folder,
+        engine,
+        spec=read_spec(spec) if spec is not None else None,
+        provider_key=provider_keys(session),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -102,13 +103,10 @@ def _has_engine(folder: Path) -> bool:
 
 def _up_compose(session: Session, folder: Path, spec: Path | None, timeout_s: float) -> None:
     from agentic_flow.cli.output import talk
-    from agentic_flow.core.secrets import resolve
     from agentic_flow.deploy.engine import Engine
     from agentic_flow.deploy.spec import StackSpec, read_spec
     from agentic_flow.deploy.stack import STATE_FILE, Stack
-    from agentic_flow.runtime.build import stored_secrets
 
-    settings = session.settings
     engine = Engine()
     engine.check()
     if spec is None and (folder / STATE_FILE).exists():
@@ -116,13 +114,7 @@ def _up_compose(session: Session, folder: Path, spec: Path | None, timeout_s: fl
     else:
         stack = Stack(folder, read_spec(spec) if spec is not None else StackSpec(), engine)
     stack.check_images()
-    stored = stored_secrets(settings.data_dir)
-
-    def provider_key(name: str) -> str | None:
-        own = getattr(settings.gateway, name)
-        return resolve(own.api_key, own.api_key_file, stored(f"gateway.{name}.api_key")).get()
-
-    prepared = stack.prepare(provider_key)
+    prepared = stack.prepare(provider_keys(session))
     for path in prepared.files:
         talk(f"{folder / path} written")
     for name in prepared.secrets:
@@ -132,6 +124,21 @@ def _up_compose(session: Session, folder: Path, spec: Path | None, timeout_s: fl
             talk(f"{folder / 'certs' / change.name}.crt {change.outcome}")
     stack.up(prepared.files, timeout_s=timeout_s, progress=_progress)
     _show_stack(session, stack)
+
+
+def provider_keys(session: Session) -> Callable[[str], str | None]:
+    """What gives a provider's key to a new stack: settings, files and the store of secrets."""
+    from agentic_flow.core.secrets import resolve
+    from agentic_flow.runtime.build import stored_secrets
+
+    settings = session.settings
+    stored = stored_secrets(settings.data_dir)
+
+    def key(name: str) -> str | None:
+        own = getattr(settings.gateway, name)
+        return resolve(own.api_key, own.api_key_file, stored(f"gateway.{name}.api_key")).get()
+
+    return key
 
 
 def _progress(name: str, condition: str, at_s: float) -> None:
@@ -218,13 +225,15 @@ def _up_embedded(session: Session, timeout_s: float) -> None:
     )
 
 
-def _is_compose(folder: Path, embedded: bool) -> bool:
+def is_compose(folder: Path, embedded: bool) -> bool:
+    """Whether a command is about the stack of containers in a folder, or about a process of ours."""
     from agentic_flow.deploy.stack import STATE_FILE
 
     return not embedded and (folder / STATE_FILE).exists()
 
 
-def _opened(folder: Path) -> Stack:
+def opened_stack(folder: Path) -> Stack:
+    """The stack that was started in a folder, with an engine that answers."""
     from agentic_flow.deploy.engine import Engine
     from agentic_flow.deploy.stack import Stack
 
@@ -262,7 +271,7 @@ def down(
     from agentic_flow.core.errors import Cancelled, InvalidInput
 
     session.start()
-    if not _is_compose(folder, embedded):
+    if not is_compose(folder, embedded):
         if volumes:
             raise InvalidInput(
                 "--volumes is for stacks of containers", hint="remove the data folder yourself"
@@ -274,7 +283,7 @@ def down(
             lambda: print("stopped" if stopped else "was not running"),
         )
         return
-    stack = _opened(folder)
+    stack = opened_stack(folder)
     names = sorted(volume.name for volume in stack.plan.volumes)
     if volumes and not yes:
         if not sys.stdin.isatty():
@@ -310,8 +319,8 @@ def status(session: Session, folder: Folder = _FOLDER, embedded: EmbeddedOption 
     from agentic_flow.cli.output import print_table
 
     session.start()
-    if _is_compose(folder, embedded):
-        stack = _opened(folder)
+    if is_compose(folder, embedded):
+        stack = opened_stack(folder)
         found = stack.status()
         healthy = all(one.healthy for one in found)
         session.show(
@@ -375,7 +384,7 @@ def logs(
     from agentic_flow.core.errors import InvalidInput, NotFound
 
     session.start()
-    if not _is_compose(folder, embedded):
+    if not is_compose(folder, embedded):
         own = _require_embedded(session, folder)
         if follow or since is not None or service is not None:
             raise InvalidInput(
@@ -384,7 +393,7 @@ def logs(
         lines = own.log_lines(tail)
         session.show([{"line": line} for line in lines], lambda: print("\n".join(lines)))
         return
-    stack = _opened(folder)
+    stack = opened_stack(folder)
     known = [part.name for part in stack.plan.parts]
     if service is not None and service not in known:
         raise NotFound(f"{service!r} is not a service of the stack", hint=f"use one of {', '.join(known)}")
@@ -420,7 +429,7 @@ def upgrade(
     from agentic_flow.deploy.upgrade import Upgrade
 
     session.start()
-    stack = _opened(folder)
+    stack = opened_stack(folder)
     report = Upgrade(stack, tag, progress=_progress, gate_timeout_s=gate).run()
 
     def human() -> None:

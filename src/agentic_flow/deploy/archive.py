@@ -8,6 +8,7 @@ are no signature: who can change the file can change them too.
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import io
@@ -29,6 +30,7 @@ from agentic_flow.core.errors import (
     DataCorrupted,
     InvalidInput,
     PathNotFound,
+    StorageFull,
     Unavailable,
 )
 from agentic_flow.core.messages import Frozen
@@ -201,16 +203,13 @@ def new_archive(destination: Path) -> Generator[IO[bytes]]:
         part.rename(destination)
         sync(destination.parent)
     except OSError as error:
-        raise Unavailable(
-            f"the backup {str(destination)!r} cannot be written: {error.strerror or error}",
-            hint="make room or choose another place; nothing is left of it",
-        ) from error
+        raise unwritten(f"the backup {str(destination)!r}", error, "nothing is left of it") from error
     finally:
         part.unlink(missing_ok=True)
 
 
 Take = Callable[[Entry, IO[bytes]], None]
-"""Called with each file in order. Size and checksum of the entry are not known yet: 0 and ""."""
+"""Called with each file in order. The checksum of the entry is not known yet: it is ""."""
 
 
 def read_archive(
@@ -312,7 +311,7 @@ def _pass_on(tar: tarfile.TarFile, header: tarfile.TarInfo, take: Take | None) -
     source = tar.extractfile(header)
     assert source is not None  # it is a regular file
     hashing = _Hashing(source)
-    entry = Entry(path=header.name, size_bytes=0, sha256="", mode=header.mode & 0o777)
+    entry = Entry(path=header.name, size_bytes=header.size, sha256="", mode=header.mode & 0o777)
     if take is not None:
         take(entry, cast(IO[bytes], hashing))
     while hashing.read(_CHUNK_BYTES):  # what was not taken
@@ -389,6 +388,20 @@ def _release(version: str) -> tuple[int, ...]:
 
 def _encoded(model: About | Manifest) -> bytes:
     return orjson.dumps(model.model_dump(), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+
+
+def unwritten(what: str, error: OSError, effect: str) -> AgenticFlowError:
+    """What a failed write means to the operator.
+
+    Args:
+        what: What cannot be written.
+        effect: What became of it.
+    """
+    kind = StorageFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else Unavailable
+    return kind(
+        f"{what} cannot be written: {error.strerror or error}",
+        hint=f"make room or choose another place; {effect}",
+    )
 
 
 def _foreign(name: str, why: str) -> AgenticFlowError:

@@ -25,7 +25,7 @@ from agentic_flow.agentdb.erasure import BACKUPS_MADE, carry_records, record_bac
 from agentic_flow.agentdb.erasure import MANIFEST as AGENTDB_MANIFEST
 from agentic_flow.agentdb.manifest import DATABASE as AGENTDB
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
-from agentic_flow.core.errors import Conflict, PathNotFound, Unavailable
+from agentic_flow.core.errors import Conflict, PathNotFound
 from agentic_flow.deploy.archive import (
     PART,
     About,
@@ -36,6 +36,7 @@ from agentic_flow.deploy.archive import (
     new_archive,
     read_about,
     read_archive,
+    unwritten,
     written,
 )
 from agentic_flow.deploy.snapshot import Snapshot, in_use, is_database, one_moment, sync
@@ -326,10 +327,7 @@ def restore_folder(file: Path, data_dir: Path, *, force: bool = False) -> Restor
     except OSError as error:
         if kept is not None and not target.exists():
             kept.rename(target)
-        raise Unavailable(
-            f"{str(target)!r} cannot be restored: {error.strerror or error}",
-            hint="make room or choose another place; nothing has changed",
-        ) from error
+        raise unwritten(repr(str(target)), error, "nothing has changed") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return RestoreReport(target, contents, kept, notes_of(about))

@@ -144,6 +144,19 @@ class Engine:
         except FileNotFoundError:
             raise _no_program(self._program) from None
 
+    def streams(self, *words: str) -> subprocess.Popen[bytes]:
+        """Begin a command on three streams of its own, which the caller reads, writes and closes."""
+        try:
+            return subprocess.Popen(  # noqa: S603
+                [self._program, *words],
+                env=self._environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        except FileNotFoundError:
+            raise _no_program(self._program) from None
+
     def pass_through(self, *words: str, folder: Path | None = None) -> int:
         """Run a command on this process's own streams, for as long as it takes; its exit code."""
         try:

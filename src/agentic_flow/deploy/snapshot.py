@@ -24,7 +24,7 @@ from typing import Any, cast
 import apsw
 
 from agentic_flow.core.db import rows
-from agentic_flow.core.errors import AgenticFlowError, DataCorrupted, Unavailable
+from agentic_flow.core.errors import AgenticFlowError, DataCorrupted, StorageFull, Unavailable
 
 WAIT_S = 60.0
 _ATTEMPT_S = 0.5
@@ -90,7 +90,8 @@ class Snapshot:
                 f"{str(file)!r} is damaged: {error}", hint="keep it, and restore the newest whole backup"
             ) from error
         except (apsw.Error, OSError) as error:
-            raise Unavailable(
+            kind = StorageFull if isinstance(error, apsw.FullError) else Unavailable
+            raise kind(
                 f"{str(file)!r} cannot be copied to {str(target.parent)!r}: {error}",
                 hint="make room there; nothing is left of the backup",
             ) from error
