@@ -80,6 +80,43 @@ def test_a_run_outlives_a_platform_that_is_killed(tmp_path: Path) -> None:
         assert len(answered) == 1, "a recorded call is not made again"
 
 
+def test_a_tool_waits_for_its_service(tmp_path: Path) -> None:
+    """Catches a tool call that becomes an error because AgentDB is replaced, where a model
+    call would have waited."""
+    store = Place(tmp_path)
+    with store.start("serve", "agentdb") as agentdb:
+        url = agentdb.addresses(1)["agentdb"]
+        runs = Place(
+            tmp_path,  # the keys of both are there
+            AGENTIC_FLOW_PEERS__AGENTDB_URL=url,
+            AGENTIC_FLOW_PEERS__BREAKER_FAILURES="1",
+            AGENTIC_FLOW_PEERS__BREAKER_OPEN_S="0.2",
+        )
+        with runs.start("serve", "swarm") as swarm:
+            coordinator = swarm.addresses(1)["swarm"]
+            agentdb.signal(signal.SIGKILL)
+            agentdb.end()
+            tool = {"name": "reasoning_retrieve", "arguments": {"task": "What waits?"}}
+            workflow = {"name": "w", "steps": [{"id": "a", "tool": tool}]}
+            body = json.dumps({"text": json.dumps(workflow)}).encode()
+            request = urllib.request.Request(
+                f"{coordinator}/v1/workflows", body, {"content-type": "application/json"}
+            )
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                run_id = json.loads(answer.read())["run_id"]
+            told = swarm.until(lambda line: "step_waits" in line)
+            assert "tool:reasoning_retrieve" in told
+            port = {"AGENTIC_FLOW_SERVE__AGENTDB_PORT": url.rpartition(":")[2]}
+            with store.start("serve", "agentdb", **port) as again:
+                again.addresses(1)
+                of_run = f"{coordinator}/v1/runs/{run_id}"
+                with urllib.request.urlopen(f"{of_run}/events", timeout=60) as events:
+                    assert "run_finished" in events.read().decode()
+                with urllib.request.urlopen(of_run, timeout=60) as answer:
+                    result = json.loads(answer.read())
+    assert result["state"] == "completed", result["error"]
+
+
 async def test_patience_has_an_end(tmp_path: Path) -> None:
     """Catches a run that waits for ever for a service that does not come back."""
     engine = SqlRunEngine(None, tmp_path, lease_s=10.0, runs_parallel_max=1, peer_patience_s=0.0)

@@ -350,6 +350,7 @@ class ToolBox(Protocol):
 
         Raises:
             NotFound: no tool has this name in this scope.
+            Unavailable: a service of ours that the tool needs is away (`peer`).
         """
         ...
 

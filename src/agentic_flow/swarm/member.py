@@ -14,7 +14,7 @@ from typing import Literal
 import orjson
 
 from agentic_flow.core.clock import Deadline
-from agentic_flow.core.errors import AgenticFlowError, as_problem, as_tool_error, from_problem
+from agentic_flow.core.errors import AgenticFlowError, Unavailable, as_problem, as_tool_error, from_problem
 from agentic_flow.core.messages import (
     Completion,
     CompletionRequest,
@@ -218,6 +218,8 @@ class Members:
                 )
         except AgenticFlowError as error:
             artifacts.discard()
+            if isinstance(error, Unavailable) and error.peer is not None:
+                raise  # the step waits for it, as with model calls
             return {"content": as_problem(error), "is_error": True, "truncated": False}
         if result.is_error:
             artifacts.discard()

@@ -311,15 +311,19 @@ class Workflows:
             budget = await self._budgets.of(payload.workflow_id, payload.run)
             budget.deadline.check(f"step {payload.step.id!r}")
             artifacts = StepArtifacts(self._engine, self._settings, step, budget.staged)
-            result = await self._toolbox.call(
-                payload.run.principal,
-                tool.name,
-                payload.work,
-                deadline=budget.deadline.earliest(payload.step.timeout_s or self._tool_timeout_s),
-                scope=replace(scope, artifacts=artifacts),
-                idempotency_key=step.idempotency_key,
-                approval=approval,
-            )
+            try:
+                result = await self._toolbox.call(
+                    payload.run.principal,
+                    tool.name,
+                    payload.work,
+                    deadline=budget.deadline.earliest(payload.step.timeout_s or self._tool_timeout_s),
+                    scope=replace(scope, artifacts=artifacts),
+                    idempotency_key=step.idempotency_key,
+                    approval=approval,
+                )
+            except AgenticFlowError:
+                artifacts.discard()
+                raise
             if result.is_error:
                 artifacts.discard()
                 said = result.content.get("message") or result.content.get("detail") or "it failed"

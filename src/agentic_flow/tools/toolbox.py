@@ -24,6 +24,7 @@ from agentic_flow.core.errors import (
     NotFound,
     PolicyDenied,
     TooLarge,
+    Unavailable,
     as_tool_error,
 )
 from agentic_flow.core.messages import JsonObject, ToolSpec
@@ -137,7 +138,8 @@ class StandardToolBox:
 
         Raises:
             NotFound: no tool has this name in this scope.
-            Unavailable: the audit log cannot be written; nothing is answered that is not recorded.
+            Unavailable: the audit log cannot be written; nothing is answered that is not recorded. Or a
+                service of ours that the tool needs is away (`peer`).
         """
         attempt = _Attempt(
             principal, scope, name, self._clock.monotonic_s(), idempotency_key, _recordable(arguments)
@@ -251,6 +253,8 @@ class StandardToolBox:
 
     async def _failed(self, attempt: _Attempt, error: AgenticFlowError, outcome: Outcome) -> ToolResult:
         await self._record(attempt, outcome, error.code)
+        if isinstance(error, Unavailable) and error.peer is not None:
+            raise error  # no answer of the tool: whoever calls may wait for the service
         shown = as_tool_error(error)
         if len(shown["message"]) > _MESSAGE_CHARS_MAX:
             shown["message"] = shown["message"][:_MESSAGE_CHARS_MAX] + "…"
