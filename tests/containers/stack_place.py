@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +13,9 @@ import yaml
 from engine import Engine
 from images import TAG
 
+from command_done import Done
+
 COMMAND_TIMEOUT_S = 400.0
-
-
-@dataclass(frozen=True)
-class Done:
-    """What a command left."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def data(self) -> Any:
-        """Standard output as the one JSON value it is."""
-        return json.loads(self.out)
 
 
 def free_port() -> int:

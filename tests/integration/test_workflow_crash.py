@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_run_crash import Machine, kill_at, recover
+from killed_runs import Killed, Machine, kill_at, recover
 
 from agentic_flow.swarm.workflow_run import WORKFLOW
 from agentic_flow.testing.fake_provider import FakeProvider, Reply
@@ -101,32 +101,13 @@ def test_a_killed_workflow_goes_on_where_it_was(machine: FlowMachine) -> None:
         folder = f"folder={machine.folder}"
         process = machine.start("workflow", "run", "flow.yaml", "--input", folder, "--json")
         kill_at(machine, process, rng.randrange(1, MODEL_CALLS), pause_s=rng.uniform(0, 2 * DELAY_S))
-        new = machine.run_ids() - known
-        if not new:
-            continue  # killed before it was accepted: nothing was promised
-        (run_id,) = new
-        recorded = machine.recorded(run_id)
-        models_before, tools_before = machine.model_calls(), machine.tool_calls(run_id)
-        state = machine.store.get(run_id)
-        assert state is not None
-        if state.state == "completed":
+        killed = Killed.of(machine, known)
+        if killed is None:
             continue
-        assert state.state == "interrupted"
         interrupted += 1
-        result = recover(machine, run_id, by_server=kill % 2 == 1)
+        result = recover(machine, killed.run_id, by_server=kill % 2 == 1)
         assert result["state"] == "completed", json.dumps(result)[:2000]
-        workflow = result["workflow"]
-        assert isinstance(workflow, dict)
-        assert workflow["outputs"] == {"report": "<kettle.py>+<listeners.py> <Last>"}
+        assert result["workflow"]["outputs"] == {"report": "<kettle.py>+<listeners.py> <Last>"}
         assert (machine.folder / "report.txt").read_text("utf-8") == "<kettle.py>+<listeners.py>"
-        assert recorded <= machine.recorded(run_id), "a recorded step was lost"
-        models, tools = machine.model_calls(), machine.tool_calls(run_id)
-        for key, name in recorded:
-            if name == "model":
-                assert models[key] == models_before[key] == 1, f"recorded model call {key} was paid again"
-            elif name.startswith("tool:"):
-                assert tools[key] == tools_before[key] == 1, f"recorded tool call {key} ran again"
-        own = {key: count for key, count in models.items() if key.startswith(f"{run_id}.")}
-        assert len(own) == MODEL_CALLS
-        assert all(count <= 2 for count in [*own.values(), *tools.values()])
+        killed.check(model_calls=MODEL_CALLS)
     assert interrupted >= KILLS // 2, "most kill points must hit a workflow under way"

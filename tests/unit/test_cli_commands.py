@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.main import get_command
@@ -18,22 +15,9 @@ from typer.main import get_command
 from agentic_flow.cli.main import app, main
 from agentic_flow.core import errors
 from agentic_flow.gateway.comparison import Mix
+from command_done import Done
 
-
-@dataclass
-class Outcome:
-    """What one command left."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def data(self) -> Any:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Outcome]
+Run = Callable[..., Done]
 
 
 @pytest.fixture
@@ -45,11 +29,11 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     monkeypatch.setenv("COLUMNS", "200")
     capsys.readouterr()
 
-    def run(*words: str, stdin: str = "") -> Outcome:
+    def run(*words: str, stdin: str = "") -> Done:
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         code = main(["--data-dir", str(tmp_path / "data"), *words])
         captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
+        return Done(code, captured.out, captured.err)
 
     return run
 
