@@ -1,7 +1,7 @@
 """Runs whose process was killed: the machine they live on, the kill, the recovery, and what must be left.
 
-The model is a FakeProvider in the process of the test. It outlives the killed ones and has seen every call with
-its idempotency key, as the audit log has seen every tool call.
+The model is a FakeProvider in the process of the test. It outlives the killed ones and has seen every call
+with its idempotency key, as the audit log has seen every tool call.
 """
 
 from __future__ import annotations
