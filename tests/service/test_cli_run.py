@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -283,3 +284,29 @@ def test_an_unchanged_folder_is_not_read_again(place: Place, folder: Path) -> No
     again = place.run("run", "When is it descaled?", "--input", folder, "--json").data
     assert (again["ingest"]["unchanged"], again["ingest"]["changed"]) == (2, 1)
     assert_quotes_are_the_files(again["citations"], folder)
+
+
+def test_the_familiar_variables_shape_a_run(place: Place, folder: Path) -> None:
+    """Catches a variable of the inventory that is accepted and then has no effect on who works, and when."""
+    wanted = {"SWARM_TOPOLOGY": "mesh", "MAX_AGENTS": "3"}
+
+    def together(**more: str) -> tuple[str, set[str], int]:
+        """Topology, workers, and how many of them were begun at once at most."""
+        done = place.run("run", QUESTION, "--input", folder, "--json", **wanted, **more)
+        assert done.code == 0, done.err
+        shown = place.run("swarm", "watch", done.data["run_id"], "--json")
+        events = [json.loads(line) for line in shown.out.splitlines()]
+        at_work, most = set[str](), 0
+        for event in events:
+            if event.get("kind") == "agent_started":
+                at_work.add(event["agent"])
+                most = max(most, len(at_work))
+            elif event.get("kind") == "agent_finished":
+                at_work.discard(event["agent"])
+        agents = {agent["name"] for agent in done.data["agents"] if agent["role"] == "worker"}
+        return done.data["topology"], agents, most
+
+    workers = {"peer-1", "peer-2", "peer-3"}
+    assert together() == ("mesh", workers, 3)
+    assert together(BATCH_SIZE="2") == ("mesh", workers, 2)
+    assert together(ENABLE_PARALLEL_EXECUTION="false") == ("mesh", workers, 1)
