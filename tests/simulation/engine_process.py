@@ -138,8 +138,6 @@ class Process:
         self.loop = ProcessLoop(self)
         with self.acts():
             self.engine = SqlRunEngine(None, host.folder, lease_s=host.lease_s, clock=self.clock, **settings)
-        if not host.has_locks:
-            self.engine._leases._holds_lock = lambda executor_id: None
         self._leave: asyncio.Event | None = None
         self._remains: set[asyncio.Task[Any]] = set()
         self.executor_id = self.engine._executor_id
@@ -342,6 +340,7 @@ def _host_of_all() -> Any:
 def played(host: Any) -> Generator[None]:
     """Let the product's threads, clocks of the store and ways to it be those of this world."""
     transaction, reading = SqlDatabase.transaction, SqlDatabase.reading
+    holds_lock = leases.Leases._holds_lock if host.has_locks else lambda self, executor_id: None
 
     @contextmanager
     def in_transaction(self: SqlDatabase) -> Generator[Connection]:
@@ -364,6 +363,7 @@ def played(host: Any) -> Generator[None]:
             patch.multiple(checkpoints.CheckpointWriter, **writer),
             patch.multiple(heartbeat.Heartbeat, **heart),
             patch.multiple(SqlDatabase, transaction=in_transaction, reading=while_reading),
+            patch.object(leases.Leases, "_holds_lock", holds_lock),
             patch.object(leases.RunDatabase, "now_s", lambda self, connection, clock: host.store_clock_s()),
             patch.object(claiming, "_POLL_FILE_S", POLL_S),
             patch.object(secrets, "token_hex", lambda size=None: host.acting.name),

@@ -385,7 +385,7 @@ class World:
             got: list[Any] = []
             for kind, *what in payload["plan"]:
                 if kind == "step":
-                    await context.step(what[0], self._effect(process))
+                    await context.step(what[0], self._effect(process, context))
                 elif kind == "receive":
                     topic, timeout_s = what
                     default = None if timeout_s is None else {"silence": True}
@@ -403,14 +403,15 @@ class World:
 
         return flow
 
-    def _effect(self, process: Process) -> Callable[[StepContext], Coroutine[Any, Any, JsonObject]]:
+    def _effect(
+        self, process: Process, context: Any
+    ) -> Callable[[StepContext], Coroutine[Any, Any, JsonObject]]:
         async def work(step: StepContext) -> JsonObject:
             key = step.idempotency_key
             workflow_id, _, index = key.rpartition(":")
             root_id = workflow_id.partition(".")[0]
             owner = self.oracle.workflows[root_id]
-            run = process.engine._runs[root_id]
-            epoch = run.fence.epoch
+            epoch = context._execution.run.fence.epoch
             holds = (owner.executor_id, owner.epoch) == (process.executor_id, epoch)
             if holds and (workflow_id, int(index)) in self.oracle.steps:
                 self._violation = Violation(f"{process.name} executes {key} again, which is recorded")

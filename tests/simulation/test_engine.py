@@ -30,7 +30,7 @@ from agentic_flow.swarm.scheduling import Custody, Queued
 
 SEEDS = int(os.environ.get("ENGINE_SEEDS", "200"))
 FIRST = int(os.environ.get("ENGINE_SEED", random.SystemRandom().randrange(1 << 30)))
-SEEDS_TO_FIND = 250
+SEEDS_TO_FIND = 400
 CHUNK = 8
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
