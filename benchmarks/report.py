@@ -76,9 +76,15 @@ def join(sections: dict[str, str]) -> str:
     return "\n\n".join([HEAD, *bodies]) + "\n"
 
 
-def stamp() -> str:
-    """When and on what a section was measured."""
+KEEPING = ("agentdb", "million", "memory-stream")
+"""Sections whose figures outlive the run that made them."""
+
+
+def stamp(*, kept: bool = False) -> str:
+    """When and on what a section was measured, or that it was written from kept figures."""
     today = datetime.datetime.now(datetime.UTC).date()
+    if kept:
+        return f"Written {today} from the figures of earlier runs."
     python, cores = platform.python_version(), os.cpu_count()
     return f"{today}, Python {python}, {cores} cores ({platform.machine()})."
 
@@ -88,7 +94,7 @@ def renew(names: list[str], *, kept: bool = False) -> None:
     # A child's peak memory includes what its parent had when it forked: measured first, while that is little.
     for name in sorted(names, key=lambda one: one != "ingest"):
         title, section = SECTIONS[name]
-        text = f"{stamp()}\n\n{section(kept)}"
+        text = f"{stamp(kept=kept and name in KEEPING)}\n\n{section(kept)}"
         before = split(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
         RESULTS.write_text(join({**before, title: text}), "utf-8")
         print(f"wrote {name} into {RESULTS}")
@@ -101,7 +107,7 @@ def main() -> None:
     parser.add_argument(
         "--kept",
         action="store_true",
-        help="agentdb, million, memory-stream: take the figures of its last runs instead of measuring",
+        help=f"{', '.join(KEEPING)}: take the figures of its last runs instead of measuring",
     )
     options = parser.parse_args()
     renew(options.only or list(SECTIONS), kept=options.kept)
