@@ -255,3 +255,13 @@ def test_links_between_documents_lead_somewhere() -> None:
             if not place.exists() or (anchor and anchor not in anchors(place)):
                 broken.append(f"{page.relative_to(ROOT)} → {target}#{anchor}")
     assert not broken
+
+
+def test_each_decision_has_a_number_of_its_own() -> None:
+    """Catches two decisions under one number, and a heading that names another than the file."""
+    numbers: list[str] = []
+    for page in sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md")):
+        number = page.name.partition("-")[0]
+        assert re.match(rf"# 0*{int(number)}[.:] ", page.read_text("utf-8")), page.name
+        numbers.append(number)
+    assert numbers == [f"{one:04}" for one in range(1, len(numbers) + 1)]
