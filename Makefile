@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 BENCH_VENV := .venv-bench
+MINIGRID_VENV := .venv-bench-minigrid
 LITELLM_VENV := .venv-bench-litellm
 SWARM_VENV := .venv-bench-langgraph
 PORTKEY := .bench-portkey
@@ -52,7 +53,7 @@ test: setup-dev lint ## lint, types and the fast suites; some ten minutes on two
 explore: setup-dev ## the property tests and fuzzers with other examples than CI has, and more (FUZZ_EXAMPLES=100)
 	@FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-100} $(PYTEST) -n 2 --hypothesis-profile=explore $(EXPLORING)
 
-test-integration: setup-dev ## the wheel in a clean environment, real folders, real databases
+test-integration: setup-dev $(MINIGRID_VENV)/.ready ## the wheel in a clean environment, real folders, real databases
 	@$(PYTEST) $(filter-out $(CRASH),$(wildcard tests/integration/test_*.py))
 
 test-crash: setup-dev ## kill -9 at random points, recovery by the same and by another process
@@ -67,7 +68,7 @@ images: setup-dev ## build the images of deploy/docker/Dockerfile, as agentic-fl
 check-retrieval: setup-dev ## whole runs: the right file among the first three citations, above plain BM25
 	@$(BIN)/python benchmarks/answers.py
 
-bench: setup-dev $(BENCH_VENV)/.peers ## every benchmark, written to benchmarks/RESULTS.md
+bench: setup-dev $(BENCH_VENV)/.peers $(MINIGRID_VENV)/.ready ## every benchmark, written to benchmarks/RESULTS.md
 	@$(BIN)/python benchmarks/report.py
 
 bench-agentdb: setup-dev $(BENCH_VENV)/.peers ## AgentDB beside its peers, 100,000 and 1,000,000 rows
@@ -81,6 +82,13 @@ $(BENCH_VENV)/.peers: requirements/bench.txt requirements/bench-built.txt
 	@$(BENCH_PIP) install $(WHEELS) -r requirements/bench.txt
 	@$(BENCH_PIP) install --no-build-isolation --no-deps --require-hashes -r requirements/bench-built.txt || \
 		echo "hnswlib was not built: it is left out" >&2
+	@touch $@
+
+# Small enough for the integration suite to make it.
+$(MINIGRID_VENV)/.ready: requirements/bench-minigrid.txt
+	@$(PYTHON) -m venv $(MINIGRID_VENV)
+	@$(MINIGRID_VENV)/bin/python -m pip --disable-pip-version-check -qq install $(WHEELS) \
+		-r requirements/bench-minigrid.txt
 	@touch $@
 
 bench-gateway: setup-dev bench-gateway-peers ## the model gateway beside LiteLLM and Portkey
@@ -105,7 +113,7 @@ $(PORTKEY)/.peer: benchmarks/gateway_peers/package.json
 		echo "Portkey was not installed: it is left out" >&2
 	@touch $@
 
-bench-memory: setup-dev $(BENCH_VENV)/.peers ## whether memory helps: a simulated stream, real rollouts in MiniGrid
+bench-memory: setup-dev $(MINIGRID_VENV)/.ready ## whether memory helps: a simulated stream, real rollouts in MiniGrid
 	@$(BIN)/python benchmarks/report.py --only memory-stream --only minigrid
 
 bench-swarm: setup-dev bench-swarm-peers ## the run engine beside LangGraph and DBOS
@@ -132,11 +140,11 @@ format: setup-dev ## ruff's formatter and its safe fixes
 	@$(BIN)/ruff check --fix $(wildcard $(SOURCES))
 
 lock: setup-dev ## compile requirements/*.in to hashes for every platform, without addresses
-	@for name in runtime image-agentdb image-swarm image-plot build dev bench bench-litellm bench-swarm; do \
+	@for name in runtime image-agentdb image-swarm image-plot build dev bench bench-minigrid bench-litellm bench-swarm; do \
 		$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
 			--no-emit-index-url requirements/$$name.in -o requirements/$$name.txt || exit 1; done
 	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-deps \
 		--no-emit-index-url requirements/bench-built.in -o requirements/bench-built.txt
 
 clean: ## remove everything that make made
-	rm -rf $(VENV) $(BENCH_VENV) $(LITELLM_VENV) $(SWARM_VENV) $(PORTKEY) dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(BENCH_VENV) $(MINIGRID_VENV) $(LITELLM_VENV) $(SWARM_VENV) $(PORTKEY) dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -44,8 +44,8 @@ from agentic_flow.runtime.build import Runtime
 T = TypeVar("T")
 
 HERE = Path(__file__).resolve().parent
-WORLD_PYTHON = HERE.parent / ".venv-bench" / "bin" / "python"
-"""The interpreter that has MiniGrid; `make bench-peers` makes it."""
+WORLD_PYTHON = HERE.parent / ".venv-bench-minigrid" / "bin" / "python"
+"""The interpreter that has MiniGrid; `make bench-memory` makes it."""
 
 PICTURE = HERE / "memory_minigrid.svg"
 TITLE = "Memory in MiniGrid"
@@ -86,7 +86,7 @@ class Houses:
 
     def __init__(self, seed: int, count: int, python: Path = WORLD_PYTHON) -> None:
         if not python.exists():
-            raise Failed(f"{python} is missing: `make bench-peers` makes it")
+            raise Failed(f"{python} is missing: `make bench-memory` makes it")
         self._process = subprocess.Popen(
             [python, HERE / "memory_minigrid_world.py"],
             stdin=subprocess.PIPE,

@@ -1,6 +1,7 @@
 """The benchmark of memory in MiniGrid works from the houses to the report, at a size that takes seconds.
 
-What walks in MiniGrid needs the interpreter of the benchmarks (`make bench-peers`) and is skipped without it.
+What walks in MiniGrid needs an interpreter that has it, which `make test-integration` makes, and is skipped
+without it.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from hypothesis import strategies as st
 pytestmark = pytest.mark.timeout(300)  # a busy machine takes ten times as long as a quiet one
 
 BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
-WORLD_PYTHON = BENCHMARKS.parent / ".venv-bench" / "bin" / "python"
-walks_in_minigrid = pytest.mark.skipif(not WORLD_PYTHON.exists(), reason="no .venv-bench: make bench-peers")
+WORLD_PYTHON = BENCHMARKS.parent / ".venv-bench-minigrid" / "bin" / "python"
+walks_in_minigrid = pytest.mark.skipif(
+    not WORLD_PYTHON.exists(), reason="make test-integration makes its environment"
+)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -22,7 +22,7 @@ from agentic_flow.core.errors import InvalidInput, NotFound
 from agentic_flow.core.settings import AgentDBSettings, MemorySettings
 from agentic_flow.core.vectors import Item, SearchQuery, UpsertResult
 from agentic_flow.memory.bank import Added, Bank
-from agentic_flow.memory.confidence import DAY_S, Credit
+from agentic_flow.memory.confidence import DAY_S, TAUGHT_WEIGHT, Credit, believed
 from agentic_flow.memory.ledger import LEDGERS
 from agentic_flow.memory.ranking import CLOSING
 from agentic_flow.memory.records import EPISODES, ITEMS, SKILLS, MemoryItem, Source
@@ -112,7 +112,7 @@ async def test_the_right_item_is_recalled_and_no_other(bank: Bank) -> None:
     )
     recall = await bank.recall(T, "Open the green door, please")
     assert recall.items[0].item.id == "green.1"
-    assert recall.items[0].score_parts["confidence"] == pytest.approx(0.6)
+    assert recall.items[0].score_parts["confidence"] == pytest.approx(believed(TAUGHT_WEIGHT))
     assert "[green.1]" in recall.context
     assert recall.tokens <= 1500
     assert await recalled(bank, "How many orders did the API return for customer 12?") == ["api.1"]
@@ -143,7 +143,7 @@ async def test_equal_lessons_are_one_item(bank: Bank, store: AgentDB) -> None:
     (red,) = await bank.get(T, ["red.1"])
     assert {one.trajectory_id for one in red.sources} == {"t-red.1", "t-r2.1", "t-r3.1"}
     assert red.sources_total == 3
-    assert red.successes == pytest.approx(1.5)
+    assert red.successes == pytest.approx(3 * TAUGHT_WEIGHT)
 
 
 async def test_adding_again_changes_nothing(bank: Bank) -> None:
@@ -163,7 +163,7 @@ async def test_a_trajectory_that_teaches_otherwise_replaces_its_own_item_only(ba
     other = taught("red.1", "Ring the bell and wait for the porter.", title="Porter", by="t-red.1")
     assert await add(bank, other) == [Added("red.1")]
     (now,) = await bank.get(T, ["red.1"])
-    assert (now.title, now.revision, now.successes) == ("Porter", 2, pytest.approx(0.5))
+    assert (now.title, now.revision, now.successes) == ("Porter", 2, pytest.approx(TAUGHT_WEIGHT))
 
     await bank.edit(T, "red.1", content="Ring the bell twice.")
     third = taught("red.1", "Climb through the window.", title="Window", by="t-red.1")
@@ -184,10 +184,10 @@ async def test_outcomes_decide_what_is_recalled(bank: Bank) -> None:
     assert "red.1" not in await recalled(bank, "open the red door of the castle")
     recall = await bank.recall(T, "open the blue door of the castle")
     assert recall.items[0].item.id == "blue.1"
-    assert recall.items[0].score_parts["confidence"] == pytest.approx(5.5 / 6.5)
+    assert recall.items[0].score_parts["confidence"] == pytest.approx(believed(4.0 + TAUGHT_WEIGHT))
     (red,) = await bank.get(T, ["red.1"])
     assert red.state == "contradicted"
-    assert (red.failures, red.uses, red.successes) == (pytest.approx(4.0), 4, pytest.approx(0.5))
+    assert (red.failures, red.uses, red.successes) == (pytest.approx(4.0), 4, pytest.approx(TAUGHT_WEIGHT))
 
 
 async def test_a_refuted_item_is_taught_back_not_stored_beside(bank: Bank) -> None:
@@ -198,6 +198,24 @@ async def test_a_refuted_item_is_taught_back_not_stored_beside(bank: Bank) -> No
     assert await recalled(bank, "open the red door of the castle") == []
     await bank.credit(T, [Credit("red.1", f"good{number}", "success") for number in range(8)])
     assert await recalled(bank, "open the red door of the castle") == ["red.1"]
+
+
+async def test_the_outcome_of_one_run_counts_once(bank: Bank) -> None:
+    """Catches a failed run that speaks twice against what it used: by its credit, and by the warning that it
+    taught; right advice would not survive a judge who errs now and then."""
+    await add(bank, door("blue"))
+    warning = door("blue", "warned.1", lesson="avoid", by="run2")
+    [added] = await bank.add(T, [warning], idempotency_key="run2", used=["blue.1"])
+    await bank.credit(T, [Credit("blue.1", "run2", "failure", 1.0)])
+    assert added == Added("warned.1")
+    [entry] = (await bank.explain(T, "warned.1")).evidence
+    assert (entry.trajectory_id, entry.counts, entry.weight) == ("run2", "neither", 0.0)
+    assert (await bank.explain(T, "blue.1")).item.failures == pytest.approx(1.0)
+    # Of a run that used something else it is all the evidence there is.
+    other = door("green", "warned.2", lesson="avoid", by="run3")
+    await bank.add(T, [other], idempotency_key="run3", used=["blue.1"])
+    [entry] = (await bank.explain(T, "warned.2")).evidence
+    assert (entry.counts, entry.weight) == ("for", TAUGHT_WEIGHT)
 
 
 async def test_a_better_verdict_replaces_and_a_worse_one_does_not(bank: Bank) -> None:
@@ -215,7 +233,7 @@ async def test_a_better_verdict_replaces_and_a_worse_one_does_not(bank: Bank) ->
     ]
     await bank.credit(T, [Credit("red.1", "run", "impossible", 1.0, "person")])
     (red,) = await bank.get(T, ["red.1"])
-    assert (red.successes, red.failures, red.uses) == (pytest.approx(0.5), 0.0, 0)
+    assert (red.successes, red.failures, red.uses) == (pytest.approx(TAUGHT_WEIGHT), 0.0, 0)
 
 
 async def test_evidence_fades(bank: Bank, clock: MovedClock) -> None:
@@ -227,7 +245,7 @@ async def test_evidence_fades(bank: Bank, clock: MovedClock) -> None:
     assert (await bank.explain(T, "red.1")).recalled is False
     clock.now_s += 180 * DAY_S
     after = (await bank.explain(T, "red.1")).belief
-    assert after.evidence == pytest.approx((before.evidence + 0.5) / 8)
+    assert after.evidence == pytest.approx((before.evidence + TAUGHT_WEIGHT) / 8)
     assert before.mean < after.mean < 0.5
     assert await add(bank, door("red", "late.1")) == [Added("late.1", "red.1")]
     assert await recalled(bank, "open the red door of the castle") == ["red.1"]
@@ -274,7 +292,7 @@ async def test_consolidation_merges_with_provenance_and_redirects_credit(
     assert (await bank.consolidate(T)).merged == 1
     (red, gone) = await bank.get(T, ["red.1", "twin.1"])
     assert (gone.state, gone.merged_into) == ("merged", "red.1")
-    assert red.successes == pytest.approx(0.5 + 0.5 + 2.0)
+    assert red.successes == pytest.approx(2 * TAUGHT_WEIGHT + 2.0)
     assert {one.trajectory_id for one in red.sources} == {"t-red.1", "t-twin.1"}
     await bank.credit(T, [Credit("twin.1", "run3", "failure")])
     (red,) = await bank.get(T, ["red.1"])
@@ -319,7 +337,7 @@ async def test_concurrent_learners_lose_nothing(store: AgentDB, clock: MovedCloc
     (red,) = await banks[0].get(T, ["red.1"])
     assert red.sources_total == 13
     assert red.failures == pytest.approx(3.0)
-    assert red.successes == pytest.approx(9.0 + 0.5 * 13)
+    assert red.successes == pytest.approx(9.0 + TAUGHT_WEIGHT * 13)
     assert red.shown == 12
     active, _ = await banks[0].list_items(T, state="active")
     assert len(active) == 6
@@ -376,7 +394,7 @@ async def test_a_credit_amid_a_consolidation_disturbs_one_item_only(
         items = {item.id: item for item in (await bank.list_items(T))[0]}
         assert {items[f"{colour}.2"].merged_into for colour in KEYS} == {f"{colour}.1" for colour in KEYS}
         assert {one: item.successes for one, item in items.items() if item.state == "active"} == {
-            f"{colour}.1": pytest.approx(2.0 if colour == "red" else 1.0) for colour in KEYS
+            f"{colour}.1": pytest.approx(2 * TAUGHT_WEIGHT + (colour == "red")) for colour in KEYS
         }
         assert (await bank.consolidate(T)).merged == 0
 
@@ -452,7 +470,8 @@ async def test_no_credit_is_lost_at_any_moment_of_a_merge(
                     break
                 moments += 1
                 (red,) = await bank.get(tenant, ["red.1"])
-                assert (red.successes, red.uses, red.shown) == (pytest.approx(2.0), 1, 1), (moment, killed)
+                assert (red.uses, red.shown) == (1, 1), (moment, killed)
+                assert red.successes == pytest.approx(2 * TAUGHT_WEIGHT + 1.0), (moment, killed)
                 active, _ = await bank.list_items(tenant, state="active")
                 assert [one.id for one in active] == sorted(f"{colour}.1" for colour in colours)
     assert moments >= 2 * 8
@@ -470,7 +489,7 @@ async def test_no_credit_is_lost_to_a_merge_that_overtakes_it(tmp_path: Path, cl
             if store.left is not None:
                 break
             (red,) = await bank.get(tenant, ["red.1"])
-            assert (red.successes, red.uses) == (pytest.approx(2.0), 1), moment
+            assert (red.successes, red.uses) == (pytest.approx(2 * TAUGHT_WEIGHT + 1.0), 1), moment
         assert moment >= 4
 
 
@@ -580,7 +599,7 @@ async def test_text_of_an_item_stays_a_quotation(bank: Bank) -> None:
     assert lines[-1] == CLOSING
     assert recall.context.count(CLOSING) == 1
     assert [line for line in lines[2:-1] if line and not line.startswith("> ")] == [
-        "[bad.1] (this worked before; believed 60%)"
+        "[bad.1] (this worked before; believed 80%)"
     ]
 
 
@@ -685,7 +704,8 @@ async def test_explanations_add_up(bank: Bank) -> None:
     expected = (1 + weight["for"]) / (2 + weight["for"] + weight["against"])
     assert explained.belief.mean == pytest.approx(expected)
     assert (await bank.recall(T, "open the red door")).items[0].score_parts["confidence"] == pytest.approx(
-        expected
+        believed(weight["for"] - weight["against"])
     )
+    assert f"believes it at {believed(weight['for'] - weight['against']):.0%}" in "\n".join(explained.reasons)
     assert explained.recalled
     assert {one.trajectory_id for one in explained.evidence} == {"t-red.1", "t-b.1", "run1", "run2"}

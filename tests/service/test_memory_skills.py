@@ -16,6 +16,7 @@ from agentic_flow.core.auth import Principal
 from agentic_flow.core.errors import InvalidInput, NotFound
 from agentic_flow.core.settings import AgentDBSettings, MemorySettings
 from agentic_flow.core.vectors import Item
+from agentic_flow.memory.confidence import TAUGHT_WEIGHT
 from agentic_flow.memory.records import SKILLS, Outcome, Trajectory, TrajectoryStep, Verdict, VerdictSource
 from agentic_flow.memory.service import Memory
 from agentic_flow.memory.skills import (
@@ -336,4 +337,4 @@ async def test_a_skill_can_go_into_the_bank(db: AgentDB) -> None:
     assert "1. find_place(q={q})" in item.content
     assert "from what step 1 returned" in item.content
     assert [one.trajectory_id for one in item.sources] == ["run-Paris", "run-Rome", "run-Oslo"]
-    assert (item.successes, item.failures) == (1.5, 0)
+    assert (item.successes, item.failures) == (pytest.approx(3 * TAUGHT_WEIGHT), 0)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from agentic_flow.memory import ranking
 from agentic_flow.memory.confidence import (
     DAY_S,
+    TAUGHT_WEIGHT,
     Belief,
     Credit,
     beta_cdf,
@@ -23,6 +24,7 @@ from agentic_flow.memory.confidence import (
     posterior,
     quantile,
 )
+from agentic_flow.memory.confidence import believed as believed_by
 from agentic_flow.memory.ledger import ENTRIES_MAX, Ledger, absorbed, credited, retracted, taught, totals
 from agentic_flow.memory.likeness import (
     confirms,
@@ -193,7 +195,7 @@ def test_teaching_is_less_than_using_and_can_be_taken_back() -> None:
     """Catches a trajectory that counts both as source and as use, and a wrong source that stays."""
     source = Source(trajectory_id="run1", outcome="success", at_s=0.0)
     ledger = taught(taught(Ledger(), source, HALF_LIFE_DAYS), source, HALF_LIFE_DAYS)
-    assert totals(ledger, 0.0, HALF_LIFE_DAYS).successes == 0.5
+    assert totals(ledger, 0.0, HALF_LIFE_DAYS).successes == TAUGHT_WEIGHT
     used = credited(ledger, Credit("a", "run1", "success", 0.9), 0.0, HALF_LIFE_DAYS)
     assert totals(used, 0.0, HALF_LIFE_DAYS).successes == 0.9
     gone = retracted(ledger, "run1")
@@ -450,18 +452,29 @@ def test_evidence_for_one_side_speaks_against_the_other() -> None:
     avoid = a_claim("Avoid `north` for the old mill gate", "avoid", 0.5, 0.0)
     other = a_claim("Take `south` for the old mill gate", "do", 0.5, 0.0)
     believed = ranking.pooled([do, avoid, other])
-    assert believed[0] == (pytest.approx(6 / 8.5), True)
-    assert believed[1] == (pytest.approx(2.5 / 8.5), True)
-    assert believed[2] == (pytest.approx(1.5 / 2.5), False)
+    # Five for, one against, and the half that speaks for its opposite.
+    assert believed[0] == (pytest.approx(believed_by(3.5)), True)
+    assert believed[1] == (pytest.approx(1.0 - believed_by(3.5)), True)
+    assert believed[2] == (pytest.approx(believed_by(0.5)), False)
 
 
 def test_what_is_far_from_the_task_says_nothing_of_what_is_near() -> None:
     """Catches evidence from another kind of task that outvotes what was learned at this one."""
     near = a_claim("Avoid `north` for the old mill gate", "avoid", 0.5, 0.0, similarity=0.9)
     far = a_claim(
-        "Take `north` for the old mill gate", "do", 40.0, 0.0, similarity=0.9 * ranking.RELATIVE_MIN
+        "Take `north` for the old mill gate", "do", 40.0, 0.0, similarity=0.9 * ranking.NEARNESS_NONE
     )
-    assert ranking.pooled([near, far])[0][0] == pytest.approx(0.6)
+    assert ranking.pooled([near, far])[0][0] == pytest.approx(believed_by(0.5))
+
+
+def test_belief_is_what_a_judge_of_that_reliability_makes_it() -> None:
+    """Catches belief that is not Bayes' rule for verdicts that are right four times in five, or that is ever
+    certain."""
+    assert believed_by(0.0) == 0.5
+    assert believed_by(0.8) == pytest.approx(0.8, abs=0.001)
+    assert believed_by(1.6) == pytest.approx(16 / 17, abs=0.001)
+    assert believed_by(1e6) == pytest.approx(0.99, abs=0.001)
+    assert believed_by(-1e6) == pytest.approx(0.01, abs=0.001)
 
 
 @given(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentic_flow.memory.likeness import sketch
-from agentic_flow.memory.ranking import RELATIVE_MIN, Claim, pooled
+from agentic_flow.memory.ranking import NEARNESS_NONE, NEARNESS_WHOLE, Claim, pooled
 
 weights = st.floats(0.0, 50.0)
 
@@ -19,13 +19,13 @@ def claim(text: str, lesson: str, successes: float, failures: float, similarity:
 
 def test_what_worked_elsewhere_gives_way_to_what_failed_here() -> None:
     """Catches a lesson, proven at tasks that only sound alike, that is believed against what failed here."""
-    far = 0.9 * (RELATIVE_MIN + 0.1 * (1.0 - RELATIVE_MIN))
+    far = 0.9 * (NEARNESS_NONE + 0.1 * (NEARNESS_WHOLE - NEARNESS_NONE))
     here = claim("Avoid `north` for the old mill gate", "avoid", 1.0, 0.0, 0.9)
     elsewhere = claim("Take `north` for the old mill bridge", "do", 10.0, 0.0, far)
     (avoid, _), (do, disputed) = pooled([here, elsewhere])
     assert disputed
-    assert avoid == pytest.approx(2.0 / 4.0)  # a tenth of the ten uses counts against it
-    assert do == pytest.approx(2.0 / 4.0)
+    assert avoid == pytest.approx(0.5)  # a tenth of the ten uses counts against it
+    assert do == pytest.approx(0.5)
 
 
 @given(successes=weights, failures=weights, nearer=st.floats(0.7, 1.0), further=st.floats(0.0, 1.0))

@@ -38,6 +38,7 @@ from agentic_flow.memory.likeness import (
     cosine,
     lesson_text,
     same_lesson,
+    same_matter,
     same_words,
     sketch,
 )
@@ -125,7 +126,8 @@ class Bank:
             items: In the order of preference; at most 10,000.
             idempotency_key: The same for a repeated call; at most 200 characters.
             used: Ids of stored items that the run which taught these used: what only says again what one of
-                them says is merged into it.
+                them says is merged into it. The run's outcome is credited to what it used, and so is no
+                evidence, a second time, for what it taught about the same matter.
 
         Returns:
             One a given item, in the order given.
@@ -151,16 +153,18 @@ class Bank:
     ) -> list[Added]:
         stored = await self._rows.items(tenant, [item.id for item in items])
         matches = await self._matches(tenant, items)
+        there = [found for one in used if (found := await self._rows.survivor(tenant, one)) is not None]
+        heard = {item.id for item in items if any(_same_matter(item, one) for one in there)}
         for item in items:
-            again = await self._confirmed(tenant, item, used) if item.id not in matches else None
+            again = next((one.id for one in there if one.state in _HEARD and confirms(item, one)), None)
             if again is not None:
-                matches[item.id] = again
+                matches.setdefault(item.id, again)
         fresh = _Batch()
         done: dict[str, Added] = {}
         for item in items:
             known = stored.get(item.id)
             if known is not None:
-                done[item.id] = await self._again(tenant, known, item, key)
+                done[item.id] = await self._again(tenant, known, item, key, heard)
                 continue
             match = matches.get(item.id) or fresh.like(item)
             if match is None:
@@ -168,14 +172,16 @@ class Bank:
                 done[item.id] = Added(item.id)
             else:
                 done[item.id] = Added(item.id, match)
-        await self._insert(tenant, list(fresh.items.values()), key)
+        await self._insert(tenant, list(fresh.items.values()), key, heard)
         for item in items:
             into = done[item.id].merged_into
             if into is not None and item.id not in stored:
-                await self._absorb(tenant, into, item)
+                await self._absorb(tenant, into, item, heard)
         return [done[item.id] for item in items]
 
-    async def _again(self, tenant: str, known: MemoryItem, item: MemoryItem, key: str) -> Added:
+    async def _again(
+        self, tenant: str, known: MemoryItem, item: MemoryItem, key: str, heard: Collection[str]
+    ) -> Added:
         """An item whose id is taken."""
         if known.state == "merged":
             survivor = await self._rows.survivor(tenant, known.id)
@@ -190,7 +196,7 @@ class Bank:
             beside = item.model_copy(update={"id": f"{item.id}.r{known.revision + 1}"})
             return (await self._added(tenant, [beside], f"{key}:beside"))[0]
         now_s = self._clock.time_s()
-        await self._rows.change_ledger(tenant, known.id, lambda _: self._opening(item))
+        await self._rows.change_ledger(tenant, known.id, lambda _: self._opening(item, heard))
         await self._rows.change_item(
             tenant,
             known.id,
@@ -229,22 +235,16 @@ class Bank:
                     break
         return found
 
-    async def _confirmed(self, tenant: str, item: MemoryItem, used: Collection[str]) -> str | None:
-        """The id of an item that the run used and that this one only says again."""
-        for item_id in used:
-            other = await self._rows.survivor(tenant, item_id)
-            if other is not None and other.state in ("active", "contradicted") and confirms(item, other):
-                return other.id
-        return None
-
-    async def _insert(self, tenant: str, items: Sequence[MemoryItem], key: str) -> None:
+    async def _insert(
+        self, tenant: str, items: Sequence[MemoryItem], key: str, heard: Collection[str]
+    ) -> None:
         if not items:
             return
         now_s = self._clock.time_s()
         ready: list[MemoryItem] = []
         ledgers: list[Ledger] = []
         for item in items:
-            ledger = self._opening(item)
+            ledger = self._opening(item, heard)
             created = item.model_copy(
                 update={"created_at_s": item.created_at_s or now_s, "revision": max(1, item.revision)}
             )
@@ -268,16 +268,20 @@ class Bank:
                 if item.id not in stored:
                     await self._rows.write(tenant, ITEMS, [as_row(item)], expected_version=0)
 
-    async def _absorb(self, tenant: str, into: str, item: MemoryItem) -> None:
+    async def _absorb(self, tenant: str, into: str, item: MemoryItem, heard: Collection[str]) -> None:
         half_life_days = self._settings.recency_half_life_days
+        opening = self._opening(item, heard)
         done = await self._rows.change_evidence(
-            tenant, into, lambda ledger: absorbed(ledger, item.id, self._opening(item), half_life_days)
+            tenant, into, lambda ledger: absorbed(ledger, item.id, opening, half_life_days)
         )
         if done is not None:
             await self._rows.change_item(tenant, done[0])
 
-    def _opening(self, item: MemoryItem) -> Ledger:
-        """The ledger that a new item begins with: where it comes from, and evidence that it brings along."""
+    def _opening(self, item: MemoryItem, heard: Collection[str]) -> Ledger:
+        """The ledger that a new item begins with: where it comes from, and evidence that it brings along.
+
+        `heard` are the ids of items whose runs' outcomes are credited to what they used.
+        """
         now_s = self._clock.time_s()
         ledger = Ledger(
             folded_successes=item.successes,
@@ -288,7 +292,7 @@ class Bank:
         )
         for source in item.sources:
             dated = source if source.at_s else source.model_copy(update={"at_s": now_s})
-            ledger = taught(ledger, dated, self._settings.recency_half_life_days)
+            ledger = taught(ledger, dated, self._settings.recency_half_life_days, speaks=item.id not in heard)
         return ledger.model_copy(update={"sources_total": max(ledger.sources_total, item.sources_total)})
 
     def _projected(self, item: MemoryItem, ledger: Ledger, now_s: float) -> MemoryItem:
@@ -640,6 +644,11 @@ def _parts(one: _Scored, explain: bool) -> dict[str, float]:
             "failures": stored["failures"],
         }
     return parts
+
+
+def _same_matter(one: MemoryItem, other: MemoryItem) -> bool:
+    """Whether both speak of the same thing, be it for and against."""
+    return same_matter(sketch(lesson_text(one)), sketch(lesson_text(other)))
 
 
 def _words(item: MemoryItem) -> tuple[str, str, str, str]:

@@ -12,6 +12,7 @@ from agentic_flow.memory.confidence import (
     BELIEF_MIN,
     INTERVAL,
     Belief,
+    believed,
     fading,
     posterior,
     prior,
@@ -156,6 +157,8 @@ def _reasons(
         f"so it is believed at {belief.mean:.0%}, {INTERVAL:.0%} sure to be between {belief.low:.0%} and "
         f"{belief.high:.0%}; evidence halves every {half_life_days:g} days"
     )
+    alone = believed(belief.alpha - belief.beta)
+    lines.append(f"a recall that finds nothing else on its matter believes it at {alone:.0%}")
     lines += [_verdict(item, belief)]
     for rival_id in item.contradicts:
         rival = rivals.get(rival_id)

@@ -364,8 +364,9 @@ class Learner:
         verdict, judged = trajectory.verdict, False
         if verdict is None or VERDICT_RANK[verdict.source] <= VERDICT_RANK["judge"]:
             verdict, judged = await self._judge.judge(principal, trajectory, deadline), True
-        item_ids = await self._kept(principal, trajectory, verdict, deadline)
-        await self._bank.credit(tenant, credits_of(trajectory, verdict, await self._shown_to(claim)))
+        shown = await self._shown_to(claim)
+        item_ids = await self._kept(principal, trajectory, verdict, _used(trajectory, shown), deadline)
+        await self._bank.credit(tenant, credits_of(trajectory, verdict, shown))
         for hook in self._after:
             await hook(principal, trajectory, verdict)
         done = await self._trajectories.settle(
@@ -382,7 +383,12 @@ class Learner:
         return done
 
     async def _kept(
-        self, principal: Principal, trajectory: Trajectory, verdict: Verdict, deadline: Deadline
+        self,
+        principal: Principal,
+        trajectory: Trajectory,
+        verdict: Verdict,
+        used: Sequence[str],
+        deadline: Deadline,
     ) -> tuple[str, ...]:
         """The items that carry what it taught. What it taught under another outcome is taken back."""
         if trajectory.item_ids and trajectory.taught == verdict.outcome:
@@ -401,7 +407,7 @@ class Learner:
         if not items:
             return ()
         key = _key(trajectory, items)
-        added = await self._bank.add(principal.tenant, items, idempotency_key=key, used=trajectory.cited)
+        added = await self._bank.add(principal.tenant, items, idempotency_key=key, used=used)
         return tuple(dict.fromkeys(one.merged_into or one.id for one in added))
 
     async def _shown_to(self, claim: Claim) -> Sequence[str]:
@@ -463,7 +469,7 @@ def credits_of(trajectory: Trajectory, verdict: Verdict, shown: Sequence[str]) -
     A cited item counts whole; those that were shown and not cited share half; all as sure as the verdict is.
     An unknown or impossible outcome says something of none: such credits only take back earlier ones.
     """
-    cited = [one for one in dict.fromkeys(trajectory.cited) if not shown or one in shown]
+    cited = _used(trajectory, shown)
     return [
         Credit(
             one,
@@ -474,6 +480,11 @@ def credits_of(trajectory: Trajectory, verdict: Verdict, shown: Sequence[str]) -
         )
         for one in dict.fromkeys((*cited, *shown))
     ]
+
+
+def _used(trajectory: Trajectory, shown: Sequence[str]) -> list[str]:
+    """The items that the run says it used, and that it was shown as far as that is known."""
+    return [one for one in dict.fromkeys(trajectory.cited) if not shown or one in shown]
 
 
 def backoff_s(attempts: int, draw: float) -> float:

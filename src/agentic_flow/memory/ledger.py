@@ -68,8 +68,15 @@ class Ledger(Record):
     moved: Moved | None = None
 
 
-def taught(ledger: Ledger, source: Source, half_life_days: float) -> Ledger:
-    """The ledger with a trajectory that taught the item; unchanged when it has one of that trajectory."""
+def taught(ledger: Ledger, source: Source, half_life_days: float, *, speaks: bool = True) -> Ledger:
+    """The ledger with a trajectory that taught the item; unchanged when it has one of that trajectory.
+
+    Args:
+        ledger: Of the item.
+        source: The trajectory.
+        half_life_days: Age at which evidence counts half.
+        speaks: Whether its outcome speaks for the item; not so where it counts elsewhere already.
+    """
     if any(known.trajectory_id == source.trajectory_id for known in ledger.sources):
         return ledger
     sources = tuple(sorted((*ledger.sources, source), key=lambda one: (one.at_s, one.trajectory_id)))
@@ -78,8 +85,14 @@ def taught(ledger: Ledger, source: Source, half_life_days: float) -> Ledger:
     )
     if source.trajectory_id in ledger.entries:
         return changed
-    counts: Literal["for", "neither"] = "for" if source.outcome in ("success", "failure") else "neither"
-    entry = Entry(kind="taught", counts=counts, weight=TAUGHT_WEIGHT, rank=TAUGHT_RANK, at_s=source.at_s)
+    speaks = speaks and source.outcome in ("success", "failure")
+    entry = Entry(
+        kind="taught",
+        counts="for" if speaks else "neither",
+        weight=TAUGHT_WEIGHT if speaks else 0.0,
+        rank=TAUGHT_RANK,
+        at_s=source.at_s,
+    )
     return _bounded(_with(changed, source.trajectory_id, entry), half_life_days)
 
 

@@ -17,6 +17,7 @@ from functools import lru_cache
 import numpy as np
 
 from agentic_flow.agentdb.analysis import query_words
+from agentic_flow.memory.confidence import believed
 from agentic_flow.memory.likeness import Sketch, same_matter
 from agentic_flow.memory.records import MemoryItem
 
@@ -26,6 +27,10 @@ SIMILARITY_MIN_MEANING = 0.30
 
 RELATIVE_MIN = 0.7
 """An item whose similarity is below this share of the best one's is not picked for its novelty."""
+
+NEARNESS_NONE, NEARNESS_WHOLE = 0.6, 0.75
+"""Shares of the best one's similarity: below the one an item's evidence says nothing about the task, from
+the other on it counts whole. What tasks of one kind are told in differs by a word or two in four."""
 
 DOUBT_MIN = 0.9
 """An item that is believed less than this share of the best one is not shown beside it: a guess beside
@@ -220,22 +225,29 @@ def pooled(claims: Sequence[Claim]) -> list[tuple[float, bool]]:
     """For each claim, how far it is believed given all of them, and whether another says the opposite.
 
     Items often speak of one matter in other words, or for and against it. What bears out one bears out its
-    like and speaks against its opposite. All evidence counts the more, the nearer its item is to the task, an
-    item's own too: so a lesson of one kind of task gives way to what is known of another that sounds alike.
+    like and speaks against its opposite. Evidence of items that are much further from the task than the
+    nearest counts less, an item's own too: so a lesson of one kind of task gives way to what is known of
+    another that sounds alike.
+
+    What is believed follows the difference between what speaks for and against: each verdict multiplies the
+    odds. A mean of a Beta distribution, which says how often a thing succeeds, moves ever less: it would take
+    what was right twice and wrong once for about as good as what was right ten times and wrong five.
 
     Args:
         claims: Of the candidates for one task.
     """
     best = max((claim.similarity for claim in claims), default=0.0)
     nearness = [
-        max(0.0, (claim.similarity / best - RELATIVE_MIN) / (1.0 - RELATIVE_MIN)) if best > 0 else 0.0
+        min(1.0, max(0.0, (claim.similarity / best - NEARNESS_NONE) / (NEARNESS_WHOLE - NEARNESS_NONE)))
+        if best > 0
+        else 0.0
         for claim in claims
     ]
     # Only what has the same decisive words can speak of the same matter.
     groups: dict[frozenset[str], list[int]] = {}
     for index, claim in enumerate(claims):
         groups.setdefault(claim.says.marks, []).append(index)
-    believed: list[tuple[float, bool]] = []
+    found: list[tuple[float, bool]] = []
     for index, claim in enumerate(claims):
         # Elsewhere it may hold: what it came to there says little of a task that it is further from.
         farness = 1.0 - nearness[index]
@@ -249,8 +261,8 @@ def pooled(claims: Sequence[Claim]) -> list[tuple[float, bool]]:
             disputed |= not same
             alpha += weight * (other.successes if same else other.failures)
             beta += weight * (other.failures if same else other.successes)
-        believed.append((alpha / (alpha + beta), disputed))
-    return believed
+        found.append((believed(alpha - beta), disputed))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
