@@ -30,7 +30,9 @@ _MOUNTED = "noexec,nosuid,nodev"
 _SCRATCH = f"size=64m,mode=1777,{_MOUNTED}"
 # Over a folder of the image Docker takes that folder's mode, not ours, but never its owner.
 _OWN_SCRATCH = f"size=256m,uid={FILES_GROUP},gid={FILES_GROUP},mode=0750,{_MOUNTED}"
-_PROBE_EVERY_S, _PROBE_TIMEOUT_S, _PROBE_TRIES, _PROBE_START_S = 2, 3, 3, 30
+_PROBE_EVERY_S, _PROBE_TIMEOUT_S, _PROBE_TRIES = 2, 3, 3
+# Compose gives up on a stack as soon as one is unhealthy. On a very busy machine a start took 50 s.
+_PROBE_START_S = 90
 # Merged by Compose as a whole, not item by item.
 _WHOLE_LISTS = frozenset({"command", "entrypoint", "test"})
 
