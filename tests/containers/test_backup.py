@@ -17,7 +17,9 @@ from traffic import Traffic
 from conftest import remove_project
 
 QUESTION = "What switches the kettle off?"
-RATE_PER_S = 20.0
+RATE_PER_S = 8.0
+"""Of which each fifth writes. More than the suite's machine can take beside other work would test that machine."""
+WRITES_BEFORE = 10
 SERVICES: dict[str, dict[str, int]] = {"platform": {}, "agentdb": {}, "swarm": {}}
 
 Make = Callable[..., StackPlace]
@@ -89,7 +91,7 @@ def test_a_stack_goes_on_elsewhere_from_a_backup_under_traffic(store: str, new_p
     user_key = fill(first)
     runs = as_user(first, user_key, "runs", "list", "--json")
     with traffic(first) as clients:
-        while len(clients.seen.written) < 20:
+        while len(clients.seen.written) < WRITES_BEFORE:
             assert not clients.seen.failures
         before = list(clients.seen.written)
         made = first.run("backup", "first.tar.gz", "--json", *with_secrets)
@@ -97,7 +99,7 @@ def test_a_stack_goes_on_elsewhere_from_a_backup_under_traffic(store: str, new_p
     assert not clients.seen.failures
     assert made.data["store"] == store
     pause_ms = made.data["pause_s"] * 1000
-    print(f"{store}: writers held for {pause_ms:.0f} ms, slowest request {clients.seen.slowest_s:.2f} s")
+    print(f"{store}: writers held for {pause_ms:.0f} ms; {clients.seen.told()}")
     own = [entry["path"] for entry in made.data["files"] if entry["path"].startswith("stack/")]
     assert ("stack/secrets/owner_key" in own) is bool(with_secrets)
     assert ("stack/certs/ca.key" in own) is bool(with_secrets)
