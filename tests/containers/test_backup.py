@@ -18,7 +18,7 @@ from conftest import remove_project
 
 QUESTION = "What switches the kettle off?"
 RATE_PER_S = 8.0
-"""Of which each fifth writes. More than the suite's machine can take beside other work would test that machine."""
+"""Of which each fifth writes. More would test the machine, which is shared."""
 WRITES_BEFORE = 10
 SERVICES: dict[str, dict[str, int]] = {"platform": {}, "agentdb": {}, "swarm": {}}
 
