@@ -82,7 +82,7 @@ async def test_a_turn_of_learning(port: str, urls: dict[str, str]) -> None:
         before = await memory.explain(LOCAL_OWNER, kept.id)
         await memory.record(LOCAL_OWNER, lint_run(1, recall.id, kept.id))
         await memory.add_verdict(LOCAL_OWNER, "lint-1", Verdict(outcome="success", source="person"))
-        # The server may be learning from the run without the verdict at that moment: it learns once more then.
+        # The server may be learning from the run without the verdict at that moment: once more then.
         async with asyncio.timeout(60):
             while (report := await memory.learn(LOCAL_OWNER, timeout_s=60)).waiting:
                 assert report.failed == 0
