@@ -251,6 +251,90 @@ async def test_a_cancelled_probe_leaves_the_circuit_able_to_close() -> None:
         assert await twin.call("GET", "/x") == {"fine": True}
 
 
+async def test_a_probe_that_is_lost_holds_nobody_back_until_its_deadline() -> None:
+    """Catches a peer that is well again and still refused, for as long as one call to it may take: the probe
+    that it swallowed while it stood still, or that it takes minutes to answer."""
+    entered, released = asyncio.Event(), asyncio.Event()
+
+    async def route(request: Request) -> Response:
+        if request.method == "POST":
+            raise Unavailable("down")
+        if request.method == "PUT":
+            entered.set()
+            await released.wait()
+        return json_response({"method": request.method})
+
+    async with twin_of(route, attempts=1, breaker_failures=1, breaker_open_s=5) as (twin, clock):
+        with pytest.raises(Unavailable):
+            await twin.call("POST", "/x")
+        clock.ahead_s += 5
+        probe = asyncio.create_task(twin.call("PUT", "/x", deadline=Deadline.after(600, clock)))
+        await entered.wait()
+        with pytest.raises(CircuitOpen):
+            await twin.call("GET", "/x")
+        clock.ahead_s += 5
+        answers = [await twin.call("GET", "/x") for _ in range(3)]
+        assert answers == [{"method": "GET"}] * 3
+        released.set()
+        assert await probe == {"method": "PUT"}
+
+
+async def test_a_late_answer_is_given_though_the_circuit_is_open_again() -> None:
+    """Catches a write that was done and answered, and is told to its caller as one that was not tried."""
+    entered, released = asyncio.Event(), asyncio.Event()
+
+    async def route(request: Request) -> Response:
+        if request.method != "PUT":
+            raise Unavailable("down")
+        entered.set()
+        await released.wait()
+        return json_response({"done": True})
+
+    async with twin_of(route, attempts=1, breaker_failures=1, breaker_open_s=5) as (twin, clock):
+        with pytest.raises(Unavailable):
+            await twin.call("POST", "/x")
+        clock.ahead_s += 5
+        write = asyncio.create_task(twin.call("PUT", "/x", deadline=Deadline.after(600, clock)))
+        await entered.wait()
+        clock.ahead_s += 5
+        with pytest.raises(Unavailable, match="down"):
+            await twin.call("GET", "/x")
+        with pytest.raises(CircuitOpen):
+            await twin.call("GET", "/x")
+        released.set()
+        assert await write == {"done": True}
+
+
+async def test_many_callers_of_a_peer_that_comes_back_are_all_served() -> None:
+    """Catches callers at the same moment that leave the circuit open between them: some give up, one probes,
+    and the rest come when it has closed."""
+    entered, well = asyncio.Event(), False
+
+    async def route(request: Request) -> Response:
+        if request.method == "POST":
+            raise Unavailable("down")
+        entered.set()
+        if not well:
+            await asyncio.sleep(3600)
+        return json_response({})
+
+    async with twin_of(route, attempts=1, breaker_failures=1, breaker_open_s=5) as (twin, clock):
+        with pytest.raises(Unavailable):
+            await twin.call("POST", "/x")
+        clock.ahead_s += 5
+        for _ in range(3):
+            entered.clear()
+            calls = [asyncio.create_task(twin.call("GET", "/x")) for _ in range(20)]
+            await entered.wait()
+            for call in calls:
+                call.cancel()
+            ends = await asyncio.gather(*calls, return_exceptions=True)
+            assert {type(end) for end in ends} <= {CircuitOpen, asyncio.CancelledError}
+        well = True
+        assert await twin.call("GET", "/x") == {}
+        assert await asyncio.gather(*(twin.call("GET", "/x") for _ in range(20))) == [{}] * 20
+
+
 async def test_events_arrive_one_by_one_and_errors_within_are_raised() -> None:
     """Catches a stream that is buffered, and a failed stream that ends like a finished one."""
     gate = asyncio.Event()

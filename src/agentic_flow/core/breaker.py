@@ -1,8 +1,9 @@
 """A circuit breaker as a pure state machine: closed → open → half-open → closed or open again.
 
-Source: M. Nygard, "Release It!", second edition, "Circuit Breaker". Two things that breakers get wrong are
-ruled out by construction: a probe that is cancelled gives its place back, so the circuit does recover; and
-an answer to a call made before the circuit changed says nothing about the peer as it is now.
+Source: M. Nygard, "Release It!", second edition, "Circuit Breaker". Three things that breakers get wrong are
+ruled out by construction: a probe that is cancelled gives its place back; one that gets no answer, as when
+the peer stood still or its connection died, is soon followed by another, so that the circuit does recover;
+and an answer to a call made before the circuit changed says nothing about the peer as it is now.
 """
 
 from __future__ import annotations
@@ -18,18 +19,20 @@ BreakerState = Literal["closed", "open", "half_open"]
 _BUCKETS = 10
 # Two openings this close together, in pauses, are one trouble: the pause goes on growing.
 _FLAPPING_PAUSES = 4.0
+_RETRY_MIN_S = 0.05
 
 
 class Permit:
     """Leave to make one call; report its outcome once. Later reports are ignored."""
 
-    __slots__ = ("_breaker", "_done", "generation", "is_probe")
+    __slots__ = ("_breaker", "_done", "generation", "is_overdue", "is_probe")
 
     def __init__(self, breaker: Breaker, generation: int, is_probe: bool) -> None:
         self._breaker = breaker
         self._done = False
         self.generation = generation
         self.is_probe = is_probe
+        self.is_overdue = False
 
     def succeeded(self) -> None:
         """The peer answered (an error that is the caller's own fault counts as an answer)."""
@@ -44,6 +47,12 @@ class Permit:
     def abandoned(self) -> None:
         """The call was cancelled; nothing was learned."""
         self._report(None)
+
+    def answered(self) -> None:
+        """The peer has answered well: a circuit that this call probes is closed. What follows of the answer
+        may break, as any may; the outcome is still to be reported."""
+        if self.is_probe and not self._done:
+            self._breaker.prove(self)
 
     def answering(self) -> None:
         """The peer has begun to answer: another probe need not wait for the end of a long stream.
@@ -72,7 +81,9 @@ class Breaker:
             failures in a row do.
         window_s: Length of the sliding window, in seconds.
         calls_min: Calls within the window below which a rate means nothing.
-        probe_s: A probe that has been silent for so long is followed by another. None: it is waited for.
+        probe_s: A probe that has been silent for so long is followed by another, and then only its success
+            counts. By default as long as `open_s`: a call may last for minutes, and while it does the
+            peer may have come back.
         rng: Shortens each pause by up to a quarter, so that breakers of many processes do not probe at
             once. None: no jitter.
     """
@@ -98,7 +109,7 @@ class Breaker:
         self._error_rate_max = error_rate_max
         self._calls_min = calls_min
         self._step_s = window_s / _BUCKETS
-        self._probe_s = probe_s
+        self._probe_s = open_s if probe_s is None else probe_s
         self._clock = clock
         self._rng = rng
         self._failures = 0
@@ -143,20 +154,30 @@ class Breaker:
         now_s = self._clock.monotonic_s()
         waited_s = now_s - self._opened_at_s
         # The same comparison as `state`, so that both always agree.
-        if waited_s < self._wait_s or self._probing(now_s):
+        left_s = self._wait_s - waited_s if waited_s < self._wait_s else self._probe_left_s(now_s)
+        if left_s > 0:
             raise CircuitOpen(
                 f"calls to {self._peer!r} are held back: too many failed, {self._failures!r} in a row",
                 hint="it is probed by itself; see the peer's log for why it fails",
-                retry_after_s=max(self._wait_s - waited_s, 0.05),
+                retry_after_s=max(left_s, _RETRY_MIN_S),
             )
+        if self._probe is not None:
+            self._probe.is_overdue = True
         self._probe = Permit(self, self._generation, is_probe=True)
         self._probe_at_s = now_s
         return self._probe
 
-    def _probing(self, now_s: float) -> bool:
+    def _probe_left_s(self, now_s: float) -> float:
+        """How long the probe under way keeps others back: 0 without one."""
         if self._probe is None:
-            return False
-        return self._probe_s is None or now_s - self._probe_at_s < self._probe_s
+            return 0.0
+        return max(0.0, self._probe_s - (now_s - self._probe_at_s))
+
+    def prove(self, permit: Permit) -> None:
+        """Close the circuit on the word of a probe, which goes on as any call; called by the permit."""
+        if permit.generation == self._generation:
+            self._close()
+            permit.generation, permit.is_probe = self._generation, False
 
     def release(self, permit: Permit) -> None:
         """Let another probe through beside this one; called by the permit."""
@@ -171,7 +192,7 @@ class Breaker:
             self.release(permit)
             if outcome is True:
                 self._close()
-            elif outcome is False:
+            elif outcome is False and not permit.is_overdue:  # else the one that followed says what is
                 self._failures += 1
                 self._open()
         elif outcome is not None:

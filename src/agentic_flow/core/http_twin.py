@@ -326,10 +326,7 @@ class HttpTwin:
                     raise _problem(
                         await _bounded(answer, self._peer), answer.status, self._peer, answer.headers
                     )
-                if permit.is_probe:
-                    # A stream may last for hours; the circuit need not wait for its end.
-                    permit.succeeded()
-                    permit = self._breaker.acquire()
+                permit.answered()  # a stream may last for hours; the circuit need not wait for its end
                 yield answer
                 permit.succeeded()
         except AgenticFlowError as error:
