@@ -335,6 +335,44 @@ async def test_many_callers_of_a_peer_that_comes_back_are_all_served() -> None:
         assert await asyncio.gather(*(twin.call("GET", "/x") for _ in range(20))) == [{}] * 20
 
 
+async def test_open_streams_and_calls_that_wait_their_turn_open_no_circuit() -> None:
+    """Catches a peer that is taken for dead because this process keeps all of its own connections busy: with
+    streams that last for hours, or with many long calls."""
+    inside, all_in, released = 0, asyncio.Event(), asyncio.Event()
+
+    async def route(request: Request) -> Response:
+        nonlocal inside
+        if request.method == "POST":
+            return EventStream(silence())
+        if request.method == "PUT":
+            inside += 1
+            if inside == 100:
+                all_in.set()
+            await released.wait()
+        return json_response({})
+
+    async def silence() -> AsyncIterator[ServerEvent]:
+        yield ServerEvent("hello")
+        await released.wait()
+
+    async with (
+        twin_of(route, attempts=1, breaker_failures=1) as (twin, clock),
+        contextlib.AsyncExitStack() as stack,
+    ):
+        for _ in range(110):
+            stream = twin.stream_events("POST", "/x")
+            await stack.enter_async_context(contextlib.aclosing(stream))
+            assert (await anext(stream)).data == "hello"
+        assert await twin.call("GET", "/x") == {}
+        long = [asyncio.create_task(twin.call("PUT", "/x")) for _ in range(100)]
+        await all_in.wait()
+        with pytest.raises(DeadlineExceeded, match="100 calls"):
+            await twin.call("GET", "/x", deadline=Deadline.after(1.1, clock))
+        released.set()
+        assert await asyncio.gather(*long) == [{}] * 100
+        assert await twin.call("GET", "/x") == {}
+
+
 async def test_events_arrive_one_by_one_and_errors_within_are_raised() -> None:
     """Catches a stream that is buffered, and a failed stream that ends like a finished one."""
     gate = asyncio.Event()

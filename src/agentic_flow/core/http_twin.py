@@ -6,6 +6,7 @@ connection was refused, or it answered 429), or when the call is idempotent and 
 
 from __future__ import annotations
 
+import asyncio
 import io
 import random
 import socket
@@ -50,7 +51,9 @@ IDEMPOTENCY_HEADER = "idempotency-key"
 
 _IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE"})
 _ANSWER_MAX_BYTES = 256 * MIB
-_CONNECTIONS_MAX = 100
+# Calls at once to one peer; more wait. Streams may last for hours, and must not take the calls' places.
+_CALLS_MAX = 100
+_STREAMS_MAX = 500
 # Less than the stacks' `serve.linger_s`: a service that goes closes what was idle for so long.
 _IDLE_CONNECTION_S = 2.0
 _CONNECT_S = 5.0
@@ -122,6 +125,8 @@ class HttpTwin:
         self._breaker = Breaker(
             self._peer, failures_max=peers.breaker_failures, open_s=peers.breaker_open_s, clock=clock
         )
+        self._calls = asyncio.Semaphore(_CALLS_MAX)
+        self._streams = asyncio.Semaphore(_STREAMS_MAX)
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> HttpTwin:
@@ -212,9 +217,10 @@ class HttpTwin:
         while True:
             attempt += 1
             try:
-                async with self._exchange(
-                    method, path, content, params, principal, deadline, extra
-                ) as answer:
+                async with (
+                    self._place(deadline),
+                    self._exchange(method, path, content, params, principal, deadline, extra) as answer,
+                ):
                     return read(await _bounded(answer, self._peer))
             except Unauthenticated:
                 # A token can be revoked or its signing key gone before it expires; ask once for a new one.
@@ -259,9 +265,12 @@ class HttpTwin:
         while True:
             attempt += 1
             try:
-                async with self._exchange(
-                    method, path, _content(body), params, principal, deadline, extra, has_heartbeats=True
-                ) as answer:
+                async with (
+                    self._place(deadline, is_stream=True),
+                    self._exchange(
+                        method, path, _content(body), params, principal, deadline, extra, has_heartbeats=True
+                    ) as answer,
+                ):
                     opened = True
                     async for event in self._events(answer):
                         yield event
@@ -280,6 +289,32 @@ class HttpTwin:
                 yield event
         if parser.unfinished:
             raise Unavailable(f"the stream from {self._peer!r} was cut", hint="open it again")
+
+    @asynccontextmanager
+    async def _place(self, deadline: Deadline | None, *, is_stream: bool = False) -> AsyncGenerator[None]:
+        """A place among those that talk to the peer.
+
+        To wait for one says nothing of the peer, so that the breaker is not told.
+        """
+        places = self._streams if is_stream else self._calls
+        if is_stream and places.locked():
+            raise Unavailable(
+                f"{_STREAMS_MAX!r} streams from {self._peer!r} are open in this process",
+                hint="close those that nobody reads, or ask another process",
+            )
+        allowed_s = None if deadline is None else deadline.remaining_s
+        try:
+            async with asyncio.timeout(allowed_s):
+                await places.acquire()
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"{_CALLS_MAX!r} calls to {self._peer!r} were under way for {allowed_s:.3g} s",
+                hint="give it a longer timeout, or make fewer calls at once",
+            ) from None
+        try:
+            yield
+        finally:
+            places.release()
 
     @asynccontextmanager
     async def _exchange(
@@ -421,7 +456,7 @@ class HttpTwin:
 
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(
-                    limit=_CONNECTIONS_MAX,
+                    limit=0,  # see `_place`
                     keepalive_timeout=_IDLE_CONNECTION_S,
                     ttl_dns_cache=_ADDRESSES_S,
                     socket_factory=_probing_socket,

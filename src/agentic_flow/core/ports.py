@@ -407,6 +407,13 @@ class WorkflowContext(Protocol):
         """Run one child workflow per key in parallel, each with the id `{workflow_id}.{key}`; all results.
 
         A failed child yields `{"error": problem}` instead of a result: one agent's failure is data.
+
+        Args:
+            name: Of the workflow that each child is.
+            payloads: By key: words without a dot, each used once in the life of this workflow.
+
+        Raises:
+            InvalidInput: a key was used before; nothing was begun.
         """
         ...
 

@@ -86,7 +86,11 @@ class PeerSettings(Section):
     timeout_s: Positive = Field(default=30.0, description="Deadline of one call to a neighbour.")
     attempts: Count = Field(default=3, description="Tries of one idempotent call, the first included.")
     breaker_failures: Count = Field(default=5, description="Failures in a row that open the circuit.")
-    breaker_open_s: Positive = Field(default=5.0, description="Seconds before an open circuit is probed.")
+    breaker_open_s: Positive = Field(
+        default=5.0,
+        description="Seconds before an open circuit is probed, and before a probe without an answer is "
+        "followed by another.",
+    )
 
 
 class AuthSettings(Section):

@@ -20,6 +20,7 @@ from agentic_flow.core.errors import (
     Cancelled,
     Conflict,
     DeadlineExceeded,
+    InvalidInput,
     NeedsNewer,
     StorageFull,
     Unavailable,
@@ -179,6 +180,7 @@ class Context:
         self._busy: str | None = None
         self._index = 0
         self._received: dict[str, set[str]] = {}
+        self._child_keys: set[str] = set()
 
     @property
     def workflow_id(self) -> str:
@@ -364,6 +366,12 @@ class Context:
     async def children(self, name: str, payloads: Mapping[str, JsonObject]) -> dict[str, JsonObject]:
         """See WorkflowContext. When the parent gives up on them or fails, its children are cancelled."""
         assert not any("." in key for key in payloads), list(payloads)
+        if again := sorted(self._child_keys & payloads.keys()):
+            raise InvalidInput(
+                f"workflow {self.workflow_id!r} has had children with the keys {again!r} already",
+                hint="a child's key is its id: use another key each time, such as one with a number",
+            )
+        self._child_keys |= payloads.keys()
         await self._begin(name, f"children {name!r}")
         try:
             return await self._children(name, payloads)

@@ -14,6 +14,7 @@ from agentic_flow.core.errors import (
     CircuitOpen,
     Conflict,
     DeadlineExceeded,
+    InvalidInput,
     ProviderFailed,
     StorageFull,
     Unavailable,
@@ -458,6 +459,42 @@ async def drops_children_it_gave_up_on(case: RunEngineCase) -> None:
         assert await state_of(engine, f"{run}.a") == "cancelled"
 
 
+async def refuses_a_child_twice(case: RunEngineCase) -> None:
+    """A key of a child counts once: a second use is told at once, begins nothing, and breaks nothing else,
+    also when the workflow is resumed behind it."""
+    journal = Journal()
+
+    async def child(context: WorkflowContext, payload: JsonObject) -> JsonObject:
+        return await context.step("note", journal.note(context.workflow_id.rpartition(".")[2]))
+
+    async def parent(context: WorkflowContext, payload: JsonObject) -> JsonObject:
+        name = case.id("child")
+        await context.children(name, {"a": {}})
+        try:
+            await context.children(name, {"a": {}, "b": {}})
+        except InvalidInput as error:
+            refused = {"message": error.message, "hint": error.hint}
+        else:
+            raise AssertionError("the same key twice")
+        await context.children(name, {"b": {}})
+        await context.step("held", journal.hold("held"))
+        return refused
+
+    run = case.id("run")
+    async with case.engine(parent=parent, child=child) as engine:
+        await engine.start(case.id("parent"), run, {}, tenant=TENANT)
+        await journal.begun.wait()
+    journal.gate.set()
+    async with case.engine(parent=parent, child=child) as engine:
+        await engine.resume_interrupted()
+        record = await engine.wait(run)
+    assert (record.state, record.error) == ("completed", None)
+    assert record.output is not None
+    assert "['a']" in record.output["message"]
+    assert "another key" in record.output["hint"]
+    assert sorted(journal.calls) == ["a", "b", "held", "held"]
+
+
 async def queues_in_order(case: RunEngineCase) -> None:
     """Beyond the limit workflows wait, visibly and durably, and start in the order of their acceptance."""
     journal = Journal()
@@ -720,6 +757,7 @@ CHECKS: tuple[Callable[[RunEngineCase], Awaitable[None]], ...] = (
     cancels_and_continues,
     tells_of_a_cancelled_child,
     drops_children_it_gave_up_on,
+    refuses_a_child_twice,
     queues_in_order,
     keeps_what_is_queued,
     refuses_another_path,
