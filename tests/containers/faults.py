@@ -169,6 +169,17 @@ def killed(stack: Stack, service: str) -> Iterator[None]:
 
 
 @contextmanager
+def down(stack: Stack, service: str) -> Iterator[None]:
+    """It is killed by somebody's hand, and so stays dead until it is started."""
+    container = stack.containers(service)[0]
+    stack.engine.run("kill", container)
+    try:
+        yield
+    finally:
+        stack.engine.run("start", container)
+
+
+@contextmanager
 def paused(stack: Stack, service: str) -> Iterator[None]:
     """All its processes stand still."""
     container = stack.containers(service)[0]
@@ -195,4 +206,4 @@ def cut_off(stack: Stack, service: str) -> Iterator[None]:
             stack.engine.run("network", "connect", "--alias", service, name, container)
 
 
-FAULTS = {"kill": killed, "pause": paused, "partition": cut_off}
+FAULTS = {"kill": killed, "down": down, "pause": paused, "partition": cut_off}
