@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
@@ -288,6 +288,55 @@ async def test_a_run_whose_store_fails_is_let_go_not_failed(
         assert await engine.resume("run-1")
         assert (await engine.wait("run-1")).state == "completed"
     assert calls == ["run-1:1", "run-1:1"]
+
+
+@pytest.mark.parametrize("swallows", [False, True], ids=["raises-again", "returns"])
+async def test_what_is_not_recorded_has_nothing_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swallows: bool
+) -> None:
+    """Catches a workflow that tidies up after a step that could not be recorded, on a disk with room again:
+    it would fail for good, end without that step, or be refused when it is continued."""
+    engine = SqlRunEngine(None, tmp_path, lease_s=0.4, runs_parallel_max=4)
+    is_full = True
+    written = checkpoints.write
+
+    def full(database: RunDatabase, operations: Sequence[Any], **options: Any) -> Any:
+        if is_full and any(isinstance(operation, Checkpoint) for operation in operations):
+            raise StorageFull("disk full", hint="make room")
+        return written(database, operations, **options)
+
+    async def flow(context: WorkflowContext, payload: JsonObject) -> JsonObject:
+        nonlocal is_full
+
+        async def work(step: StepContext) -> JsonObject:
+            return {"key": step.idempotency_key}
+
+        try:
+            done = await context.step("work", work)
+        except AgenticFlowError:
+            is_full = False
+            try:
+                await context.step("tidy", work)
+            except AgenticFlowError:
+                if not swallows:
+                    raise
+            return {"work": None}
+        return {"work": done, "tidy": await context.step("tidy", work)}
+
+    engine.register("flow", flow)
+    monkeypatch.setattr(checkpoints, "write", full)
+    async with engine.open():
+        await engine.start("flow", "run-1", {}, tenant="t")
+        async with asyncio.timeout(30):
+            while (record := await engine.get("run-1")) is None or record.state != "interrupted":
+                await asyncio.sleep(0.02)
+        assert not is_full
+        assert await engine.resume("run-1")
+        record = await engine.wait("run-1")
+    assert (record.state, record.output) == (
+        "completed",
+        {"work": {"key": "run-1:1"}, "tidy": {"key": "run-1:2"}},
+    )
 
 
 async def test_a_child_cancelled_by_itself_stays_so(tmp_path: Path) -> None:

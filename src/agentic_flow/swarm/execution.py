@@ -203,6 +203,10 @@ class Context:
                 raise asyncio.CancelledError
             if execution.broken is not None:
                 raise execution.broken
+            if execution.unusable is not None:
+                # A workflow may catch it and go on. What it then did would stand in the place of what is not
+                # recorded, and whoever continues the run would come to another path.
+                raise execution.unusable
             await self._engine.drop_abandoned(execution)
             if not execution.run.has_place or execution.run.unpaused is not None:
                 await self._engine.go_on(execution)

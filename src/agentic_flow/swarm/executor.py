@@ -269,7 +269,7 @@ class Executor:
 
     async def _outcome(self, execution: Execution) -> tuple[str | None, JsonObject | None]:
         """What our function returned, as JSON text, or the problem that it ended with."""
-        name = execution.name
+        name, output, failure = execution.name, None, None
         try:
             output = encoded(await self._call(execution))
         except asyncio.CancelledError as error:
@@ -279,17 +279,16 @@ class Executor:
         except NeedsNewer:
             raise
         except AgenticFlowError as error:
-            if error is execution.unusable:
-                raise
             failure = error
         except Exception as error:
-            log.exception("workflow_failed", workflow_id=execution.workflow_id, workflow=name)
+            if execution.unusable is None:
+                log.exception("workflow_failed", workflow_id=execution.workflow_id, workflow=name)
             failure = internal(f"workflow {name!r}", error)
-        else:
-            if execution.broken is None:
-                return output, None
+        if execution.unusable is not None:
+            raise execution.unusable  # whatever it made of it
+        if execution.broken is not None:
             failure = execution.broken
-        return None, as_problem(execution.broken or failure)
+        return (output, None) if failure is None else (None, as_problem(failure))
 
     async def _call(self, execution: Execution) -> JsonObject:
         workflow = self._workflows.get(execution.name)
