@@ -15,11 +15,10 @@ FAST := tests/unit tests/contract tests/service tests/test_tidy.py tests/test_la
 CRASH := $(wildcard tests/integration/test_*crash*.py)
 # The tests that make their requests and values themselves.
 EXPLORING = $(shell grep -rlE "^from (hypothesis|schemathesis|openapi_fuzz)" $(FAST) --include='test_*.py')
-UPGRADE := tests/containers/test_upgrade.py
 PYTEST := $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test explore test-integration test-crash test-containers test-upgrade images check-retrieval bench bench-agentdb bench-peers bench-gateway bench-gateway-soak bench-gateway-peers bench-memory reference lint format lock clean
+.PHONY: help setup setup-dev demo test explore test-integration test-crash test-containers images check-retrieval bench bench-agentdb bench-peers bench-gateway bench-gateway-soak bench-gateway-peers bench-memory reference lint format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' Makefile
@@ -60,11 +59,8 @@ test-integration: setup-dev $(MINIGRID_VENV)/.ready ## the wheel in a clean envi
 test-crash: setup-dev ## kill -9 at random points, recovery by the same and by another process
 	@$(PYTEST) $(CRASH) $(wildcard tests/simulation)
 
-test-containers: setup-dev ## the images and stacks in a Docker engine, which is made where none runs; some 25 minutes, quiet
-	@$(PYTEST) -p no:cacheprovider $(filter-out $(UPGRADE),$(wildcard tests/containers/test_*.py))
-
-test-upgrade: setup-dev ## another version of a running stack under requests and streams; wants a quiet machine
-	@$(PYTEST) -p no:cacheprovider $(UPGRADE)
+test-containers: setup-dev ## the images and stacks in a Docker engine, which is made where none runs; some 30 minutes, quiet
+	@$(PYTEST) -p no:cacheprovider $(wildcard tests/containers/test_*.py)
 
 images: setup-dev ## build the images of deploy/docker/Dockerfile, as agentic-flow:dev and its kin
 	@$(BIN)/python tests/containers/images.py

@@ -3,9 +3,12 @@
 Each service runs alone, hardened as the stacks run it (read-only root, no capabilities), with its memory in a
 new volume; a worker beside a PostgreSQL. Ready is the first 200 of `/health/ready`, from before `docker run`.
 Then whole stacks get another version while clients ask for 50 things a second and begin a stream each second:
-on PostgreSQL a good one and one that is taken back, and a good one on folders.
+on PostgreSQL a good one and one that is taken back, and a good one on folders. At last stacks are made ill,
+under writes and with runs accepted, of which none may be lost: each service of the main stack is killed,
+paused and cut off, then all of it is killed; on another stack PostgreSQL is.
 
-Usage: python benchmarks/containers.py [--json] [--upgrades] (needs a Docker engine, or root on Debian)
+Usage: python benchmarks/containers.py [--json] [--only images|upgrades|faults]
+       (needs a Docker engine of its own: root on Debian)
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,10 @@ ROOT = Path(__file__).resolve().parent.parent
 TITLE = "Containers"
 STARTS, PROBES, IDLE_S, REBUILDS = 5, 20, 20.0, 3
 HELD_S = 1.0
+FAULT_ROUNDS = 3
+SEEN_TARGET_S, HEALED_TARGET_S = 5, 15
+FAULT_FIGURES = ("seen_s", "healed_s", "writes_s")
+PARTS = ("images", "upgrades", "faults")
 READY_TARGET_S, REBUILD_TARGET_S, PROBE_TARGET_MS = 10, 10, 60
 LIMITS_MB = {"platform": 320, "agentdb": 220, "swarm": 220, "worker": 220}
 DATABASE = "postgresql://postgres:for-benchmarks@{host}/postgres"
@@ -161,8 +168,44 @@ def upgrades(engine: Any, images: Any) -> list[dict[str, Any]]:
     return found
 
 
-def measure(*, only_upgrades: bool = False) -> dict[str, Any]:
-    """Everything, by target."""
+def faults(engine: Any, images: Any) -> list[dict[str, Any]]:
+    """How soon each fault was seen and was over, several times each; the medians and the longest."""
+    from faults import (
+        SERVICES,
+        database_death_then_whole,
+        database_fault_then_whole,
+        death_of_all_then_whole,
+        fault_then_whole,
+        main_stack,
+        postgres_stack,
+    )
+
+    took: dict[str, list[Any]] = {}
+
+    def add(one: Any) -> None:
+        took.setdefault(one.what, []).append(one)
+
+    with tempfile.TemporaryDirectory() as folder, main_stack(engine, images, Path(folder)) as stack:
+        for _ in range(FAULT_ROUNDS):
+            for fault in ("kill", "pause", "partition"):
+                for service in SERVICES:
+                    add(fault_then_whole(stack, fault, service))
+            add(death_of_all_then_whole(stack))
+    with tempfile.TemporaryDirectory() as folder, postgres_stack(engine, images, Path(folder)) as stack:
+        for _ in range(FAULT_ROUNDS):
+            for fault in ("down", "pause", "partition"):
+                add(database_fault_then_whole(stack, fault)[0])
+            add(database_death_then_whole(stack))
+    return [
+        {"what": what}
+        | {name: statistics.median(getattr(one, name) for one in all_of) for name in FAULT_FIGURES}
+        | {"longest_s": max(one.writes_s for one in all_of)}
+        for what, all_of in took.items()
+    ]
+
+
+def measure(parts: Sequence[str] = PARTS) -> dict[str, Any]:
+    """The figures of these parts; those of the images by target."""
     from engine import running, start, stop
     from images import Images
 
@@ -170,23 +213,32 @@ def measure(*, only_upgrades: bool = False) -> dict[str, Any]:
     engine = start()
     try:
         images = Images(engine)
-        if only_upgrades:
-            return {"upgrades": upgrades(engine, images)}
-        figures: dict[str, Any] = {"rebuild_s": rebuild_s()}
-        for target in ("platform", "agentdb", "swarm"):
-            figures[target] = service_figures(engine, target, images(target), ())
-        with postgres(engine, f"af-bench-{secrets.token_hex(4)}") as database:
-            url = DATABASE.format(host=database)
-            stores = tuple(
-                f"--env=AGENTIC_FLOW_{section}__DATABASE_URL={url}" for section in ("SWARM", "AGENTDB")
-            )
-            options = (f"--network={database.removesuffix('-db')}", *stores)
-            figures["worker"] = service_figures(engine, "worker", images("worker"), options)
-        figures["upgrades"] = upgrades(engine, images)
+        figures: dict[str, Any] = {}
+        if "images" in parts:
+            figures["rebuild_s"] = rebuild_s()
+            for target in ("platform", "agentdb", "swarm"):
+                figures[target] = service_figures(engine, target, images(target), ())
+            with postgres(engine, f"af-bench-{secrets.token_hex(4)}") as database:
+                url = DATABASE.format(host=database)
+                stores = tuple(
+                    f"--env=AGENTIC_FLOW_{section}__DATABASE_URL={url}" for section in ("SWARM", "AGENTDB")
+                )
+                options = (f"--network={database.removesuffix('-db')}", *stores)
+                figures["worker"] = service_figures(engine, "worker", images("worker"), options)
+        if "upgrades" in parts:
+            figures["upgrades"] = upgrades(engine, images)
+        if "faults" in parts:
+            figures["faults"] = faults(engine, images)
         return figures
     finally:
         if before is None:
             stop()
+
+
+def fault_row(own: dict[str, Any]) -> str:
+    """A row of the section."""
+    figures = " | ".join(f"{own[name]:.1f}" for name in (*FAULT_FIGURES, "longest_s"))
+    return f"| {own['what']} | {figures} |"
 
 
 def upgrade_row(own: dict[str, Any]) -> str:
@@ -235,6 +287,15 @@ def section() -> str:
             "|---|---|---|---|---|---|---|---|---|---|---|",
             *map(upgrade_row, figures["upgrades"]),
             "",
+            "Faults, each under writes and with runs accepted, none of which was lost. Targets: seen on the "
+            f"health routes within {SEEN_TARGET_S} s, over within {HEALED_TARGET_S} s of its cause's end. "
+            f"Medians of {FAULT_ROUNDS}. What is killed the engine starts again at once; what is down was "
+            "killed by hand, and is started again when all have seen it.",
+            "",
+            "| fault | s until seen | s from its end until ready | until writes are taken | the longest |",
+            "|---|---|---|---|---|",
+            *map(fault_row, figures["faults"]),
+            "",
             "`python benchmarks/containers.py`",
         ]
     )
@@ -244,10 +305,10 @@ def main() -> int:
     """Print the section, or with `--json` the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    parser.add_argument("--upgrades", action="store_true", help="only upgrades of stacks, as JSON")
+    parser.add_argument("--only", choices=PARTS, help="of a part, as JSON")
     given = parser.parse_args()
-    if given.json or given.upgrades:
-        print(json.dumps(measure(only_upgrades=given.upgrades), indent=1))
+    if given.json or given.only:
+        print(json.dumps(measure((given.only,) if given.only else PARTS), indent=1))
     else:
         print(section())
     return 0

@@ -1,4 +1,4 @@
-"""What fault tests share: what a stack acknowledged, how it is made ill, how long it takes to show and heal.
+"""What faults are tried with: stacks, what they acknowledged, how they are made ill, how soon that heals.
 
 Health is asked from outside, through the proxy, ten times a second: what is measured is when somebody who
 looks at the health routes knows.
@@ -8,20 +8,31 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from stacks import Stack
+from engine import Engine
+from images import Images
+from stacks import Stack, prepare, spec_with_free_ports
 
 from agentic_flow.client import Client
 from agentic_flow.core.identity import new_key
-from agentic_flow.deploy.compose import network_name
+from agentic_flow.deploy import compose
 from agentic_flow.deploy.plan import checked_plan
+from agentic_flow.deploy.spec import ServiceSpec
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVICES = ("platform", "agentdb", "swarm")
 
 SEEN_WITHIN_S = 5.0
 HEALED_WITHIN_S = 60.0
@@ -139,25 +150,148 @@ class Accepted:
         )
 
 
-def fault_then_whole(
-    stack: Stack, what: str, fault: AbstractContextManager[None], accepted: Accepted
-) -> None:
+class Took(NamedTuple):
+    """Seconds until a fault was seen, and after its end until all was ready and until writes were taken."""
+
+    what: str
+    seen_s: float
+    healed_s: float
+    writes_s: float
+
+    def tell(self) -> None:
+        """Print it."""
+        print(
+            f"{self.what}: seen after {self.seen_s:.1f} s; after its end ready in {self.healed_s:.1f} s, "
+            f"writes acknowledged in {self.writes_s:.1f} s"
+        )
+
+
+def healed(stack: Stack, accepted: Accepted, what: str, seen_s: float) -> Took:
+    """Once its cause has ended: wait until everything is ready and takes writes again."""
+    healed_s = until(lambda: all_ready(stack), HEALED_WITHIN_S, f"{what} healed")
+    writes_s = healed_s + until(accepted.takes_writes, HEALED_WITHIN_S, f"{what}: writes again")
+    return Took(what, seen_s, healed_s, writes_s)
+
+
+def fault_then_whole(stack: Stack, fault: str, service: str) -> Took:
     """Go through one fault: it shows in time, heals when its cause ends, and loses nothing accepted."""
-    with accepted:
-        with fault:
+    until(lambda: all_ready(stack), 60, "ready before the fault")
+    what = f"{fault} of {service}"
+    with Accepted(stack) as accepted:
+        with FAULTS[fault](stack, service):
             seen_s = until(lambda: not all_ready(stack), SEEN_WITHIN_S, f"{what} seen")
-        healed_s = until(lambda: all_ready(stack), HEALED_WITHIN_S, f"{what} healed")
-        writes_s = healed_s + until(accepted.takes_writes, HEALED_WITHIN_S, f"{what}: writes again")
-    tell(what, seen_s, healed_s, writes_s)
+        took = healed(stack, accepted, what, seen_s)
     accepted.all_there()
+    took.tell()
+    return took
 
 
-def tell(what: str, seen_s: float, healed_s: float, writes_s: float) -> None:
-    """Print what a fault took."""
-    print(
-        f"{what}: seen after {seen_s:.1f} s; after its end ready in {healed_s:.1f} s, "
-        f"writes acknowledged in {writes_s:.1f} s"
+def database_fault_then_whole(stack: Stack, fault: str) -> tuple[Took, dict[str, set[str]]]:
+    """The same with the database, which each service has to miss; also the checks that failed at each."""
+    until(lambda: all_ready(stack), 60, "ready before the fault")
+    what = f"{fault} of postgres"
+
+    def failing_at(name: str) -> set[str]:
+        failing: set[str] = set()
+
+        def said() -> set[str]:
+            failing.update(health(stack, getattr(stack.spec.ports, name), timeout_s=3.0).get("failing", ()))
+            return failing
+
+        until(said, SEEN_WITHIN_S, f"{what} seen by {name}")
+        return failing
+
+    with Accepted(stack, runs=3, agents=4) as accepted:
+        with FAULTS[fault](stack, "postgres"), ThreadPoolExecutor(len(SERVICES)) as asking:
+            began_s = time.monotonic()
+            failing = dict(zip(SERVICES, asking.map(failing_at, SERVICES), strict=True))
+            seen_s = time.monotonic() - began_s
+        took = healed(stack, accepted, what, seen_s)
+    accepted.all_there()
+    took.tell()
+    return took, failing
+
+
+def database_death_then_whole(stack: Stack) -> Took:
+    """The database dies and is started again, perhaps before anybody missed it. Seen is its new start."""
+    until(lambda: all_ready(stack), 60, "ready before the fault")
+
+    def started_at() -> str:
+        (container,) = stack.containers("postgres")
+        return stack.engine.output("inspect", "--format={{.State.StartedAt}}", container)
+
+    before = started_at()
+    with Accepted(stack, runs=3, agents=4) as accepted:
+        with killed(stack, "postgres"):
+            seen_s = until(lambda: started_at() != before, SEEN_WITHIN_S, "the database starts again")
+        took = healed(stack, accepted, "kill of postgres", seen_s)
+    accepted.all_there()
+    took.tell()
+    return took
+
+
+def death_of_all_then_whole(stack: Stack) -> Took:
+    """Every container is killed by the engine; `agentic-flow up` starts them again, and that is the end."""
+    until(lambda: all_ready(stack), 60, "ready before the fault")
+    with Accepted(stack, runs=4, agents=4) as accepted:
+        stack.engine.run("kill", *stack.containers())
+        seen_s = until(lambda: not all_ready(stack), SEEN_WITHIN_S, "the death of all seen")
+        started_s = time.monotonic()
+        done = agentic_flow(stack, "up", "--spec", "spec.json.yaml", "--dir", stack.folder, "--json")
+        assert done.returncode == 0, done.stdout + done.stderr
+        up_s = time.monotonic() - started_s
+        rest = healed(stack, accepted, "the rest of it", seen_s)
+    accepted.all_there()
+    what = "kill of the whole stack (its end: `agentic-flow up`)"
+    took = Took(what, seen_s, up_s + rest.healed_s, up_s + rest.writes_s)
+    took.tell()
+    return took
+
+
+def agentic_flow(stack: Stack, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    """A command of ours, beside the stack, which its own description names."""
+    (stack.folder / "spec.json.yaml").write_text(json.dumps(stack.spec.model_dump(mode="json")), "utf-8")
+    return subprocess.run(
+        [sys.executable, "-m", "agentic_flow", *map(str, words)],
+        cwd=stack.folder,
+        env={**stack.engine.environment, "AGENTIC_FLOW_DATA_DIR": str(stack.folder / "client")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
+
+
+@contextmanager
+def main_stack(engine: Engine, images: Images, folder: Path) -> Iterator[Stack]:
+    """The main stack, healthy, with something to ask about; removed at the end."""
+    spec = spec_with_free_ports(name=f"af-faults-{new_key().id}")
+    with running(prepare(engine, images, spec.name, folder, spec, (compose.MAIN,))) as stack:
+        yield stack
+
+
+@contextmanager
+def postgres_stack(engine: Engine, images: Images, folder: Path) -> Iterator[Stack]:
+    """PostgreSQL, the three services, two workers and the proxy, likewise."""
+    services = {name: ServiceSpec() for name in SERVICES} | {"worker": ServiceSpec(replicas=2)}
+    name = f"af-postgres-{new_key().id}"
+    spec = spec_with_free_ports("agentdb", name=name, store="postgresql", services=services)
+    with running(prepare(engine, images, name, folder, spec, compose.files_of(spec))) as stack:
+        yield stack
+
+
+@contextmanager
+def running(stack: Stack) -> Iterator[Stack]:
+    """A prepared stack, healthy, with something to ask about; removed at the end."""
+    from conftest import remove_project
+
+    shutil.copytree(ROOT / "docs" / "guides", stack.folder / "inputs" / "guides")
+    try:
+        stack.up()
+        yield stack
+    finally:
+        remove_project(stack.engine, stack.project)
 
 
 @contextmanager
@@ -196,7 +330,7 @@ def cut_off(stack: Stack, service: str) -> Iterator[None]:
     """It is taken off the networks that it shares with other services."""
     container = stack.containers(service)[0]
     groups = [group for group in checked_plan(stack.spec).networks if service in group]
-    names = [f"{stack.project}_{network_name(group)}" for group in groups]
+    names = [f"{stack.project}_{compose.network_name(group)}" for group in groups]
     for name in names:
         stack.engine.run("network", "disconnect", name, container)
     try:

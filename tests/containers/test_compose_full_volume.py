@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from engine import Engine
-from faults import HEALED_WITHIN_S, SEEN_WITHIN_S, Accepted, all_ready, health, tell, until
+from faults import HEALED_WITHIN_S, SEEN_WITHIN_S, Accepted, Took, all_ready, health, until
 from images import Images
 from stacks import Stack, prepare, spec_with_free_ports
 
@@ -128,7 +128,7 @@ def test_a_full_volume_is_told_refused_and_heals(stack: Stack, service: str) -> 
         healed_s = until(lambda: all_ready(stack), HEALED_WITHIN_S, "well again")
         until(lambda: not REFUSALS[service](stack, accepted), HEALED_WITHIN_S, "taken again")
         writes_s = healed_s + until(accepted.takes_writes, HEALED_WITHIN_S, "writes again")
-    tell(f"full volume of {service}", seen_s, healed_s, writes_s)
+    Took(f"full volume of {service}", seen_s, healed_s, writes_s).tell()
     assert refusals[-1]["code"] == "storage_full", refusals[-1]
     assert "make room" in refusals[-1]["hint"], refusals[-1]
     accepted.all_there()

@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from engine import Engine
 from faults import (
-    FAULTS,
-    HEALED_WITHIN_S,
-    SEEN_WITHIN_S,
     Accepted,
-    all_ready,
-    health,
-    tell,
+    database_death_then_whole,
+    database_fault_then_whole,
+    postgres_stack,
     until,
 )
 from images import Images
 from probing import addresses, connections
-from stacks import Stack, assert_no_secret_shows, prepare, spec_with_free_ports
+from stacks import Stack, assert_no_secret_shows
 
-from agentic_flow.core.identity import new_key
-from agentic_flow.deploy import compose
 from agentic_flow.deploy.certs import CertificateFolder
 from agentic_flow.deploy.engine import Engine as DockerCommand
 from agentic_flow.deploy.infrastructure import DATABASE_PORT
 from agentic_flow.deploy.plan import PORTS, checked_plan
 from agentic_flow.deploy.spec import ServiceSpec
 from agentic_flow.deploy.stack import Stack as DeployedStack
-from conftest import remove_project
 
 ROOT = Path(__file__).resolve().parents[2]
 # PostgreSQL speaks TLS after it was asked whether it does.
@@ -49,21 +40,9 @@ with socket.create_connection(("postgres", 5432), 5) as plain:
 
 @pytest.fixture(scope="module")
 def stack(engine: Engine, images: Images, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """PostgreSQL, the three services, two workers and the proxy, healthy."""
-    project, folder = f"af-postgres-{new_key().id}", tmp_path_factory.mktemp("postgres")
-    spec = spec_with_free_ports(
-        "agentdb",
-        name=project,
-        store="postgresql",
-        services={name: {} for name in ("platform", "agentdb", "swarm")} | {"worker": {"replicas": 2}},
-    )
-    made = prepare(engine, images, project, folder, spec, compose.files_of(spec))
-    shutil.copytree(ROOT / "docs" / "guides", folder / "inputs" / "guides")
-    try:
-        made.up()
+    """One for all tests here."""
+    with postgres_stack(engine, images, tmp_path_factory.mktemp("postgres")) as made:
         yield made
-    finally:
-        remove_project(engine, project)
 
 
 def test_workers_do_the_runs_and_everything_is_in_the_database(stack: Stack) -> None:
@@ -106,52 +85,17 @@ def test_a_run_goes_on_when_its_worker_is_killed(stack: Stack) -> None:
 @pytest.mark.parametrize("fault", ["pause", "partition", "down"])
 def test_a_fault_of_the_database_is_seen_by_all_and_heals(stack: Stack, fault: str) -> None:
     """Catches a service that calls itself ready without its database, or that stays ill when that is back."""
-    until(lambda: all_ready(stack), 60, "ready before the fault")
-    what = f"{fault} of postgres"
-
-    def failing_of(name: str) -> set[str]:
-        failing: set[str] = set()
-
-        def said() -> set[str]:
-            failing.update(health(stack, getattr(stack.spec.ports, name), timeout_s=3.0).get("failing", ()))
-            return failing
-
-        until(said, SEEN_WITHIN_S, f"{what} seen by {name}")
-        return failing
-
-    with Accepted(stack, runs=3, agents=4) as accepted:
-        with FAULTS[fault](stack, "postgres"), ThreadPoolExecutor(3) as asking:
-            began_s = time.monotonic()
-            platform, agentdb, swarm = asking.map(failing_of, ("platform", "agentdb", "swarm"))
-            seen_s = time.monotonic() - began_s
-        assert_heals(stack, accepted, what, seen_s)
-    assert "gateway database" in platform
-    assert "database" in agentdb
-    assert "run database" in swarm
+    _, failing = database_fault_then_whole(stack, fault)
+    assert "gateway database" in failing["platform"]
+    assert "database" in failing["agentdb"]
+    assert "run database" in failing["swarm"]
 
 
 def test_a_database_that_dies_is_started_again(stack: Stack, engine: Engine) -> None:
-    """Catches a database that stays dead, and a lost write or run: it is back before everybody missed it."""
+    """Catches a database that stays dead, and a lost write or run, before anybody could miss it."""
     if not engine.own:
         pytest.skip("a process is killed by its number on this machine: the engine must run on it")
-    until(lambda: all_ready(stack), 60, "ready before the fault")
-
-    def starts() -> str:
-        return engine.output("inspect", "--format={{.State.StartedAt}}", stack.containers("postgres")[0])
-
-    before = starts()
-    with Accepted(stack, runs=3, agents=4) as accepted:
-        with FAULTS["kill"](stack, "postgres"):
-            seen_s = until(lambda: starts() != before, SEEN_WITHIN_S, "the database starts again")
-        assert_heals(stack, accepted, "kill of postgres", seen_s)
-
-
-def assert_heals(stack: Stack, accepted: Accepted, what: str, seen_s: float) -> None:
-    """Once the cause has ended everything is ready and takes writes again, and nothing accepted is lost."""
-    healed_s = until(lambda: all_ready(stack), HEALED_WITHIN_S, f"{what} healed")
-    writes_s = healed_s + until(accepted.takes_writes, HEALED_WITHIN_S, f"{what}: writes again")
-    tell(what, seen_s, healed_s, writes_s)
-    accepted.all_there()
+    database_death_then_whole(stack)
 
 
 def in_database(stack: Stack, query: str) -> list[list[str]]:
