@@ -133,12 +133,13 @@ def rebuild_s() -> float:
 
 def upgrades(engine: Any, images: Any) -> list[dict[str, Any]]:
     """What clients noticed of another version, by the stack's store and how good the version was."""
+    from faults import ON_POSTGRESQL
     from traffic import RATE_PER_S
-    from upgrades import BAD, GOOD, POSTGRESQL, make_versions, opened, streaming_provider, upgraded
+    from upgrades import BAD, GOOD, make_versions, opened, streaming_provider, upgraded
 
     make_versions(engine, images)
     found: list[dict[str, Any]] = []
-    stacks: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = ((POSTGRESQL, (GOOD, BAD)), ({}, (GOOD,)))
+    stacks: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = ((ON_POSTGRESQL, (GOOD, BAD)), ({}, (GOOD,)))
     for spec, tags in stacks:
         with (
             tempfile.TemporaryDirectory() as folder,

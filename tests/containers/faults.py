@@ -29,10 +29,14 @@ from agentic_flow.client import Client
 from agentic_flow.core.identity import new_key
 from agentic_flow.deploy import compose
 from agentic_flow.deploy.plan import checked_plan
-from agentic_flow.deploy.spec import ServiceSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVICES = ("platform", "agentdb", "swarm")
+ON_POSTGRESQL: dict[str, Any] = {
+    "store": "postgresql",
+    "services": {**{name: {} for name in SERVICES}, "worker": {"replicas": 2}},
+}
+"""Of a stack's description."""
 
 SEEN_WITHIN_S = 5.0
 HEALED_WITHIN_S = 60.0
@@ -274,20 +278,19 @@ def main_stack(engine: Engine, images: Images, folder: Path) -> Iterator[Stack]:
 @contextmanager
 def postgres_stack(engine: Engine, images: Images, folder: Path) -> Iterator[Stack]:
     """PostgreSQL, the three services, two workers and the proxy, likewise."""
-    services = {name: ServiceSpec() for name in SERVICES} | {"worker": ServiceSpec(replicas=2)}
-    name = f"af-postgres-{new_key().id}"
-    spec = spec_with_free_ports("agentdb", name=name, store="postgresql", services=services)
-    with running(prepare(engine, images, name, folder, spec, compose.files_of(spec))) as stack:
+    spec = spec_with_free_ports("agentdb", name=f"af-postgres-{new_key().id}", **ON_POSTGRESQL)
+    with running(prepare(engine, images, spec.name, folder, spec, compose.files_of(spec))) as stack:
         yield stack
 
 
 @contextmanager
-def running(stack: Stack) -> Iterator[Stack]:
-    """A prepared stack, healthy, with something to ask about; removed at the end."""
+def running(stack: Stack, begin: Callable[[], None] = lambda: None) -> Iterator[Stack]:
+    """A prepared stack, healthy, with something to ask about; removed at the end, also what `begin` made."""
     from conftest import remove_project
 
     shutil.copytree(ROOT / "docs" / "guides", stack.folder / "inputs" / "guides")
     try:
+        begin()
         stack.up()
         yield stack
     finally:

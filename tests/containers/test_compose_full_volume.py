@@ -3,16 +3,26 @@ there is room, with all that was acknowledged."""
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from engine import Engine
-from faults import HEALED_WITHIN_S, SEEN_WITHIN_S, Accepted, Took, all_ready, health, until
+from faults import (
+    HEALED_WITHIN_S,
+    ON_POSTGRESQL,
+    SEEN_WITHIN_S,
+    Accepted,
+    Took,
+    all_ready,
+    healed,
+    health,
+    running,
+    until,
+)
 from images import Images
 from stacks import Stack, prepare, spec_with_free_ports
 
@@ -21,50 +31,57 @@ from agentic_flow.core.identity import new_key
 from agentic_flow.deploy import compose
 from agentic_flow.deploy.parts import FILES_GROUP
 from agentic_flow.deploy.plan import VOLUMES
-from conftest import remove_project
 
-ROOT = Path(__file__).resolve().parents[2]
-SIZE_MIB = 96
+SIZE_MIB, DATABASE_SIZE_MIB = 96, 320
 REFUSED_WITHIN_S = 30.0
 FILL = "for size in 64k 4k 512; do dd if=/dev/zero bs=$size >> /volume/ballast 2>/dev/null; done; true"
+POSTGRES_USER = 999  # of the published image
 
 
-def holder(stack: Stack, service: str) -> str:
-    """The container that holds a service's volume, so that it outlives the service, and fills it."""
-    return f"{stack.project}-holds-{VOLUMES[service]}"
+def holder(stack: Stack, volume: str) -> str:
+    """The container that holds a volume, so that it outlives the service, and fills it."""
+    return f"{stack.project}-holds-{volume}"
+
+
+@contextmanager
+def on_small_volumes(
+    stack: Stack, image: str, volumes: Collection[str], size_mib: int, owner: int
+) -> Iterator[Stack]:
+    """The stack, healthy, with volumes that hold no more than a little."""
+    options = f"size={size_mib}m,uid={owner},gid={owner},mode=0750"
+    small = {"driver_opts": {"type": "tmpfs", "device": "tmpfs", "o": options}}
+    stack.override({}, volumes=dict.fromkeys(volumes, small))
+
+    def hold() -> None:
+        stack.compose("create")
+        for volume in volumes:
+            mount = f"--volume={stack.project}_{volume}:/volume"
+            stack.engine.run(
+                "run", "--detach", f"--name={holder(stack, volume)}", mount, "--user=0",
+                "--entrypoint=sleep", "--no-healthcheck", image, "infinity",
+            )  # fmt: skip
+
+    with running(stack, hold):
+        yield stack
 
 
 @pytest.fixture(scope="module")
 def stack(engine: Engine, images: Images, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """The main stack on volumes that hold no more than a little, healthy, AgentDB's port published too."""
-    project, folder = f"af-full-{new_key().id}", tmp_path_factory.mktemp("full")
-    spec = spec_with_free_ports("agentdb", name=project)
-    made = prepare(engine, images, project, folder, spec, (compose.MAIN,))
-    shutil.copytree(ROOT / "docs" / "guides", folder / "inputs" / "guides")
-    options = f"size={SIZE_MIB}m,uid={FILES_GROUP},gid={FILES_GROUP},mode=0750"
-    small = {"driver_opts": {"type": "tmpfs", "device": "tmpfs", "o": options}}
-    made.override({}, volumes=dict.fromkeys(VOLUMES.values(), small))
-    try:
-        made.compose("create")
-        for service, volume in VOLUMES.items():
-            engine.run(
-                "run", "--detach", f"--name={holder(made, service)}", f"--volume={project}_{volume}:/volume",
-                "--entrypoint=sleep", "--no-healthcheck", images("swarm"), "infinity",
-            )  # fmt: skip
-        made.up()
+    """The main stack on small volumes, AgentDB's port published too."""
+    spec = spec_with_free_ports("agentdb", name=f"af-full-{new_key().id}")
+    made = prepare(engine, images, spec.name, tmp_path_factory.mktemp("full"), spec, (compose.MAIN,))
+    with on_small_volumes(made, images("swarm"), VOLUMES.values(), SIZE_MIB, FILES_GROUP):
         yield made
-    finally:
-        remove_project(engine, project)
 
 
 @contextmanager
-def full(stack: Stack, service: str) -> Iterator[None]:
-    """A file of somebody else's takes all the room of its volume."""
-    stack.engine.run("exec", holder(stack, service), "sh", "-c", FILL)
+def full(stack: Stack, volume: str) -> Iterator[None]:
+    """A file of somebody else's takes all its room."""
+    stack.engine.run("exec", holder(stack, volume), "sh", "-c", FILL)
     try:
         yield
     finally:
-        stack.engine.run("exec", holder(stack, service), "rm", "/volume/ballast")
+        stack.engine.run("exec", holder(stack, volume), "rm", "/volume/ballast")
 
 
 def refusal_of_items(stack: Stack, accepted: Accepted) -> Any:
@@ -120,7 +137,7 @@ def test_a_full_volume_is_told_refused_and_heals(stack: Stack, service: str) -> 
             refusals.extend([told] if told else [])
             return bool(told)
 
-        with full(stack, service):
+        with full(stack, VOLUMES[service]):
             seen_s = until(lambda: "disk" in health(stack, port).get("failing", ()), SEEN_WITHIN_S, "full")
             until(is_refused, REFUSED_WITHIN_S, "a write refused")
             for other in set(REFUSALS) - {service}:
@@ -135,3 +152,27 @@ def test_a_full_volume_is_told_refused_and_heals(stack: Stack, service: str) -> 
     assert {one["Id"]: one["State"]["StartedAt"] for one in stack.inspected()} == before, (
         "nobody was restarted"
     )
+
+
+def test_a_full_volume_of_the_database_loses_nothing(engine: Engine, images: Images, tmp_path: Path) -> None:
+    """Catches a write that is acknowledged and lost because PostgreSQL has no room, an error that does not
+    say so, and services that stay broken when there is room again."""
+    spec = spec_with_free_ports("agentdb", name=f"af-full-{new_key().id}", **ON_POSTGRESQL)
+    made = prepare(engine, images, spec.name, tmp_path, spec, compose.files_of(spec))
+    with (
+        on_small_volumes(
+            made, images("swarm"), ("postgres-data",), DATABASE_SIZE_MIB, POSTGRES_USER
+        ) as stack,
+        Accepted(stack, runs=3, agents=4) as accepted,
+    ):
+        with full(stack, "postgres-data"):
+            seen_s = until(lambda: accepted.refused, REFUSED_WITHIN_S, "a write refused")
+            time.sleep(5)
+            print(
+                accepted.refused[:1],
+                accepted.refused[-1:],
+                [health(stack, getattr(stack.spec.ports, n)) for n in REFUSALS],
+            )
+            print(stack.logs("postgres")[-3000:])
+        healed(stack, accepted, "full volume of postgres", seen_s).tell()
+        accepted.all_there()

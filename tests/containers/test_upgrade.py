@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 from engine import Engine
+from faults import ON_POSTGRESQL
 from images import Images
 from stack_place import Done, StackPlace
 from traffic import Seen
-from upgrades import BAD, GOOD, POSTGRESQL, SILENT, make_versions, opened, streaming_provider, upgraded
+from upgrades import BAD, GOOD, SILENT, make_versions, opened, streaming_provider, upgraded
 
 from agentic_flow.deploy.caddy import HOLD_S
 from agentic_flow.testing.fake_provider import FakeProvider
@@ -37,7 +38,7 @@ def postgres(
     engine: Engine, versions: None, provider: FakeProvider, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[StackPlace]:
     """The stack on PostgreSQL, with two workers."""
-    with opened(engine, provider, tmp_path_factory.mktemp("postgres"), **POSTGRESQL) as place:
+    with opened(engine, provider, tmp_path_factory.mktemp("postgres"), **ON_POSTGRESQL) as place:
         yield place
 
 

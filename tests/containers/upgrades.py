@@ -20,10 +20,6 @@ from agentic_flow.testing.fake_provider import FakeProvider, Reply
 GOOD, BAD, SILENT = f"{TAG}-next", f"{TAG}-bad", f"{TAG}-silent"
 ENDS, SLEEPS = "echo broken on purpose >&2; exit 3", "exec sleep infinity"
 STREAM_S = 4.0
-POSTGRESQL = {
-    "store": "postgresql",
-    "services": {"platform": {}, "agentdb": {}, "swarm": {}, "worker": {"replicas": 2}},
-}
 MODEL = "anthropic:claude-test"
 _ANSWER = " ".join(str(number) for number in range(20))
 _BROKEN = {(BAD, "platform"): ENDS, (SILENT, "agentdb"): SLEEPS}
