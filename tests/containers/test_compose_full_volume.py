@@ -156,7 +156,7 @@ def test_a_full_volume_is_told_refused_and_heals(stack: Stack, service: str) -> 
 
 def test_a_full_volume_of_the_database_loses_nothing(engine: Engine, images: Images, tmp_path: Path) -> None:
     """Catches a write that is acknowledged and lost because PostgreSQL has no room, an error that does not
-    say so, and services that stay broken when there is room again."""
+    say so, services that call themselves ready meanwhile, and that stay broken when there is room again."""
     spec = spec_with_free_ports("agentdb", name=f"af-full-{new_key().id}", **ON_POSTGRESQL)
     made = prepare(engine, images, spec.name, tmp_path, spec, compose.files_of(spec))
     with (
@@ -166,13 +166,17 @@ def test_a_full_volume_of_the_database_loses_nothing(engine: Engine, images: Ima
         Accepted(stack, runs=3, agents=4) as accepted,
     ):
         with full(stack, "postgres-data"):
-            seen_s = until(lambda: accepted.refused, REFUSED_WITHIN_S, "a write refused")
-            time.sleep(5)
-            print(
-                accepted.refused[:1],
-                accepted.refused[-1:],
-                [health(stack, getattr(stack.spec.ports, n)) for n in REFUSALS],
-            )
-            print(stack.logs("postgres")[-3000:])
+
+            def seen_by(service: str, check: str) -> float:
+                until(lambda: REFUSALS[service](stack, accepted), REFUSED_WITHIN_S, f"{service} refuses")
+                return until(lambda: check in failing_at(stack, service), SEEN_WITHIN_S, f"{service} says so")
+
+            seen_s = max(seen_by("agentdb", "database"), seen_by("swarm", "run database"))
+            assert accepted.refused[-1]["code"] == "storage_full", accepted.refused[-1]
         healed(stack, accepted, "full volume of postgres", seen_s).tell()
         accepted.all_there()
+
+
+def failing_at(stack: Stack, service: str) -> Collection[str]:
+    """What a service says that it misses."""
+    return health(stack, getattr(stack.spec.ports, service)).get("failing", ())

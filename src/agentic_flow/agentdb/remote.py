@@ -113,6 +113,10 @@ class RemoteAgentDB(HttpTwin):
     async def namespaces(self, tenant: str) -> list[Namespace]:
         return _read(_NAMESPACES, await self._ask(tenant, "GET", "/v1/namespaces"), "namespaces")
 
+    async def check(self) -> None:
+        """See VectorStore."""
+        await self.namespaces(DEFAULT_TENANT)
+
     async def stats(self, tenant: str) -> list[NamespaceStats]:
         """See VectorStore. `sequence` is None unless the token is an operator's (scope `platform:admin`)."""
         return _read(_STATS, await self._ask(tenant, "GET", "/v1/namespace-stats"), "stats")

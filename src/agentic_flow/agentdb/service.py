@@ -51,6 +51,7 @@ from agentic_flow.agentdb.records import (
     read_namespaces,
 )
 from agentic_flow.agentdb.search import SPELLING_WEIGHT, Mode, Request, Searcher, deadline
+from agentic_flow.core.auth import DEFAULT_TENANT
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
 from agentic_flow.core.db import Database, at_commit, execute_many, rows
 from agentic_flow.core.errors import AgenticFlowError, Conflict, InvalidInput, TooLarge
@@ -226,6 +227,10 @@ class AgentDB:
         """See VectorStore; by name."""
         now_s = self._clock.time_s()
         return await self._db.read(lambda connection: read_namespaces(connection, tenant, now_s))
+
+    async def check(self) -> None:
+        """See VectorStore. How much room its disk has is known without it."""
+        await self.namespaces(DEFAULT_TENANT)
 
     async def delete_namespace(self, tenant: str, name: str) -> bool:
         check_tenant(tenant)

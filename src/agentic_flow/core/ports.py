@@ -131,6 +131,10 @@ class VectorStore(Protocol):
 
     async def namespaces(self, tenant: str) -> list[Namespace]: ...
 
+    async def check(self) -> None:
+        """Return when it can be read, and written to as far as it knows. Raises Unavailable, StorageFull."""
+        ...
+
     async def delete_namespace(self, tenant: str, name: str) -> bool:
         """Whether there was one to delete."""
         ...

@@ -20,10 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from zlib import crc32
 
+import structlog
+
 from agentic_flow.core.errors import AgenticFlowError, DataCorrupted, StorageFull, Unavailable
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
+
+log = structlog.get_logger()
 
 _POOL_SIZE = 10
 _CONNECTIONS_MAX = 20
@@ -43,6 +47,13 @@ _WAL_RETRY_S = 0.02
 _NAME = re.compile(r"(?<![:\w]):([a-z_][a-z0-9_]*)", re.IGNORECASE)
 _MADE = re.compile(r"CREATE (?:UNIQUE )?(?:TABLE|INDEX) IF NOT EXISTS (\w+)")
 _DISK_FULL = "53100"  # PostgreSQL's SQLSTATE
+ROOM_PROBE = (
+    "CREATE TEMP TABLE agentic_flow_room (filler text) ON COMMIT DROP",
+    "INSERT INTO agentic_flow_room VALUES ('')",
+)
+"""What only a server with room on its disk does, in a transaction: nobody is told how much it has."""
+_without_room: set[str] = set()
+"""URLs of servers that had no room for a write of this process, by whichever of its objects, since."""
 _NO_VALUES = "(SELECT 1 WHERE 1 != 1)"
 
 Bindings = Mapping[str, Any]
@@ -267,6 +278,30 @@ class SqlDatabase:
         with self.reading() as connection:
             return [tuple(row) for row in execute(connection, statement, **bindings)]
 
+    def check(self, statement: str = "SELECT 1") -> None:
+        """Return when it can be read; and written, if a server had no room for a write of ours since.
+
+        Args:
+            statement: What to read.
+
+        Raises:
+            StorageFull: there still is none.
+            Unavailable: the database cannot be used now.
+            DataCorrupted: the file is damaged.
+        """
+        self.rows(statement)
+        if self._database_url not in _without_room:
+            return
+        try:
+            with self.transaction() as connection:
+                for probe in ROOM_PROBE:
+                    connection.execute(probe)
+        except StorageFull:
+            raise
+        except Unavailable as error:  # no right to temporary tables, perhaps: the next write will tell
+            log.warning("room_not_tried", error=error.message)
+        _without_room.discard(self._database_url)
+
     def translate(self, error: Exception) -> AgenticFlowError:
         """What an error of SQLite or SQLAlchemy means to a caller."""
         place = repr(str(self.file)) if self.file else f"at {self._setting}"
@@ -277,6 +312,8 @@ class SqlDatabase:
             )
         told = f"the {self._name} {place} cannot be used: {cause}"
         if _is_of_a_full_disk(error):
+            if self._database_url:
+                _without_room.add(self._database_url)
             return StorageFull(told, hint="nothing was written: make room on its disk, then try again")
         hint = "check the disk, and the file's permissions" if self.file else "start it, or check its address"
         return Unavailable(told, hint=hint)

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from agentic_flow.core.auth import DEFAULT_TENANT, LOCAL_OWNER, Authenticator
+from agentic_flow.core.auth import LOCAL_OWNER, Authenticator
 from agentic_flow.core.errors import InvalidInput
 from agentic_flow.core.later import imported
 from agentic_flow.core.readiness import ANSWER_TIMEOUT_S, Answering, Ready, all_of, room
@@ -227,7 +227,7 @@ class _Apps:
             ),
         ]
         public = PUBLIC_PATHS | {DOCUMENT_PATH, MEMORY_DOCUMENT_PATH, RUN_DOCUMENT_PATH}
-        books = Answering("gateway database", lambda: asyncio.to_thread(kept.database.rows, "SELECT 1"))
+        books = Answering("gateway database", lambda: asyncio.to_thread(kept.database.check))
         ready = all_of(books, self._peers_ready("agentdb", "swarm"))
         # Neighbours that have started beside it let nobody in before they have its keys and revocations.
         opens = self._peers_ready("agentdb", "swarm", path="/health/ready")
@@ -252,7 +252,7 @@ class _Apps:
 
         store = await self._runtime.store()
 
-        ready = Answering("database", lambda: store.namespaces(DEFAULT_TENANT))
+        ready = Answering("database", store.check)
         from agentic_flow.memory.routes import build_routes as learning_routes
 
         routes: list[BaseRoute] = [

@@ -60,10 +60,10 @@ class Heartbeat:
 
 
 async def answers(database: RunDatabase) -> bool:
-    """Whether a run database answers a question within two seconds."""
+    """Whether a run database answers a question within two seconds, and has room if it had none."""
     try:
         async with asyncio.timeout(_ANSWER_S):
-            await asyncio.to_thread(database.rows, "SELECT COUNT(*) FROM af_executors")
+            await asyncio.to_thread(database.check, "SELECT COUNT(*) FROM af_executors")
     except (AgenticFlowError, TimeoutError):
         return False
     return True

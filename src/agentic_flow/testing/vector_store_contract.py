@@ -54,6 +54,7 @@ async def namespaces_are_made_once(store: VectorStore) -> None:
     await fails(Conflict, store.create_namespace(tenant, SPACE, dimension=3))
     await store.create_namespace(tenant, "also", metric="euclidean", dimension=3)
     await store.upsert(tenant, SPACE, [Item(id="a", text="some words")])
+    await store.check()
     listed = await store.namespaces(tenant)
     assert [(space.name, space.items, space.metric) for space in listed] == [
         ("also", 0, "euclidean"),

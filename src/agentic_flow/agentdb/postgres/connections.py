@@ -32,6 +32,7 @@ from agentic_flow.core.errors import (
     StorageFull,
     Unavailable,
 )
+from agentic_flow.core.sql import ROOM_PROBE
 
 log = structlog.get_logger()
 
@@ -144,6 +145,7 @@ class Connections:
         self._primary = self._pool(url, "agentdb")
         self._replica = self._pool(replica_url, "agentdb-replica") if replica_url else None
         self._replica_from_s = 0.0
+        self._lacked_room = False
         self._written: OrderedDict[str, str] = (
             OrderedDict()
         )  # tenant → position in the log after its last write
@@ -236,6 +238,25 @@ class Connections:
                 await self._clock.sleep(random.random() * 0.01 * 2**attempt)
         raise AssertionError("unreachable")
 
+    async def check_room(self) -> None:
+        """Return when there is room, if a write found none since.
+
+        Raises:
+            StorageFull: there still is none.
+        """
+
+        async def probe(connection: AsyncConnection) -> None:
+            for statement in ROOM_PROBE:
+                await connection.execute(statement.encode())
+
+        if not self._lacked_room:
+            return
+        try:
+            await self.write(EVERY_TENANT, probe)
+        except Forbidden as error:  # without the right to temporary tables: the next write will tell
+            log.warning("room_not_tried", error=error.message)
+        self._lacked_room = False
+
     async def _fresh(self, tenant: str, job: Job[T], *, write: bool) -> T:
         """On a connection that lives: a restarted server leaves dead ones in the pool."""
         for attempt in range(self._pool_max + 1):
@@ -280,6 +301,7 @@ class Connections:
             ) from error
         except psycopg.Error as error:
             known = translate(error, self.where, self._timeout_s)
+            self._lacked_room = self._lacked_room or isinstance(known, StorageFull)
             if replica and isinstance(known, Unavailable):
                 raise known from error
             if is_lost(error):

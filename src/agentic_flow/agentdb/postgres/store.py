@@ -43,6 +43,7 @@ from agentic_flow.agentdb.postgres.search import (
     run_search,
 )
 from agentic_flow.agentdb.records import check_document, json_list
+from agentic_flow.core.auth import DEFAULT_TENANT
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
 from agentic_flow.core.errors import (
     Conflict,
@@ -227,6 +228,11 @@ class PostgresAgentDB:
         check_tenant(tenant)
         now_s = self._clock.time_s()
         return await self._db.read(tenant, lambda connection: read_namespaces(connection, tenant, now_s))
+
+    async def check(self) -> None:
+        """See VectorStore."""
+        await self.namespaces(DEFAULT_TENANT)
+        await self._db.check_room()
 
     async def delete_namespace(self, tenant: str, name: str) -> bool:
         """See VectorStore."""
