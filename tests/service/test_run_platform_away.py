@@ -1,4 +1,4 @@
-"""A platform that dies under a run of another process, and comes back."""
+"""A service that dies under a run of another process, and comes back."""
 
 # pyright: basic, reportMissingImports=false
 
@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 from threading import Event
 
-from cli_process import Place
+from cli_process import Place, Process
 from scripted_team import ANSWER_LINE, GOAL, make_folder, team
 
 from agentic_flow.core.errors import Unavailable
@@ -21,11 +21,32 @@ from agentic_flow.testing.fake_provider import FakeProvider, Reply
 from agentic_flow.testing.fake_wires import SeenRequest
 
 
-def submitted(url: str, folder: Path) -> str:
-    body = json.dumps({"goal": GOAL, "inputs": [str(folder)], "agents": 2}).encode()
-    request = urllib.request.Request(f"{url}/v1/runs", body, {"content-type": "application/json"})
+def accepted(coordinator: str, path: str, body: JsonObject) -> str:
+    """The run that a coordinator makes of a request."""
+    request = urllib.request.Request(
+        f"{coordinator}{path}", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=60) as answer:
         return json.loads(answer.read())["run_id"]
+
+
+def ended(coordinator: str, run_id: str) -> JsonObject:
+    """A run's result, once it has one."""
+    of_run = f"{coordinator}/v1/runs/{run_id}"
+    with urllib.request.urlopen(f"{of_run}/events", timeout=60) as events:
+        assert "run_finished" in events.read().decode()
+    with urllib.request.urlopen(of_run, timeout=60) as answer:
+        return json.loads(answer.read())
+
+
+def killed(process: Process) -> None:
+    process.signal(signal.SIGKILL)
+    process.end()
+
+
+def port_of(service: str, url: str) -> dict[str, str]:
+    """The setting that makes a service listen where it did."""
+    return {f"AGENTIC_FLOW_SERVE__{service.upper()}_PORT": url.rpartition(":")[2]}
 
 
 def test_a_run_outlives_a_platform_that_is_killed(tmp_path: Path) -> None:
@@ -59,21 +80,16 @@ def test_a_run_outlives_a_platform_that_is_killed(tmp_path: Path) -> None:
             )
             with runs.start("serve", "swarm") as swarm:
                 coordinator = swarm.addresses(1)["swarm"]
-                run_id = submitted(coordinator, folder)
+                goal = {"goal": GOAL, "inputs": [str(folder)], "agents": 2}
+                run_id = accepted(coordinator, "/v1/runs", goal)
                 assert asked.wait(60)
-                platform.signal(signal.SIGKILL)
-                platform.end()
+                killed(platform)
                 told = swarm.until(lambda line: "step_waits" in line and "circuit" not in line)
                 assert "platform" in told
                 goes_on.set()
-                port = {"AGENTIC_FLOW_SERVE__PLATFORM_PORT": url.rpartition(":")[2]}
-                with models.start("serve", "platform", **port) as again:
+                with models.start("serve", "platform", **port_of("platform", url)) as again:
                     again.addresses(1)
-                    of_run = f"{coordinator}/v1/runs/{run_id}"
-                    with urllib.request.urlopen(f"{of_run}/events", timeout=60) as events:
-                        assert "run_finished" in events.read().decode()
-                    with urllib.request.urlopen(of_run, timeout=60) as answer:
-                        result = json.loads(answer.read())
+                    result = ended(coordinator, run_id)
         assert result["state"] == "completed", result["error"]
         assert ANSWER_LINE in result["answer"]
         answered = [request for request in provider.requests if "Split it into" in request.last_text]
@@ -94,27 +110,59 @@ def test_a_tool_waits_for_its_service(tmp_path: Path) -> None:
         )
         with runs.start("serve", "swarm") as swarm:
             coordinator = swarm.addresses(1)["swarm"]
-            agentdb.signal(signal.SIGKILL)
-            agentdb.end()
+            killed(agentdb)
             tool = {"name": "reasoning_retrieve", "arguments": {"task": "What waits?"}}
             workflow = {"name": "w", "steps": [{"id": "a", "tool": tool}]}
-            body = json.dumps({"text": json.dumps(workflow)}).encode()
-            request = urllib.request.Request(
-                f"{coordinator}/v1/workflows", body, {"content-type": "application/json"}
-            )
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                run_id = json.loads(answer.read())["run_id"]
+            run_id = accepted(coordinator, "/v1/workflows", {"text": json.dumps(workflow)})
             told = swarm.until(lambda line: "step_waits" in line)
             assert "tool:reasoning_retrieve" in told
-            port = {"AGENTIC_FLOW_SERVE__AGENTDB_PORT": url.rpartition(":")[2]}
-            with store.start("serve", "agentdb", **port) as again:
+            with store.start("serve", "agentdb", **port_of("agentdb", url)) as again:
                 again.addresses(1)
-                of_run = f"{coordinator}/v1/runs/{run_id}"
-                with urllib.request.urlopen(f"{of_run}/events", timeout=60) as events:
-                    assert "run_finished" in events.read().decode()
-                with urllib.request.urlopen(of_run, timeout=60) as answer:
-                    result = json.loads(answer.read())
+                result = ended(coordinator, run_id)
     assert result["state"] == "completed", result["error"]
+
+
+def test_an_agents_tool_waits_for_its_service(tmp_path: Path) -> None:
+    """Catches an agent that is told of an error, and goes on without its memory, because AgentDB was replaced
+    between its model's answer and the tool that this asked for."""
+    folder = make_folder(tmp_path)
+    asked, goes_on = Event(), Event()
+
+    def script(request: SeenRequest) -> Reply:
+        reply = team(request)
+        if any(call["name"] == "memory_search" for call in reply.calls):
+            asked.set()
+            assert goes_on.wait(60)
+        return reply
+
+    store = Place(tmp_path)
+    with FakeProvider(script) as provider, store.start("serve", "agentdb") as agentdb:
+        url = agentdb.addresses(1)["agentdb"]
+        runs = Place(
+            tmp_path,
+            OPENAI_BASE_URL=provider.openai_url,
+            OPENAI_API_KEY="test-key",
+            AGENTIC_FLOW_GATEWAY__MODEL="openai:some-model",
+            AGENTIC_FLOW_PEERS__AGENTDB_URL=url,
+            AGENTIC_FLOW_PEERS__BREAKER_OPEN_S="0.2",
+        )
+        with runs.start("serve", "swarm") as swarm:
+            coordinator = swarm.addresses(1)["swarm"]
+            run_id = accepted(coordinator, "/v1/runs", {"goal": GOAL, "inputs": [str(folder)], "agents": 2})
+            assert asked.wait(60)
+            killed(agentdb)
+            goes_on.set()
+            told = swarm.until(lambda line: "step_waits" in line)
+            assert "memory_search" in told, told
+            with store.start("serve", "agentdb", **port_of("agentdb", url)) as again:
+                again.addresses(1)
+                result = ended(coordinator, run_id)
+    assert result["state"] == "completed", result["error"]
+    told = [
+        str(request.messages) for request in provider.requests if "memory_search" in str(request.messages)
+    ]
+    assert told
+    assert not any("unavailable" in text or "circuit_open" in text for text in told)
 
 
 async def test_patience_has_an_end(tmp_path: Path) -> None:
