@@ -24,6 +24,7 @@ from agentic_flow.core.errors import (
     InvalidSettings,
     ProviderOverloaded,
     RateLimited,
+    StorageFull,
     Unavailable,
 )
 from agentic_flow.core.http_twin import HttpTwin
@@ -158,6 +159,23 @@ async def test_only_what_may_be_repeated_is_repeated(
             await twin.call(method, "/x", idempotency_key=key)
     assert route.calls == calls
     assert len(clock.pauses) == calls - 1
+
+
+@pytest.mark.parametrize(
+    ("error", "peer"),
+    [
+        (Unavailable("the database is away"), "agentdb"),
+        (StorageFull("no room"), "agentdb"),
+        (CircuitOpen("a provider is held back"), None),
+    ],
+)
+async def test_a_peer_that_cannot_serve_is_named(error: Unavailable, peer: str | None) -> None:
+    """Catches a durable step that fails because its neighbour's database is restarted (steps wait for a
+    `peer`), and one that waits for minutes for somebody who is no neighbour of ours."""
+    async with serving(app_of(Scripted(error))) as (url,), HttpTwin(url, peer="agentdb") as twin:
+        with pytest.raises(Unavailable) as caught:
+            await twin.call("POST", "/x")
+    assert caught.value.peer == peer
 
 
 async def test_a_passing_failure_is_ridden_out_with_the_pause_the_peer_asked_for() -> None:

@@ -167,7 +167,8 @@ class DeadlineExceeded(AgenticFlowError):
 class Unavailable(AgenticFlowError):
     """Something that is needed does not serve now.
 
-    `peer` is the neighbour of ours that was not reached, or whose answer broke off; else None.
+    `peer` is the neighbour of ours that was not reached, whose answer broke off, or that said it of itself,
+    as when its database is away; else None.
     """
 
     code = "unavailable"

@@ -366,8 +366,8 @@ class HttpTwin:
                 permit.succeeded()
         except AgenticFlowError as error:
             _judge(permit, error)
-            if isinstance(error, StorageFull):
-                error.peer = self._peer
+            if isinstance(error, Unavailable) and not isinstance(error, CircuitOpen):
+                error.peer = self._peer  # a circuit of the peer's own is about others
             raise
         except aiohttp.ConnectionTimeoutError as error:
             permit.failed()
