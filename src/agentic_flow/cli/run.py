@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from agentic_flow.cli.queueing import After, AfterAnyEnd, Detach, Priority, Queue
 from agentic_flow.cli.session import Session, command
 
 if TYPE_CHECKING:
@@ -129,28 +130,10 @@ def register(app: typer.Typer) -> None:
             Literal["none", "topology", "all"],
             typer.Option("--board", help="Who shares a blackboard: nobody, who may speak anyway, or all."),
         ] = "none",
-        queue: Annotated[
-            str | None,
-            typer.Option(
-                "--queue", help="Let a worker of this shared queue do it, and follow that.", metavar="NAME"
-            ),
-        ] = None,
-        priority: Annotated[
-            int,
-            typer.Option("--priority", min=-100, max=100, help="High ones go first.", metavar="N"),
-        ] = 0,
-        after: Annotated[
-            list[str] | None,
-            typer.Option(
-                "--after",
-                help="Begin when this run has completed, fail when it does not; may be repeated.",
-                metavar="ID",
-            ),
-        ] = None,
-        after_any_end: Annotated[
-            bool,
-            typer.Option("--after-any-end", help="With --after: it is enough that they have ended."),
-        ] = False,
+        queue: Queue = None,
+        priority: Priority = 0,
+        after: After = None,
+        after_any_end: AfterAnyEnd = False,
         deadline_s: Annotated[
             float | None, typer.Option("--deadline-s", help="Longest time of the run.", metavar="SECONDS")
         ] = None,
@@ -163,10 +146,7 @@ def register(app: typer.Typer) -> None:
         watch: Annotated[
             bool, typer.Option("--watch", help="Show the whole team at work, as `swarm watch` does.")
         ] = False,
-        detach: Annotated[
-            bool,
-            typer.Option("--detach", help="Leave it to a server or worker, print its id and end at once."),
-        ] = False,
+        detach: Detach = False,
     ) -> None:
         """Put a team of agents to work on a goal and print its answer with citations.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from agentic_flow.cli.queueing import Inputs, Priority, words_of
 from agentic_flow.cli.session import Session, command, new_app
 
 if TYPE_CHECKING:
@@ -36,32 +37,21 @@ def add(
         str | None,
         typer.Option("--name", help="Name of the schedule. [default: the workflow's]", metavar="NAME"),
     ] = None,
-    input: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--input",
-            "-i",
-            help="An input of every run; lists, tables and numbers as JSON. May be repeated.",
-            metavar="K=V",
-        ),
-    ] = None,
+    input: Inputs = None,
     queue: Annotated[
         str | None,
         typer.Option("--queue", help="Let workers of this shared queue do its runs.", metavar="NAME"),
     ] = None,
-    priority: Annotated[
-        int, typer.Option("--priority", min=-100, max=100, help="High ones go first.", metavar="N")
-    ] = 0,
+    priority: Priority = 0,
 ) -> None:
     """Keep a workflow file and run it by its schedule, from now on.
 
     The file is read now; to change it later, remove the schedule and add it again. Its runs are made by a
     server (`agentic-flow serve`) or a worker on the same run database, with the rights of whoever adds it.
     """
-    from agentic_flow.cli.workflow import words_of
     from agentic_flow.swarm.workflow_bound import parsed_inputs, source_of, workflow_of
 
-    inputs = parsed_inputs(workflow_of(source_of(file)), words_of(input or ()))
+    inputs = parsed_inputs(workflow_of(source_of(file)), words_of(input))
     with session.client() as client:
         added = client.schedules.add(file, inputs, name=name, queue=queue, priority=priority)
     session.show(added, lambda: _print(added))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from agentic_flow.cli.queueing import After, AfterAnyEnd, Detach, Inputs, Priority, Queue, words_of
 from agentic_flow.cli.session import Session, command, new_app
 
 if TYPE_CHECKING:
@@ -57,46 +58,18 @@ def validate(session: Session, file: File) -> None:
 def run(
     session: Session,
     file: File,
-    input: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--input",
-            "-i",
-            help="An input; lists, tables and numbers as JSON. May be repeated.",
-            metavar="K=V",
-        ),
-    ] = None,
+    input: Inputs = None,
     idempotency_key: Annotated[
         str | None,
         typer.Option(
             "--idempotency-key", help="The same key, file and inputs give the same run.", metavar="KEY"
         ),
     ] = None,
-    queue: Annotated[
-        str | None,
-        typer.Option(
-            "--queue", help="Let a worker of this shared queue do it, and follow that.", metavar="NAME"
-        ),
-    ] = None,
-    priority: Annotated[
-        int, typer.Option("--priority", min=-100, max=100, help="High ones go first.", metavar="N")
-    ] = 0,
-    after: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--after",
-            help="Begin when this run has completed, fail when it does not; may be repeated.",
-            metavar="ID",
-        ),
-    ] = None,
-    after_any_end: Annotated[
-        bool,
-        typer.Option("--after-any-end", help="With --after: it is enough that they have ended."),
-    ] = False,
-    detach: Annotated[
-        bool,
-        typer.Option("--detach", help="Leave it to a server or worker, print its id and end at once."),
-    ] = False,
+    queue: Queue = None,
+    priority: Priority = 0,
+    after: After = None,
+    after_any_end: AfterAnyEnd = False,
+    detach: Detach = False,
 ) -> None:
     """Run a workflow file and print its outputs.
 
@@ -107,8 +80,7 @@ def run(
     from agentic_flow.client import AsyncClient
     from agentic_flow.swarm.workflow_bound import parsed_inputs, source_of, workflow_of
 
-    words = words_of(input or ())
-    inputs = parsed_inputs(workflow_of(source_of(file)), words)
+    inputs = parsed_inputs(workflow_of(source_of(file)), words_of(input))
 
     async def submit(client: AsyncClient) -> str:
         return await client.workflows.submit(
@@ -139,25 +111,6 @@ def show(session: Session, file: File) -> None:
 
     spec = workflow_of(source_of(file))
     session.show(spec.model_dump(mode="json", exclude_unset=True), lambda: _draw(spec))
-
-
-def words_of(given: list[str] | tuple[str, ...]) -> dict[str, str]:
-    """Inputs as they were written: name → text.
-
-    Raises:
-        InvalidInput: one has no value, or is given twice.
-    """
-    from agentic_flow.core.errors import InvalidInput
-
-    words: dict[str, str] = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise InvalidInput(f"the input {text!r} has no value", hint="write --input NAME=VALUE")
-        if name in words:
-            raise InvalidInput(f"the input {name!r} is given twice", hint="a list is written as JSON")
-        words[name] = value
-    return words
 
 
 def _draw(spec: WorkflowSpec) -> None:

@@ -6,12 +6,16 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from pydantic import ValidationError
-
 from agentic_flow.core.auth import Principal
-from agentic_flow.core.errors import InvalidInput
 from agentic_flow.swarm.schedules import Schedule, ScheduleRequest, ScheduleService
-from agentic_flow.swarm.workflow_bound import Waits, Workflow, source_of, with_absolute_paths, workflow_of
+from agentic_flow.swarm.workflow_bound import (
+    Waits,
+    Workflow,
+    request_of,
+    source_of,
+    with_absolute_paths,
+    workflow_of,
+)
 
 Open = Callable[[], Awaitable[tuple[ScheduleService, Principal]]]
 
@@ -51,21 +55,16 @@ class BoundSchedules:
             Conflict: there is a schedule of this name.
         """
         source = await asyncio.to_thread(source_of, workflow)
-        fields: dict[str, Any] = {
-            **source.model_dump(exclude_unset=True),
-            "inputs": with_absolute_paths(workflow_of(source), inputs or {}),
-            "name": name,
-            "queue": queue,
-            "priority": priority,
-        }
-        try:
-            request = ScheduleRequest(**fields)
-        except ValidationError as error:
-            problem = error.errors(include_url=False)[0]
-            field = str(problem["loc"][0])
-            raise InvalidInput(
-                f"{field} {fields.get(field)!r} is refused: {problem['msg']}", hint=f"give another {field}"
-            ) from None
+        request = request_of(
+            ScheduleRequest,
+            {
+                **source.model_dump(exclude_unset=True),
+                "inputs": with_absolute_paths(workflow_of(source), inputs or {}),
+                "name": name,
+                "queue": queue,
+                "priority": priority,
+            },
+        )
         schedules, principal = await self._open()
         return await schedules.add(principal, request)
 

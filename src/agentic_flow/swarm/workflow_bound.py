@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import orjson
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from agentic_flow.core.auth import Principal
 from agentic_flow.core.errors import InvalidInput
@@ -25,6 +25,7 @@ from agentic_flow.swarm.workflow_spec import (
 )
 
 T = TypeVar("T")
+Request = TypeVar("Request", bound=BaseModel)
 Workflow = str | Path | WorkflowSpec
 """The path of a file, or the workflow itself."""
 
@@ -95,14 +96,7 @@ class BoundWorkflows:
             fields |= {"queue": queue, "priority": priority}
         if after:
             fields |= {"after": tuple(after), "after_any_end": after_any_end}
-        try:
-            request = WorkflowRequest(**fields)
-        except ValidationError as error:
-            problem = error.errors(include_url=False)[0]
-            name = str(problem["loc"][0])
-            raise InvalidInput(
-                f"{name} {fields.get(name)!r} is refused: {problem['msg']}", hint=f"give another {name}"
-            ) from None
+        request = request_of(WorkflowRequest, fields)
         runs, principal = await self._open()
         if detached:
             from agentic_flow.swarm.service import Swarm
@@ -173,6 +167,22 @@ def workflow_of(source: WorkflowSource) -> WorkflowSpec:
             raise refusal(problems)
         return spec
     return WorkflowSpec.model_validate(source.workflow)
+
+
+def request_of(kind: type[Request], fields: Mapping[str, Any]) -> Request:
+    """A request of these fields.
+
+    Raises:
+        InvalidInput: a field is wrong; names it.
+    """
+    try:
+        return kind(**fields)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        name = str(problem["loc"][0])
+        raise InvalidInput(
+            f"{name} {fields.get(name)!r} is refused: {problem['msg']}", hint=f"give another {name}"
+        ) from None
 
 
 def with_absolute_paths(spec: WorkflowSpec, inputs: Mapping[str, Any]) -> dict[str, Any]:
