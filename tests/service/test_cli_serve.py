@@ -16,7 +16,7 @@ from cli_process import Place
 from scripted_team import GOAL, make_folder, team
 
 from agentic_flow.client import AsyncClient, Client
-from agentic_flow.core.settings import load
+from agentic_flow.core.settings import Settings, load
 from agentic_flow.testing.fake_provider import FakeProvider, Reply
 from agentic_flow.testing.fake_wires import SeenRequest
 
@@ -34,26 +34,24 @@ def get(url: str, key: str | None = None) -> tuple[int, str]:
             return error.code, error.read().decode()
 
 
-def remote(url: str, place: Place, token: str | None = None) -> Client:
-    """A client of a server, without the developer's own settings."""
-    settings = load(
+def settings_beside(place: Place) -> Settings:
+    """Those of a client, without the developer's own."""
+    return load(
         {"data_dir": str(place.folder / "client")},
         environ={},
         directory=place.folder,
         user_config=place.folder / "none.toml",
     ).settings
-    return Client(url, token=token, settings=settings)
+
+
+def remote(url: str, place: Place, token: str | None = None) -> Client:
+    """A client of a server."""
+    return Client(url, token=token, settings=settings_beside(place))
 
 
 async def check_events_go_on_anywhere(url: str, place: Place, run_id: str) -> None:
     """The stream over HTTP, also from its last event on, which must not wait for another."""
-    settings = load(
-        {"data_dir": str(place.folder / "client")},
-        environ={},
-        directory=place.folder,
-        user_config=place.folder / "none.toml",
-    ).settings
-    async with AsyncClient(url, settings=settings) as client, asyncio.timeout(30):
+    async with AsyncClient(url, settings=settings_beside(place)) as client, asyncio.timeout(30):
         whole = [event async for event in client.runs.events(run_id) if event.kind != "ingest_progress"]
         assert [event.sequence for event in whole] == list(range(1, len(whole) + 1))
         for after in (1, len(whole) - 1, len(whole)):

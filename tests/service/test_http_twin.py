@@ -17,6 +17,7 @@ from starlette.routing import Route
 from agentic_flow.core.auth import Credential, NoCredentials, Principal
 from agentic_flow.core.clock import Deadline
 from agentic_flow.core.errors import (
+    OF_REQUEST,
     AgenticFlowError,
     CircuitOpen,
     Conflict,
@@ -167,6 +168,7 @@ async def test_only_what_may_be_repeated_is_repeated(
         (Unavailable("the database is away"), "agentdb"),
         (StorageFull("no room"), "agentdb"),
         (CircuitOpen("a provider is held back"), None),
+        (Unavailable("too long a prompt for this memory", details=OF_REQUEST), None),
     ],
 )
 async def test_a_peer_that_cannot_serve_is_named(error: Unavailable, peer: str | None) -> None:
@@ -176,6 +178,21 @@ async def test_a_peer_that_cannot_serve_is_named(error: Unavailable, peer: str |
         with pytest.raises(Unavailable) as caught:
             await twin.call("POST", "/x")
     assert caught.value.peer == peer
+
+
+async def test_what_one_tenants_requests_meet_holds_nobody_else_back() -> None:
+    """Catches a circuit for all that one tenant opens, and keeps open, with requests that only it makes."""
+
+    async def route(request: Request) -> Response:
+        if request.method == "POST":
+            raise Unavailable("too long a prompt for this memory", details=OF_REQUEST)
+        return json_response({})
+
+    async with twin_of(route, attempts=1, breaker_failures=2) as (twin, _):
+        for _ in range(5):
+            with pytest.raises(Unavailable, match="too long"):
+                await twin.call("POST", "/x")
+        assert await twin.call("GET", "/x") == {}
 
 
 async def test_a_passing_failure_is_ridden_out_with_the_pause_the_peer_asked_for() -> None:

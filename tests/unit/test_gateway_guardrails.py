@@ -303,8 +303,9 @@ async def test_a_guardrail_that_breaks_lets_nothing_pass() -> None:
     assert "secret" not in str(e.value)
     assert [line["event"] for line in logs] == ["guardrail_failed"]
     stuck = Guardrails({"picky": Picky}, timeout_s=0.01).compile([rule("picky", error=TimeoutError())])
-    with pytest.raises(Unavailable, match="did not decide"):
+    with pytest.raises(Unavailable, match="did not decide") as late:
         await stuck.before(asked(chat()))
+    assert late.value.is_of_request, "it is no reason to hold others back"
 
 
 @pytest.mark.parametrize(

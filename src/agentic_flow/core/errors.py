@@ -164,6 +164,10 @@ class DeadlineExceeded(AgenticFlowError):
     retryable = True
 
 
+OF_REQUEST: Mapping[str, str] = MappingProxyType({"scope": "request"})
+"""Details of an Unavailable that another request would not meet."""
+
+
 class Unavailable(AgenticFlowError):
     """Something that is needed does not serve now.
 
@@ -174,6 +178,12 @@ class Unavailable(AgenticFlowError):
     code = "unavailable"
     retryable = True
     peer: str | None = None
+
+    @property
+    def is_of_request(self) -> bool:
+        """Whether it is said of this request alone, as of a prompt too long for the memory there is: whoever
+        raises it so gives it `OF_REQUEST` as details. It says nothing of the service's health."""
+        return self.details.get("scope") == OF_REQUEST["scope"]
 
 
 class CircuitOpen(Unavailable):

@@ -12,7 +12,7 @@ import random
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
 import orjson
 from opentelemetry import propagate
@@ -366,8 +366,8 @@ class HttpTwin:
                 permit.succeeded()
         except AgenticFlowError as error:
             _judge(permit, error)
-            if isinstance(error, Unavailable) and not isinstance(error, CircuitOpen):
-                error.peer = self._peer  # a circuit of the peer's own is about others
+            if isinstance(error, StorageFull) or _is_away(error):
+                error.peer = self._peer
             raise
         except aiohttp.ConnectionTimeoutError as error:
             permit.failed()
@@ -539,9 +539,15 @@ def _problem(
     return Unavailable(message, hint="is another program listening there?", retry_after_s=retry_after_s)
 
 
+def _is_away(error: AgenticFlowError) -> TypeGuard[Unavailable]:
+    """Whether an answer says that the peer itself cannot serve. A circuit of its own is about others, a full
+    disk keeps it from writing only, and what is of one request is of nobody else's."""
+    return type(error) is Unavailable and not error.is_of_request
+
+
 def _judge(permit: Permit, error: AgenticFlowError) -> None:
-    """What an answer says about the peer: only `unavailable` means that it cannot serve."""
-    if type(error) is Unavailable:
+    """What an answer says about the peer."""
+    if _is_away(error):
         permit.failed()
     else:
         permit.succeeded()

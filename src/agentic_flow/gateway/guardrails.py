@@ -26,7 +26,7 @@ import structlog
 from pydantic import Field, ValidationError
 from pydantic_core import SchemaError, SchemaValidator, core_schema
 
-from agentic_flow.core.errors import AgenticFlowError, InvalidInput, PolicyDenied, Unavailable
+from agentic_flow.core.errors import OF_REQUEST, AgenticFlowError, InvalidInput, PolicyDenied, Unavailable
 from agentic_flow.core.messages import (
     Completion,
     CompletionRequest,
@@ -292,6 +292,7 @@ async def _ask(guardrail: Guardrail, question: Any, timeout_s: float) -> None:
         raise Unavailable(
             f"the guardrail {guardrail.name!r} did not decide within {timeout_s!r} s",
             hint="try again; if it stays so, tell the operator",
+            details=OF_REQUEST,
         ) from None
     except Exception as error:  # a stranger's code may raise anything
         _log.exception("guardrail_failed", guardrail=guardrail.name)

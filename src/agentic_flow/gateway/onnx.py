@@ -21,6 +21,7 @@ import structlog
 
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock, Deadline
 from agentic_flow.core.errors import (
+    OF_REQUEST,
     AgenticFlowError,
     DataCorrupted,
     DeadlineExceeded,
@@ -369,6 +370,7 @@ def _error(event: Json, folder: ModelFolder) -> AgenticFlowError:
             return Unavailable(
                 f"model {folder.name!r} ran out of memory: {message}",
                 hint="lower output_tokens_max or gateway.onnx.concurrent_max, or shorten the prompt",
+                details=OF_REQUEST,
             )
         case "broken":
             return DataCorrupted(

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, cast
 
-from agentic_flow.core.errors import AgenticFlowError, DataCorrupted, InvalidSettings, Unavailable
+from agentic_flow.core.errors import OF_REQUEST, AgenticFlowError, DataCorrupted, InvalidSettings, Unavailable
 
 Json = dict[str, Any]
 Sink = Callable[[Json], None]
@@ -247,4 +247,5 @@ def _no_memory(folder: Path, message: str) -> Unavailable:
         f"the model in {str(folder)!r} could not be loaded: {message}",
         hint="it needs as much free memory as its files have bytes, and more for long prompts; lower "
         "gateway.onnx.loaded_max or use a smaller model",
+        details=OF_REQUEST,
     )
