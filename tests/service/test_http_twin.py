@@ -408,6 +408,35 @@ async def test_open_streams_and_calls_that_wait_their_turn_open_no_circuit() -> 
         assert await twin.call("GET", "/x") == {}
 
 
+async def test_a_stream_for_which_there_is_no_place_is_refused_or_waits() -> None:
+    """Catches a watcher that hangs without a word because others hold every place, and a model's stream that
+    is refused though it has time to wait."""
+    released = asyncio.Event()
+
+    async def events() -> AsyncIterator[ServerEvent]:
+        yield ServerEvent("hello")
+        await released.wait()
+
+    async def route(request: Request) -> Response:
+        return EventStream(events())
+
+    async def first(deadline: Deadline | None) -> str:
+        async with contextlib.aclosing(twin.stream_events("GET", "/x", deadline=deadline)) as stream:
+            return (await anext(stream)).data
+
+    async with twin_of(route) as (twin, clock):
+        twin._streams = asyncio.Semaphore(1)  # pyright: ignore[reportPrivateUsage]
+        async with contextlib.aclosing(twin.stream_events("GET", "/x")) as stream:
+            await anext(stream)
+            with pytest.raises(Unavailable, match="are open in this process"):
+                await first(None)
+            waits = asyncio.create_task(first(Deadline.after(30, clock)))
+            await asyncio.sleep(0)
+            assert not waits.done()
+        assert await waits == "hello"
+        released.set()
+
+
 async def test_events_arrive_one_by_one_and_errors_within_are_raised() -> None:
     """Catches a stream that is buffered, and a failed stream that ends like a finished one."""
     gate = asyncio.Event()

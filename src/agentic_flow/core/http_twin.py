@@ -296,10 +296,11 @@ class HttpTwin:
 
         To wait for one says nothing of the peer, so that the breaker is not told.
         """
-        places = self._streams if is_stream else self._calls
-        if is_stream and places.locked():
+        places, most = (self._streams, _STREAMS_MAX) if is_stream else (self._calls, _CALLS_MAX)
+        what = f"{most!r} {'streams from' if is_stream else 'calls to'} {self._peer!r}"
+        if deadline is None and places.locked():
             raise Unavailable(
-                f"{_STREAMS_MAX!r} streams from {self._peer!r} are open in this process",
+                f"{what} are open in this process",
                 hint="close those that nobody reads, or ask another process",
             )
         allowed_s = None if deadline is None else deadline.remaining_s
@@ -308,7 +309,7 @@ class HttpTwin:
                 await places.acquire()
         except TimeoutError:
             raise DeadlineExceeded(
-                f"{_CALLS_MAX!r} calls to {self._peer!r} were under way for {allowed_s:.3g} s",
+                f"{what} were under way for {allowed_s:.3g} s",
                 hint="give it a longer timeout, or make fewer calls at once",
             ) from None
         try:
