@@ -36,7 +36,7 @@ PARTS = ("images", "upgrades", "faults")
 READY_TARGET_S, REBUILD_TARGET_S, PROBE_TARGET_MS = 10, 10, 60
 LIMITS_MB = {"platform": 320, "agentdb": 220, "swarm": 220, "worker": 220}
 DATABASE = "postgresql://postgres:for-benchmarks@{host}/postgres"
-sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests" / "containers")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("src", "tests/containers", "tests")]
 
 
 @contextmanager
