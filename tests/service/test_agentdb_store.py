@@ -352,6 +352,26 @@ async def test_time_passes(tmp_path: Path) -> None:
     assert_whole(tmp_path)
 
 
+async def test_time_passes_after_writes_elsewhere(tmp_path: Path) -> None:
+    """Catches a search that goes by what it knew of the times of rows before its namespace changed."""
+    clock = SetClock()
+    async with AgentDB(tmp_path, SETTINGS, clock=clock) as store, AgentDB(tmp_path, SETTINGS) as other:
+        for name in (SPACE, "elsewhere"):
+            await store.create_namespace(T, name)
+        await store.upsert(T, SPACE, [Item(id="a", text="zebra")])
+        for mode in MODES:
+            assert await found_by(store, T, text="zebra", mode=mode) == ["a"]
+        await other.upsert(T, "elsewhere", [Item(id="x", text="walrus", expires_at_s=clock.now_s + 1)])
+        for mode in MODES:
+            assert await found_by(store, T, text="zebra", mode=mode) == ["a"]
+        await other.upsert(T, SPACE, [Item(id="b", text="zebra", expires_at_s=clock.now_s + 10)])
+        await other.upsert(T, "elsewhere", [Item(id="y", text="walrus")])
+        for passed_s, left in ((0, ["a", "b"]), (10, ["a"])):
+            clock.now_s += passed_s
+            for mode in MODES:
+                assert sorted(await found_by(store, T, text="zebra", mode=mode)) == left
+
+
 @pytest.mark.parametrize("key", ["", "\ud800", "a\x00b", "a\nb", "k" * (schema.KEY_CHARS_MAX + 1)], ids=ascii)
 async def test_bad_idempotency_keys_are_refused(key: str, tmp_path: Path) -> None:
     """Catches a key that the database chokes on, or cuts short so that two keys become one."""

@@ -425,6 +425,14 @@ def test_coverage_is_a_share(task: str, texts: list[str]) -> None:
         assert ranking.coverages("sorting lists", ["sort the list", task])[0] > 0.99
 
 
+def test_rare_words_cover_more() -> None:
+    """Catches counts of words taken over the wrong side of the table of words and texts."""
+    rare, common = 1 + math.log(4 / 2), 1 + math.log(4 / 3)
+    texts = ["Parsing", "the parser of a yard", "none of it"]
+    shares = ranking.coverages("parse yards", texts)
+    assert shares == pytest.approx([common / (common + rare), 1.0, 0.0])
+
+
 def test_codes_are_what_names_something_exactly_and_rarely() -> None:
     """Catches ordinary words that make the full-text side slow, and codes that it does not look for."""
     task = (

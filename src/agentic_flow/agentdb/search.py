@@ -224,18 +224,28 @@ class Searcher:
         seen: dict[int, _Moment] = self._seen.__dict__.setdefault("moments", {})
         moment = seen.get(namespace_id)
         if moment is None or moment.version != version:
-            timed = rows(
-                connection,
-                "SELECT EXISTS (SELECT 1 FROM items WHERE namespace_id = ?1 AND expires_at_s IS NOT NULL) "
-                "OR EXISTS (SELECT 1 FROM items WHERE namespace_id = ?1 "
-                "AND (valid_from_s IS NOT NULL OR valid_until_s IS NOT NULL))",
-                (namespace_id,),
-            )
-            moment = _Moment(version, newest_sequence(connection, namespace_id), not timed[0][0])
+            newest = newest_sequence(connection, namespace_id)
+            if moment is not None and moment.newest == newest:
+                timeless = moment.timeless  # the write was to another namespace
+            else:
+                timeless = not _timed(connection, namespace_id)
+            moment = _Moment(version, newest, timeless)
             if len(seen) >= MOMENTS_KEPT_MAX:
                 seen.clear()
             seen[namespace_id] = moment
         return moment
+
+
+def _timed(connection: apsw.Connection, namespace_id: int) -> bool:
+    """Whether a row of the namespace ever expires or becomes valid."""
+    found = rows(
+        connection,
+        "SELECT EXISTS (SELECT 1 FROM items WHERE namespace_id = ?1 AND expires_at_s IS NOT NULL) "
+        "OR EXISTS (SELECT 1 FROM items WHERE namespace_id = ?1 "
+        "AND (valid_from_s IS NOT NULL OR valid_until_s IS NOT NULL))",
+        (namespace_id,),
+    )
+    return bool(found[0][0])
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from agentic_flow.memory.bank_rows import (
     searched_text,
 )
 from agentic_flow.memory.beliefs import BankStats, Explanation, explanation, tallied
-from agentic_flow.memory.confidence import BELIEF_MIN, PRIORS, Credit, fading, weighed
+from agentic_flow.memory.confidence import BELIEF_MIN, PRIORS, Credit, fading
 from agentic_flow.memory.consolidation import ConsolidationReport, consolidate
 from agentic_flow.memory.ledger import LEDGERS, Ledger, absorbed, credited, retracted, taught
 from agentic_flow.memory.likeness import (
@@ -444,7 +444,7 @@ class Bank:
         scored = self._scored(text, found, count, now_s)
         picked = self._picked(scored, count, found.result.semantic)
         recalled = [
-            RecalledItem(
+            RecalledItem.trusted(
                 item=as_item(one.hit.item), score=one.candidate.score, score_parts=_parts(one, explain)
             )
             for one in picked
@@ -605,18 +605,17 @@ class _Batch:
 def _claim(hit: Hit, similarity: float, now_s: float, half_life_days: float) -> ranking.Claim:
     """What an item says, from its bare row: to validate every candidate costs more than to search."""
     stored = hit.item.metadata
-    age_s = now_s - stored["updated_at_s"]
-    origin, successes, failures = stored["origin"], stored["successes"], stored["failures"]
-    belief = weighed(origin, successes, failures, age_s, half_life_days)
-    alpha, beta = PRIORS[origin]
+    share = fading(now_s - stored["updated_at_s"], half_life_days)
+    successes, failures = stored["successes"] * share, stored["failures"] * share
+    alpha, beta = PRIORS[stored["origin"]]
     return ranking.Claim(
         lesson=stored["lesson"],
         says=row_sketch(hit.item),
         similarity=similarity,
-        alpha=belief.alpha,
-        beta=belief.beta,
-        successes=belief.alpha - alpha,
-        failures=belief.beta - beta,
+        alpha=alpha + successes,
+        beta=beta + failures,
+        successes=successes,
+        failures=failures,
     )
 
 

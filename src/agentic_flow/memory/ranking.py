@@ -13,8 +13,8 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-
-import numpy as np
+from itertools import compress
+from typing import NamedTuple
 
 from agentic_flow.agentdb.analysis import query_words
 from agentic_flow.memory.confidence import believed
@@ -120,10 +120,12 @@ def coverages(task: str, texts: Sequence[str]) -> list[float]:
     if not stems or not texts:
         return [0.0] * len(texts)
     # Beside the search in the texts themselves, everything here must cost little: it is done in each recall.
-    found = b"".join([bytes(map(text.casefold().__contains__, stems)) for text in texts])
-    has = np.frombuffer(found, np.uint8).reshape(len(texts), len(stems))
-    weights = 1.0 + np.log((len(texts) + 1.0) / (has.sum(axis=0) + 1.0))
-    return (has @ weights / weights.sum()).tolist()
+    # For so few numbers, arrays cost more than they save.
+    has = [bytes(map(text.casefold().__contains__, stems)) for text in texts]
+    counts = map(sum, zip(*has, strict=True))
+    weights = [1.0 + math.log((len(texts) + 1.0) / (count + 1.0)) for count in counts]
+    whole = sum(weights)
+    return [sum(compress(weights, row)) / whole for row in has]
 
 
 def similarities(
@@ -180,11 +182,12 @@ def select(
     if not kept:
         return []
     # The first of equals wins, and so the order of the arguments must not matter.
-    kept.sort(key=lambda index: (-candidates[index].score, candidates[index].id))
+    scores = {index: candidates[index].score for index in kept}
+    kept.sort(key=lambda index: (-scores[index], candidates[index].id))
     sure = DOUBT_MIN * candidates[kept[0]].confidence
     kept = [index for index in kept if candidates[index].confidence >= sure]
-    top = candidates[kept[0]].score
-    worth = {index: mmr_lambda * (candidates[index].score / top if top > 0 else 1.0) for index in kept}
+    top = scores[kept[0]]
+    worth = {index: mmr_lambda * (scores[index] / top if top > 0 else 1.0) for index in kept}
     picked = [kept[0]]
     del worth[kept[0]]
     # Of so few, plain numbers are quicker than arrays; `agentdb.ranking.mmr` says where the rule comes from.
@@ -198,8 +201,7 @@ def select(
     return picked
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(NamedTuple):
     """What one item says and how far it is borne out.
 
     Args:

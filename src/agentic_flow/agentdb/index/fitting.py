@@ -22,7 +22,8 @@ RECALL_MIN = 0.998
 SHARES = (1, 10, 100)
 CODE_LISTS = {2: (30, 60, 90, 140, 200), 4: (20, 30, 50, 80, 140, 300)}
 """Bits a number → candidates for ten answers that are tried. Half the bits are read in half the time."""
-SKETCH_LISTS = (60, 100, 140, 200)
+SKETCH_LISTS = (50, 60, 70, 80, 100, 120, 140, 170, 200)
+"""Of a small namespace, to compare what the sketch names is a good part of a search: the steps are small."""
 SKETCH_DEEP_MAX = 4096
 """Candidates of the sketch past which the allowed among them are looked for in the codes instead."""
 UNMEASURED_LIST = 30

@@ -67,7 +67,7 @@ class Layout:
     def similarities(self, vectors: Vectors, query: NDArray[np.float32]) -> Scores:
         """Cosine, inner product or negative distance of comparable vectors to a comparable query."""
         if self.metric != "euclidean":
-            return vectors @ query
+            return vectors.dot(query)
         scores = np.empty(len(vectors), np.float32)
         for start in range(0, len(vectors), BLOCK_ROWS):
             block = vectors[start : start + BLOCK_ROWS]

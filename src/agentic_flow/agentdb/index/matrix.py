@@ -9,7 +9,8 @@ from agentic_flow.agentdb.index.layout import Keys, Layout, Scores, Vectors
 
 _ROWS_MIN = 64
 _DEAD_SHARE_MAX = 0.25
-_SORTED_AT_ONCE = 100
+_SORTED_AT_ONCE = 300
+"""Scores up to which one sort takes less than finding the best and sorting these."""
 
 
 class Matrix:

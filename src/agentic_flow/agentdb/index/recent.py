@@ -125,7 +125,7 @@ class Recent:
             self._gathered = np.empty((2 * len(slots), self._layout.dimension), self._vectors.dtype)
         # Into memory that is there: to get pages from the system takes longer than to fill them.
         gathered = self._gathered[: len(slots)]
-        np.take(self._vectors, np.array(slots, np.int64), axis=0, out=gathered, mode="clip")
+        self._vectors.take(np.array(slots, np.int64), 0, gathered, "clip")
         layout = self._layout
         if self.ready:
             return layout.similarities(gathered, query)
