@@ -112,13 +112,7 @@ class Dependencies:
 
     def waiting_among(self, run_ids: Collection[str]) -> set[str]:
         """Those of these runs that still wait for others."""
-        ids, found = sorted(run_ids), set[str]()
-        for start in range(0, len(ids), 500):
-            rows = self._database.rows(
-                "SELECT DISTINCT root_id FROM af_after WHERE root_id IN :ids", ids=ids[start : start + 500]
-            )
-            found |= {str(row[0]) for row in rows}
-        return found
+        return self._database.roots_in("af_after", run_ids)
 
     def is_due(self, owner: str = QUEUED_BY) -> bool:
         """Whether anything waits, of this owner's, for a run that has ended. Takes no lock."""

@@ -27,7 +27,6 @@ from agentic_flow.core.errors import (
     DeadlineExceeded,
     InvalidInput,
     LimitExceeded,
-    NotFound,
     TooLarge,
     Unavailable,
 )
@@ -81,14 +80,7 @@ class Inbox:
         """See RunEngine."""
         text = _checked(topic, payload, key)
         with self._opened().transaction() as connection:
-            row = execute(
-                connection,
-                "SELECT name, status FROM af_workflows WHERE workflow_id = :id AND parent_id IS NULL"
-                f"{self._database.for_update}",
-                id=workflow_id,
-            ).first()
-            if row is None:
-                raise _unknown(workflow_id)
+            _, status = self._database.locked_run(connection, workflow_id)
             stored = execute(
                 connection,
                 "SELECT payload FROM af_inbox WHERE root_id = :id AND topic = :topic AND message_key = :key",
@@ -103,9 +95,9 @@ class Inbox:
                         hint="give each message a key of its own",
                     )
                 return False
-            if row[1] in ENDED:
+            if status in ENDED:
                 raise Conflict(
-                    f"run {workflow_id!r} is {row[1]} and reads no more messages",
+                    f"run {workflow_id!r} is {status} and reads no more messages",
                     hint="a cancelled one does when it is resumed first",
                 )
             if before_s is not None and self._is_over(connection, workflow_id, topic, before_s):
@@ -267,10 +259,6 @@ def _checked(topic: str, payload: JsonObject, key: str) -> str:
             hint=f"send at most {PAYLOAD_BYTES_MAX}, or where the rest can be found",
         )
     return text.decode()
-
-
-def _unknown(workflow_id: str) -> NotFound:
-    return NotFound(f"there is no run {workflow_id!r}", hint="list them with `agentic-flow runs list`")
 
 
 def _record(root_id: str, topic: str, key: str, payload: str, sender: str, at_s: float) -> MessageRecord:

@@ -31,10 +31,10 @@ from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
-from agentic_flow.core.errors import NeedsNewer, Unavailable
+from agentic_flow.core.errors import NeedsNewer, NotFound, Unavailable
 from agentic_flow.core.messages import JsonObject
 from agentic_flow.core.ports import EventKind
 from agentic_flow.core.sql import Connection, SqlDatabase, execute
@@ -78,6 +78,7 @@ NOBODY = ""
 ENDED_AT = "COALESCE(ended_at_s, updated_at_s)"
 """When a workflow that has ended did; an older build stored no such time."""
 _UNFINISHED = "status IN ('queued', 'running')"
+_IDS_AT_ONCE = 500
 _CREATE = (
     """CREATE TABLE IF NOT EXISTS af_executors (
         executor_id TEXT PRIMARY KEY, heartbeat_at_s DOUBLE PRECISION NOT NULL, host TEXT NOT NULL,
@@ -156,6 +157,31 @@ class RunDatabase(SqlDatabase):
             import_runs(self, self._tables, self.folder / "executors")
         self.check_form()
         super().create()
+
+    def locked_run(self, connection: Connection, run_id: str) -> tuple[str, str]:
+        """Name and status of a top-level workflow, locked until the transaction ends.
+
+        Raises:
+            NotFound: there is none of this id.
+        """
+        row = execute(
+            connection,
+            "SELECT name, status FROM af_workflows WHERE workflow_id = :id AND parent_id IS NULL"
+            f"{self.for_update}",
+            id=run_id,
+        ).first()
+        if row is None:
+            raise NotFound(f"there is no run {run_id!r}", hint="list them with `agentic-flow runs list`")
+        return str(row[0]), str(row[1])
+
+    def roots_in(self, table: Literal["af_after", "af_paused"], roots: Collection[str]) -> set[str]:
+        """Which of these top-level workflows have rows in a table."""
+        ids, found = sorted(roots), set[str]()
+        for start in range(0, len(ids), _IDS_AT_ONCE):
+            some = ids[start : start + _IDS_AT_ONCE]
+            told = self.rows(f"SELECT DISTINCT root_id FROM {table} WHERE root_id IN :ids", ids=some)
+            found |= {str(row[0]) for row in told}
+        return found
 
     def check_form(self) -> None:
         """Refuse a database in a form that is none of this build's.

@@ -8,14 +8,11 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from agentic_flow.core.clock import Clock
-from agentic_flow.core.errors import NotFound
 from agentic_flow.core.ports import EventKind
 from agentic_flow.core.sql import Connection, execute
 from agentic_flow.swarm.event_log import append, event, written_down
 from agentic_flow.swarm.leases import RunDatabase
 from agentic_flow.swarm.scheduling import ENDED
-
-# ruff: noqa: S608 - what is interpolated into SQL here is constants; values are bound.
 
 
 class Pauses:
@@ -34,7 +31,7 @@ class Pauses:
         """See RunEngine."""
         self._database.create()  # an older build has made no such table
         with self._database.transaction() as connection:
-            name, status = self._locked(connection, workflow_id)
+            name, status = self._database.locked_run(connection, workflow_id)
             if status in ENDED:
                 return False
             now_s = self._clock.time_s()
@@ -52,7 +49,7 @@ class Pauses:
         """See RunEngine."""
         self._database.create()
         with self._database.transaction() as connection:
-            name, _ = self._locked(connection, workflow_id)
+            name, _ = self._database.locked_run(connection, workflow_id)
             if execute(connection, "DELETE FROM af_paused WHERE root_id = :id", id=workflow_id).rowcount != 1:
                 return False
             self._tell(connection, workflow_id, "unpaused", name, by)
@@ -60,25 +57,7 @@ class Pauses:
 
     def among(self, roots: Collection[str]) -> set[str]:
         """Which of these are paused."""
-        ids, found = sorted(roots), set[str]()
-        for start in range(0, len(ids), 500):
-            rows = self._database.rows(
-                "SELECT root_id FROM af_paused WHERE root_id IN :ids", ids=ids[start : start + 500]
-            )
-            found |= {str(row[0]) for row in rows}
-        return found
-
-    def _locked(self, connection: Connection, workflow_id: str) -> tuple[str, str]:
-        """Name and status of a top-level workflow, locked until the transaction ends."""
-        row = execute(
-            connection,
-            "SELECT name, status FROM af_workflows WHERE workflow_id = :id AND parent_id IS NULL"
-            f"{self._database.for_update}",
-            id=workflow_id,
-        ).first()
-        if row is None:
-            raise NotFound(f"there is no run {workflow_id!r}", hint="list them with `agentic-flow runs list`")
-        return str(row[0]), str(row[1])
+        return self._database.roots_in("af_paused", roots)
 
     def _tell(self, connection: Connection, root_id: str, kind: EventKind, name: str, by: str) -> None:
         sqlite = self._database.is_sqlite
