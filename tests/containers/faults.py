@@ -132,7 +132,7 @@ class Accepted:
                 self._stop.wait(0.05)
 
     def all_there(self) -> None:
-        """Every one of them is found, and every run ends well."""
+        """Every one of them is found, and every run ends well and has left its trajectory."""
         missing: set[str] = set()
         for begin in range(0, len(self.items), 100):
             some = self.items[begin : begin + 100]
@@ -146,6 +146,9 @@ class Accepted:
             for run in self.runs:
                 result = client.runs.wait(run)
                 assert result.state == "completed", result.error
+                path = f"/v1/memory/trajectories/{run}"
+                status, kept = self._stack.get(platform, path, key=self._stack.secret("owner_key"))
+                assert (status, kept["outcome"]) == (200, "completed"), kept
 
     def _asked(self, path: str, body: bytes, **options: Any) -> tuple[int, Any]:
         ports = self._stack.spec.ports

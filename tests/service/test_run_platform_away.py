@@ -165,6 +165,53 @@ def test_an_agents_tool_waits_for_its_service(tmp_path: Path) -> None:
     assert not any("unavailable" in text or "circuit_open" in text for text in told)
 
 
+def test_a_run_leaves_its_trajectory_with_a_memory_that_comes_back(tmp_path: Path) -> None:
+    """Catches a run whose experience is lost, or that is told nothing of earlier ones, because AgentDB was
+    replaced as it began and as it ended."""
+    folder = make_folder(tmp_path)
+    done, goes_on = Event(), Event()
+
+    def script(request: SeenRequest) -> Reply:
+        reply = team(request)
+        if ANSWER_LINE in str(reply):
+            done.set()
+            assert goes_on.wait(60)
+        return reply
+
+    store = Place(tmp_path)
+    with FakeProvider(script) as provider, store.start("serve", "agentdb") as agentdb:
+        url = agentdb.addresses(1)["agentdb"]
+        runs = Place(
+            tmp_path,
+            OPENAI_BASE_URL=provider.openai_url,
+            OPENAI_API_KEY="test-key",
+            AGENTIC_FLOW_GATEWAY__MODEL="openai:some-model",
+            AGENTIC_FLOW_PEERS__AGENTDB_URL=url,
+            AGENTIC_FLOW_PEERS__BREAKER_OPEN_S="0.2",
+        )
+        with runs.start("serve", "swarm") as swarm:
+            coordinator = swarm.addresses(1)["swarm"]
+            killed(agentdb)
+            run_id = accepted(coordinator, "/v1/runs", {"goal": GOAL, "inputs": [str(folder)], "agents": 2})
+            assert "recall" in swarm.until(lambda line: "step_waits" in line)
+            with store.start("serve", "agentdb", **port_of("agentdb", url)) as again:
+                again.addresses(1)
+                assert done.wait(60)
+                killed(again)
+            goes_on.set()
+            swarm.until(lambda line: "step_waits" in line and "trajectory" in line)
+            with store.start("serve", "agentdb", **port_of("agentdb", url)) as last:
+                last.addresses(1)
+                result = ended(coordinator, run_id)
+                with urllib.request.urlopen(f"{url}/v1/memory/trajectories/{run_id}", timeout=60) as answer:
+                    kept = json.loads(answer.read())
+    assert result["state"] == "completed", result["error"]
+    assert not any("memory" in note for note in result["notes"]), result["notes"]
+    assert result["memory"]["asked"]
+    assert kept["outcome"] == "completed"
+    assert len(kept["steps"]) > 1
+
+
 async def test_patience_has_an_end(tmp_path: Path) -> None:
     """Catches a run that waits for ever for a service that does not come back."""
     engine = SqlRunEngine(None, tmp_path, lease_s=10.0, runs_parallel_max=1, peer_patience_s=0.0)

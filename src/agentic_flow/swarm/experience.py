@@ -113,17 +113,15 @@ class RunExperience:
 
         Args:
             given: Whether the agents will be shown it; if not, this only looks.
+
+        Raises:
+            AgenticFlowError: memory cannot be asked; Unavailable with a `peer` when it is away.
         """
         if not self._enabled or not spec.memory:
             return Shown(asked=False)
         own = _for_memory(principal)
-        earlier = EarlierTries()
-        try:
-            recall = await self._memory.recall(own, spec.goal, recall_id=run_id, preview=not given)
-            if given:
-                earlier = await self._memory.tries(own, spec.goal, of=spec.refines)
-        except AgenticFlowError as error:
-            return Shown(problem=error.message)
+        recall = await self._memory.recall(own, spec.goal, recall_id=run_id, preview=not given)
+        earlier = await self._memory.tries(own, spec.goal, of=spec.refines) if given else EarlierTries()
         return Shown.of(recall, earlier, given=given)
 
     async def record(
@@ -140,7 +138,11 @@ class RunExperience:
         failure: AgenticFlowError | None,
         cancelled: bool = False,
     ) -> JsonObject:
-        """Keep an ended run as a trajectory; how many steps it has, or the `problem` that was in the way."""
+        """Keep an ended run as a trajectory; how many steps it has.
+
+        Raises:
+            AgenticFlowError: memory did not keep it; Unavailable with a `peer` when it is away.
+        """
         if not self._enabled:
             return {"steps": 0}
         steps = trajectory_steps(run_id, await self._engine.steps(run_id))
@@ -163,10 +165,7 @@ class RunExperience:
             verdicts=self._checked(spec, result),
             started_at_s=started_at_s,
         )
-        try:
-            await self._memory.record(_for_memory(principal), trajectory)
-        except AgenticFlowError as error:
-            return {"steps": 0, "problem": error.message}
+        await self._memory.record(_for_memory(principal), trajectory)
         return {"steps": len(steps)}
 
     def _checked(self, spec: RunSpec, result: RunResult | None) -> tuple[Verdict, ...]:

@@ -12,8 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+import structlog
+
 from agentic_flow.core.auth import LOCAL_OWNER, Principal
 from agentic_flow.core.errors import (
+    AgenticFlowError,
     Conflict,
     Forbidden,
     InvalidInput,
@@ -75,6 +78,8 @@ from agentic_flow.swarm.tracing import accepting
 from agentic_flow.swarm.workflow_admission import WorkflowAdmission
 from agentic_flow.swarm.workflow_run import WORKFLOW, WorkflowPayload, Workflows
 from agentic_flow.swarm.workflow_spec import Validation, WorkflowRequest, WorkflowSource
+
+log = structlog.get_logger()
 
 PLAYED_BY: dict[Role, str] = {
     "planner": "planner",
@@ -553,18 +558,21 @@ class Swarm:
         payload = RunPayload.from_record(record.payload)
         steps = await self._engine.steps(record.workflow_id)
         recalled = next((step.output for step in steps if step.name == "recall" and step.output), None)
-        await self._experience.record(
-            payload.principal,
-            record.workflow_id,
-            payload.spec,
-            model=payload.briefs["worker"].model,
-            started_at_s=payload.started_at_s,
-            shown=Shown.from_record(recalled) if recalled else Shown(),
-            cited=(),
-            result=None,
-            failure=None,
-            cancelled=True,
-        )
+        try:
+            await self._experience.record(
+                payload.principal,
+                record.workflow_id,
+                payload.spec,
+                model=payload.briefs["worker"].model,
+                started_at_s=payload.started_at_s,
+                shown=Shown.from_record(recalled) if recalled else Shown(),
+                cited=(),
+                result=None,
+                failure=None,
+                cancelled=True,
+            )
+        except AgenticFlowError as error:  # it is cancelled all the same
+            log.warning("trajectory_not_kept", run_id=record.workflow_id, error=error.message)
 
     # ---- parts -------------------------------------------------------------------------------------------
 

@@ -218,7 +218,10 @@ class Team:
         return [from_record(entry) for entry in recorded["assignments"]]
 
     async def _recall(self, context: WorkflowContext, payload: RunPayload) -> Shown:
-        """What memory has for the goal. A model that only selects passages is told none of it."""
+        """What memory has for the goal. A model that only selects passages is told none of it.
+
+        The step waits for a memory that is away; without one that answers the team works all the same.
+        """
 
         async def ask(_: StepContext) -> JsonObject:
             shown = await self._experience.recall(
@@ -226,7 +229,10 @@ class Team:
             )
             return shown.model_dump(mode="json")
 
-        return Shown.from_record(await context.step("recall", ask))
+        try:
+            return Shown.from_record(await context.step("recall", ask))
+        except AgenticFlowError as error:
+            return Shown(problem=error.message)
 
     async def _record(
         self,
@@ -236,7 +242,7 @@ class Team:
         result: RunResult | None,
         failure: AgenticFlowError | None,
     ) -> None:
-        """The run as experience; judged in the background, later."""
+        """The run as experience, judged in the background later. The step waits for a memory that is away."""
 
         async def record(_: StepContext) -> JsonObject:
             return await self._experience.record(
@@ -251,9 +257,12 @@ class Team:
                 failure=failure,
             )
 
-        recorded = await context.step("trajectory", record)
-        if recorded.get("problem"):
-            progress.notes.append(f"memory did not keep this run: {recorded['problem']}")
+        try:
+            problem = (await context.step("trajectory", record)).get("problem")  # of earlier builds
+        except AgenticFlowError as error:
+            problem = error.message
+        if problem:
+            progress.notes.append(f"memory did not keep this run: {problem}")
 
     async def _ingest(self, context: WorkflowContext, payload: RunPayload) -> IngestReport | None:
         if payload.folder is None:
