@@ -128,13 +128,12 @@ def test_a_stack_goes_on_elsewhere_from_a_backup_under_traffic(store: str, new_p
 
 
 def test_what_cannot_be_restored_leaves_nothing(new_place: Make, engine: Engine) -> None:
-    """Catches volumes, containers and folders that are left of a restore that failed in its middle, and a
-    backup of what was never started."""
+    """Catches volumes, containers and folders that are left of a restore that was refused, a backup of what
+    was never started, and one of a stack that is down that holds less."""
     place = new_place()
     assert place.run("backup", "a.tar.gz", "--dir", "stack").code == 2  # no stack, no data folder
     started = place.up()
     assert started.code == 0, started.err
-    # Damage that only the restored service's own check finds: the file is whole, the database is none.
     swarm = place.container("swarm")
     made = place.run("backup", "good.tar.gz", "--json")
     assert made.code == 0, made.err
