@@ -8,7 +8,7 @@ from typing import Protocol
 
 from agentic_flow.core.auth import Principal
 from agentic_flow.core.clock import Clock, Deadline
-from agentic_flow.core.errors import InvalidInput, NotFound, Unavailable
+from agentic_flow.core.errors import OF_REQUEST, InvalidInput, NotFound, Unavailable
 from agentic_flow.core.ports import Completer, VectorStore
 from agentic_flow.core.settings import MemorySettings
 from agentic_flow.memory.answers import Assessment, Contrasted, EarlierTries, EpisodePage, Kept, SkillPage
@@ -237,6 +237,7 @@ class KnowHow:
             raise Unavailable(
                 f"trajectory {trajectory_id!r}: {found.problem or problem}",
                 hint="try again, or give a verdict with `agentic-flow memory verdict`",
+                details=OF_REQUEST,
             )
         kept = await self.reflections.get(tenant, [trajectory_id])
         return Assessment(trajectory_id=trajectory_id, verdict=found.verdict, episode=kept.get(trajectory_id))
