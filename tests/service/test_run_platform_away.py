@@ -208,7 +208,9 @@ def test_a_run_leaves_its_trajectory_with_a_memory_that_comes_back(tmp_path: Pat
     assert result["state"] == "completed", result["error"]
     assert not any("memory" in note for note in result["notes"]), result["notes"]
     assert result["memory"]["asked"]
-    assert kept["outcome"] == "completed"
+    assert (kept["outcome"], kept["model"]) == ("completed", "openai:some-model")
+    assert (kept["topology"], kept["agent"]) == ("hierarchical", "team")
+    assert kept["usage"]["input_tokens"] > 0
     assert len(kept["steps"]) > 1
 
 

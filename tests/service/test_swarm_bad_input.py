@@ -111,7 +111,7 @@ async def test_a_key_stands_for_one_run(tmp_path: Path) -> None:
 
 
 async def test_a_cancelled_run_takes_its_live_agents_along(tmp_path: Path) -> None:
-    """Catches agents that work on, and pay, for a run that was cancelled."""
+    """Catches agents that work on, and pay, for a run that was cancelled, and one without a trajectory."""
     folder = str(make_folder(tmp_path))
     both, asked = Event(), list[str]()
 
@@ -135,6 +135,8 @@ async def test_a_cancelled_run_takes_its_live_agents_along(tmp_path: Path) -> No
             events = [event async for event in client.runs.events(run_id)]
             assert events[-1].kind == "run_finished"
             assert await client.runs.cancel(run_id) is False
+            kept = await client.memory.trajectory(f"{run_id}-cancelled")
+            assert (kept.outcome, kept.run_id) == ("cancelled", run_id)
         async with AsyncClient(settings=settings) as client:  # whoever comes next leaves it alone
             assert (await client.runs.show(run_id)).state == "cancelled"
         assert len(asked) == 2
