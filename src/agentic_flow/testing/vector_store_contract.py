@@ -7,6 +7,7 @@ Another implementation imports this module and does the same. What searching mus
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
 import time
@@ -566,6 +567,9 @@ async def _neighbours_change_nothing(
             await store.search(other, SPACE, query),
         ]
 
+    async with asyncio.timeout(30):  # the index takes in the tenant's own write in the background
+        while any(space.index_lag for space in await store.stats(other)):
+            await asyncio.sleep(0.01)
     before = await seen()
     mine = [Item(id=f"item{i}", text=f"walrus zebra {i}", version=7, created_at_s=5.0) for i in range(4)]
     assert await store.restore(one, SPACE, mine) == 4
