@@ -26,6 +26,7 @@ from agentic_flow.core.ports import VectorStore
 from agentic_flow.core.settings import AgentDBSettings, GatewaySettings, MemorySettings, Settings
 from agentic_flow.core.web import create_app
 from agentic_flow.gateway.service import Gateway
+from agentic_flow.memory import learning
 from agentic_flow.memory.bank import Bank
 from agentic_flow.memory.distill import Distiller
 from agentic_flow.memory.judge import Judge
@@ -302,6 +303,58 @@ async def test_a_run_becomes_items_that_are_recalled(tmp_path: Path) -> None:
         assert "right" in recall.context
         assert place.hooked == ["a success"]
         assert learner.stats.learned == 1
+
+
+async def test_what_could_not_be_done_teaches_nothing(tmp_path: Path) -> None:
+    """Catches a task that is called impossible and counted as a failure of how it was tried."""
+    async with place_in(tmp_path) as place:
+        place.judge.outcome = "impossible"
+        await place.trajectories.record(T, tried("a"))
+        assert await settled(place.learner()) == 1
+        after = await place.state("a")
+        assert after.state == "learned"
+        assert after.verdict is not None
+        assert (after.verdict.outcome, after.verdict.source) == ("impossible", "judge")
+        assert await place.items() == {}
+
+
+async def test_no_secret_or_address_of_a_person_is_kept(tmp_path: Path) -> None:
+    """Catches an address, a telephone number or a key of an observation in what is told to other runs."""
+    private = ("ada.byron@example.org", "+44 20 7946 0958", "sk-ant-api03-" + "aB3" * 20)
+    steps = tuple(
+        TrajectoryStep(
+            agent="worker", name="write", action=f"write to {one}", observation=f"{one} has answered"
+        )
+        for one in private
+    )
+    async with place_in(tmp_path) as place:
+        await place.trajectories.record(T, tried("a", steps=steps, answer=" and ".join(private)))
+        assert await settled(place.learner()) == 1
+        items = await place.items()
+        assert items
+        told = "\n".join(item.model_dump_json() for item in items.values())
+        recall = await place.bank.recall(T, "close the valve")
+        assert "answered" in recall.context
+    assert not [one for one in private if one in told or one in recall.context]
+
+
+async def test_a_learner_consolidates_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a bank that only grows, because nobody gives the command."""
+    monkeypatch.setattr(learning, "CONSOLIDATED_AFTER", 3)
+    consolidated: list[str] = []
+    async with place_in(tmp_path) as place:
+        consolidate = place.bank.consolidate
+
+        async def counting(tenant: str) -> Any:
+            consolidated.append(tenant)
+            return await consolidate(tenant)
+
+        monkeypatch.setattr(place.bank, "consolidate", counting)
+        learner = place.learner()
+        for number in range(7):
+            await place.trajectories.record(T, tried(f"t{number}"))
+            await learner.settle()
+    assert consolidated == [T, T]
 
 
 async def test_people_outrank_the_judge(tmp_path: Path) -> None:
