@@ -380,9 +380,9 @@ notes fails three of four such tasks too. "Raw" copies what was done in the near
 is the reference of ReasoningBank: each lesson kept, the three nearest by brute force, all believed alike.
 
 Ours is the product's parts: AgentDB, trajectory queue, learner, credits and a recall of three, with default
-settings in virtual time. It is consolidated after every 100 tasks; a learner does that after 200 trajectories.
-Only judge and distiller are scripted, through the learner's own interfaces, and no model takes part. The bank
-sees texts and verdicts, never kinds or truth.
+settings in virtual time. It is consolidated after every 100 tasks, by a learner after 200 trajectories. Only
+judge and distiller are scripted, through the learner's own interfaces, and no model takes part. The bank sees
+texts and verdicts, never kinds or truth.
 
 To be read with it: the world was made narrower during development (a kind has 3 words of its own and 3 that
 its twin shares, and a task 2 of either; before, 6 and 3, the row "wider world"). The agent weighs notes by

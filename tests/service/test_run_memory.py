@@ -196,6 +196,9 @@ async def test_the_lesson_of_a_failed_run_reaches_the_next(tmp_path: Path, folde
             models.broken = True
             failed = await client.run(GOAL, input=str(folder), agents=2)
             assert failed.state == "failed"
+            kept = await client.memory.trajectory(failed.run_id)
+            assert (kept.outcome, kept.answer) == ("failed", "")
+            assert kept.usage["input_tokens"] == failed.usage.input_tokens > 0
             models.broken = False
             assert (await client.learn()).learned == 1
             episode = await client.memory.show_episode(failed.run_id)

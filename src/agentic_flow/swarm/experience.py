@@ -140,12 +140,18 @@ class RunExperience:
     ) -> JsonObject:
         """Keep an ended run as a trajectory; how many steps it has.
 
+        Args:
+            result: What it came to; of a failed run, as far as it came.
+            failure: Why it failed.
+            cancelled: It was cancelled, and has no result.
+
         Raises:
             AgenticFlowError: memory did not keep it; Unavailable with a `peer` when it is away.
         """
         if not self._enabled:
             return {"steps": 0}
         steps = trajectory_steps(run_id, await self._engine.steps(run_id))
+        completed = result if failure is None else None
         trajectory = Trajectory(
             # A cancelled run can be resumed; what it comes to then is an experience of its own.
             id=f"{run_id}-cancelled" if cancelled else run_id,
@@ -154,15 +160,15 @@ class RunExperience:
             agent="team",
             model=model,
             topology=spec.topology,
-            outcome="cancelled" if cancelled else "completed" if result else "failed",
+            outcome="cancelled" if cancelled else "completed" if completed else "failed",
             steps=tuple(steps),
             steps_total=len(steps),
-            answer=result.answer if result else "",
+            answer=completed.answer if completed else "",
             error=failure.message if failure else None,
             usage=result.usage.model_dump(mode="json") if result else {},
             recall_id=shown.recall_id,
             cited=shown.notes_of(cited),
-            verdicts=self._checked(spec, result),
+            verdicts=self._checked(spec, completed),
             started_at_s=started_at_s,
         )
         await self._memory.record(_for_memory(principal), trajectory)

@@ -148,14 +148,14 @@ class Team:
         else:
             unmet = [entry for entry in result.acceptance if not entry.met]
             if not unmet:
-                await self._record(context, payload, progress, result, None)
+                await self._record(context, payload, progress, result)
                 return result.model_copy(update={"notes": tuple(progress.notes)}).model_dump(mode="json")
             failure = _not_accepted(unmet)
         finally:
             self._budgets.forget(run_id)
-        await self._record(context, payload, progress, None, failure)
         # Perhaps there is an answer that is just not what was asked for; else what its agents did.
         result = result or self._result(context, payload, progress, state="failed")
+        await self._record(context, payload, progress, result, failure)
         result = result.model_copy(update={"state": "failed", "notes": tuple(progress.notes)})
         failure.details["result"] = result.model_dump(mode="json")
         raise failure
@@ -239,8 +239,8 @@ class Team:
         context: WorkflowContext,
         payload: RunPayload,
         progress: _Progress,
-        result: RunResult | None,
-        failure: AgenticFlowError | None,
+        result: RunResult,
+        failure: AgenticFlowError | None = None,
     ) -> None:
         """The run as experience, judged in the background later. The step waits for a memory that is away."""
 
