@@ -196,7 +196,7 @@ async def test_a_team_that_says_nothing_has_failed(tmp_path: Path) -> None:
 
 
 async def test_an_answer_that_is_not_accepted_is_a_failed_run(tmp_path: Path) -> None:
-    """Catches criteria as decoration, and a refused answer that is lost."""
+    """Catches criteria as decoration, a refused answer that is lost, and a cost that memory does not know."""
     unmet = [
         {"kind": "contains", "text": "quantum"},
         {"kind": "min_citations", "n": 99},
@@ -212,6 +212,12 @@ async def test_an_answer_that_is_not_accepted_is_a_failed_run(tmp_path: Path) ->
     assert [entry.met for entry in ran.result.acceptance] == [False, False, False, True, True]
     assert ANSWER_LINE in ran.result.answer
     assert ran.result.citations
+    with FakeProvider(quick) as provider:
+        settings = settings_for(provider, tmp_path / "data", "openai", stream=False)
+        async with AsyncClient(settings=settings) as client:
+            kept = await client.memory.trajectory(ran.result.run_id)
+    assert kept.outcome == "failed"
+    assert kept.usage["input_tokens"] == ran.result.usage.input_tokens > 0
     accepted = await run(tmp_path, acceptance=met)
     assert accepted.result.state == "completed"
 

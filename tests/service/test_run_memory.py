@@ -198,7 +198,7 @@ async def test_the_lesson_of_a_failed_run_reaches_the_next(tmp_path: Path, folde
             assert failed.state == "failed"
             kept = await client.memory.trajectory(failed.run_id)
             assert (kept.outcome, kept.answer) == ("failed", "")
-            assert kept.usage["input_tokens"] == failed.usage.input_tokens > 0
+            assert kept.usage["time_s"] > 0  # its models were asked nothing that they answered
             models.broken = False
             assert (await client.learn()).learned == 1
             episode = await client.memory.show_episode(failed.run_id)
