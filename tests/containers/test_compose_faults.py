@@ -10,7 +10,7 @@ from faults import SERVICES, death_of_all_then_whole, fault_then_whole, main_sta
 from images import Images
 from stacks import Stack
 
-CASES = [(fault, name) for fault in ("kill", "pause", "partition") for name in SERVICES]
+CASES = [("kill", "proxy"), *((fault, name) for fault in ("kill", "pause", "partition") for name in SERVICES)]
 
 
 @pytest.fixture(scope="module")

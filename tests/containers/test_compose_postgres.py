@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from engine import Engine
 from faults import (
+    SERVICES,
     Accepted,
     database_death_then_whole,
     database_fault_then_whole,
+    fault_then_whole,
     postgres_stack,
     until,
 )
@@ -80,6 +82,14 @@ def test_a_run_goes_on_when_its_worker_is_killed(stack: Stack) -> None:
     stack.engine.run("start", killed)  # to Docker a kill by hand is a stop
     assert elsewhere, "none of its runs was taken over"
     assert hosts[0] not in elsewhere
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_service_that_dies_loses_nothing(stack: Stack, engine: Engine, service: str) -> None:
+    """Catches what only a service on a database loses, or does not take up again, when it is killed."""
+    if not engine.own:
+        pytest.skip("a process is killed by its number on this machine: the engine must run on it")
+    fault_then_whole(stack, "kill", service)
 
 
 @pytest.mark.parametrize("fault", ["pause", "partition", "down"])
