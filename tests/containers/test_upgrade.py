@@ -1,4 +1,5 @@
-"""`agentic-flow upgrade` behind the proxy, under 50 requests a second and open streams: nobody notices."""
+"""`agentic-flow upgrade` behind the proxy, under 50 requests a second, open streams and accepted runs: nobody
+notices, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 from engine import Engine
-from faults import ON_POSTGRESQL
+from faults import ON_POSTGRESQL, until
 from images import Images
 from stack_place import Done, StackPlace
 from traffic import Seen
@@ -59,13 +60,23 @@ def tags_of(place: StackPlace) -> set[str]:
 
 
 def assert_kept(place: StackPlace, seen: Seen) -> None:
-    """Every acknowledged write is there."""
+    """Every acknowledged write is there, and every accepted run ends well."""
     assert seen.written
     for first in range(0, len(seen.written), 100):
         asked = seen.written[first : first + 100]
         got = place.client("db", "get", "notes", *asked, "--json")
         assert got.code == 0, got.err
         assert len(got.data) == len(asked), json.dumps(got.data)[:500]
+    assert seen.runs
+    for run_id in seen.runs:
+        result: dict[str, Any] = {}
+
+        def has_ended(run_id: str = run_id, result: dict[str, Any] = result) -> bool:
+            result.update(place.client("runs", "show", run_id, "--json").data)
+            return result["state"] in ("completed", "failed", "cancelled")
+
+        until(has_ended, 60, f"the end of {run_id}")
+        assert result["state"] == "completed", result
 
 
 def assert_unnoticed(done: Done, seen: Seen) -> None:

@@ -31,6 +31,7 @@ class Seen:
         written: Ids of items whose writing was acknowledged.
         took_s: Time of each request.
         streams: Streams by how they ended.
+        runs: Ids of runs that were accepted.
     """
 
     failures: Counter[str] = field(default_factory=Counter[str])
@@ -38,6 +39,7 @@ class Seen:
     written: list[str] = field(default_factory=list[str])
     took_s: list[float] = field(default_factory=list[float])
     streams: Counter[str] = field(default_factory=Counter[str])
+    runs: list[str] = field(default_factory=list[str])
 
     def told(self) -> str:
         """All of it in a line."""

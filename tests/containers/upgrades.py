@@ -21,6 +21,7 @@ GOOD, BAD, SILENT = f"{TAG}-next", f"{TAG}-bad", f"{TAG}-silent"
 ENDS, SLEEPS = "echo broken on purpose >&2; exit 3", "exec sleep infinity"
 STREAM_S = 4.0
 MODEL = "anthropic:claude-test"
+RUNS = 3
 _ANSWER = " ".join(str(number) for number in range(20))
 _BROKEN = {(BAD, "platform"): ENDS, (SILENT, "agentdb"): SLEEPS}
 
@@ -64,9 +65,18 @@ def opened(engine: Engine, provider: FakeProvider, folder: Path, **spec: Any) ->
         assert started.code == 0, started.err
         made = place.client("db", "create", "notes")
         assert made.code == 0, made.err
+        (place.stack / "inputs" / "kettle.md").write_text("The thermostat switches the kettle off.\n")
         yield place
     finally:
         remove_project(engine, place.project)
+
+
+def accepted_run(place: StackPlace) -> str:
+    """A run that the stack is to do."""
+    goal = ("run", "What switches the kettle off?", "--input", "/inputs", "--agents", "4")
+    done = place.client(*goal, "--model", "extractive", "--detach")
+    assert done.code == 0, done.err
+    return done.out.strip()
 
 
 def upgraded(
@@ -81,5 +91,6 @@ def upgraded(
     rate_per_s = rate_per_s or float(os.environ.get("UPGRADE_RATE_PER_S", RATE_PER_S))
     authority = place.stack / "certs" / "ca.crt"
     with Traffic(place.url, authority, key, model=MODEL, rate_per_s=rate_per_s) as traffic:
+        traffic.seen.runs += [accepted_run(place) for _ in range(RUNS)]
         done = place.run("upgrade", "--tag", tag, "--json", *options)
     return done, traffic.seen
