@@ -45,8 +45,9 @@ from agentic_flow.gateway.usage import INTERVAL_S
 
 FOLDER = "data"
 """Name of one process's data folder within a backup."""
-SETTLE_S = 2 * INTERVAL_S
-"""What a service acknowledged before is on disk; its usage of models follows within this time."""
+SETTLE_S = 6 * INTERVAL_S
+"""What a service acknowledged before is on disk; its usage of models follows within this time, on a busy
+machine too."""
 SECRETS = ("secrets.json", "secrets.key", "owner_key")
 DERIVED = ("agentdb/indexes", "runs/executors", "secrets.lock", PID_FILE, STATE_FILE, LOG_FILE)
 """What a data folder has that is made again."""
