@@ -107,7 +107,7 @@ class Traffic:
                 group.create_task(self._request(session, number))
                 number += 1
                 if self._model is not None and time.monotonic() - began_s >= streams * STREAM_EACH_S:
-                    group.create_task(self._stream(session))
+                    group.create_task(self._stream(session, f"begun at {streams * STREAM_EACH_S:.0f} s"))
                     streams += 1
                 await asyncio.sleep(max(0.0, began_s + number / self._rate_per_s - time.monotonic()))
 
@@ -139,14 +139,14 @@ class Traffic:
     def _is_given_up(self, status: int, began_s: float) -> bool:
         return status == 503 and time.monotonic() - began_s >= HOLD_S
 
-    async def _stream(self, session: aiohttp.ClientSession) -> None:
+    async def _stream(self, session: aiohttp.ClientSession, which: str) -> None:
         body: dict[str, Any] = {
             "model": self._model,
             "max_tokens": 100,
             "stream": True,
             "messages": [{"role": "user", "content": "count"}],
         }
-        last, began_s = "", time.monotonic()
+        last, began_s, first_s = "", time.monotonic(), 0.0
         try:
             async with session.post(f"{self._url}/v1/messages", json=body) as answer:
                 if self._is_given_up(answer.status, began_s):
@@ -155,10 +155,13 @@ class Traffic:
                 if answer.status != 200:
                     self.seen.streams[f"refused: {answer.status} {(await answer.text())[:200]}"] += 1
                     return
+                first_s = time.monotonic() - began_s
                 async for line in answer.content:
                     if line.startswith(b"data: "):
                         last = str(json.loads(line[6:]).get("type"))
         except (aiohttp.ClientError, TimeoutError) as error:
-            self.seen.streams[f"cut: {type(error).__name__} {error}"] += 1
+            self.seen.streams[f"cut: {type(error).__name__} {error} ({which})"] += 1
             return
-        self.seen.streams["whole" if last == "message_stop" else f"ended with {last}"] += 1
+        # The proxy ends an answer as if it were whole when the service behind is gone.
+        when = f"{which}, answered after {first_s:.1f} s, ended after {time.monotonic() - began_s:.1f} s"
+        self.seen.streams["whole" if last == "message_stop" else f"ended with {last} ({when})"] += 1
