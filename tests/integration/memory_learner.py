@@ -1,11 +1,11 @@
 """Lives that record trajectories and learn from them, each killed at random; see test_memory_crash.
 
-    python memory_learner.py FOLDER LIVES COUNT SEED
+    python memory_learner.py FOLDER LIVES COUNT SEED [DATABASE_URL]
 
 This process imports everything once and then only forks, which makes a kill cost little. A life records COUNT
 trajectories and learns at the same time, also from what earlier lives left. It notes each trajectory in
 FOLDER/acknowledged once `record` has returned, and each judgement in FOLDER/judged. At the end the number of
-lives that had to be killed is printed.
+lives that had to be killed is printed. The store is in FOLDER, or in a database of PostgreSQL.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ import random
 import select
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
+from agentic_flow.agentdb.postgres.store import PostgresAgentDB
 from agentic_flow.agentdb.service import AgentDB
 from agentic_flow.core.auth import Principal
 from agentic_flow.core.clock import Deadline, SystemClock
+from agentic_flow.core.ports import VectorStore
 from agentic_flow.core.settings import AgentDBSettings, MemorySettings
 from agentic_flow.memory.bank import Bank
 from agentic_flow.memory.distill import Distiller
@@ -88,7 +91,12 @@ def tried(number: int) -> Trajectory:
     )
 
 
-def parts(store: AgentDB, folder: Path, life: int) -> tuple[Trajectories, Bank, Learner]:
+def store_in(folder: Path, url: str | None) -> AgentDB | PostgresAgentDB:
+    """The store, to be opened."""
+    return AgentDB(folder, AgentDBSettings()) if url is None else PostgresAgentDB(url, AgentDBSettings())
+
+
+def parts(store: VectorStore, folder: Path, life: int) -> tuple[Trajectories, Bank, Learner]:
     """Memory over a store, as of a life."""
     clock, settings = LaterClock(life), MemorySettings()
     trajectories, bank = Trajectories(store, settings, clock=clock), Bank(store, settings, clock=clock)
@@ -109,9 +117,9 @@ def parts(store: AgentDB, folder: Path, life: int) -> tuple[Trajectories, Bank, 
     return trajectories, bank, learner
 
 
-async def make(folder: Path) -> None:
+async def make(folder: Path, url: str | None) -> None:
     """The store with the items that every run is shown."""
-    async with AgentDB(folder, AgentDBSettings()) as store:
+    async with store_in(folder, url) as store:
         _, bank, _ = parts(store, folder, 0)
         items = [
             MemoryItem(id=one, title=f"Shared {word}", content=f"{word} {word} {word}")
@@ -120,9 +128,9 @@ async def make(folder: Path) -> None:
         await bank.add(TENANT, items, idempotency_key="shared")
 
 
-async def live(folder: Path, life: int, first: int, count: int) -> None:
+async def live(folder: Path, url: str | None, life: int, first: int, count: int) -> None:
     """Record and learn, at the same time."""
-    async with AgentDB(folder, AgentDBSettings()) as store:
+    async with store_in(folder, url) as store:
         trajectories, _, learner = parts(store, folder, life)
         learner.start()
         for number in range(first, first + count):
@@ -133,16 +141,17 @@ async def live(folder: Path, life: int, first: int, count: int) -> None:
         await learner.close()
 
 
-def killed_after(folder: Path, life: int, first: int, count: int, seconds: float) -> bool:
+def killed_after(seconds: float, life: int, living: Coroutine[Any, Any, None]) -> bool:
     """One life in a process of its own; whether it had to be killed."""
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            asyncio.run(live(folder, life, first, count))
+            asyncio.run(living)
             status = 0
         finally:
             os._exit(status)
+    living.close()
     ended = os.pidfd_open(child)
     try:
         alive = not select.select([ended], [], [], seconds)[0]
@@ -158,11 +167,12 @@ def killed_after(folder: Path, life: int, first: int, count: int, seconds: float
 
 def main() -> None:
     folder, lives, count, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    url = sys.argv[5] if len(sys.argv) > 5 else None
     rng = random.Random(seed)
-    asyncio.run(make(folder))
+    asyncio.run(make(folder, url))
     killed = 0
     for life in range(1, lives + 1):
-        killed += killed_after(folder, life, life * count, count, rng.uniform(0.05, 0.9))
+        killed += killed_after(rng.uniform(0.05, 0.9), life, live(folder, url, life, life * count, count))
     print(killed)
 
 

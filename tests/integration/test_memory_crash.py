@@ -10,14 +10,14 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Generator
 from pathlib import Path
 
 import memory_learner
 import pytest
-from memory_learner import SHOWN, TENANT, parts
+from memory_learner import SHOWN, TENANT, parts, store_in
 
-from agentic_flow.agentdb.service import AgentDB
-from agentic_flow.core.settings import AgentDBSettings
+from postgres_server import TEMPLATE, make_template, new_database, postgres_server
 
 pytestmark = pytest.mark.anyio
 
@@ -31,13 +31,24 @@ def noted(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[str | None]:
+    """Of a database with our schema and nothing in it, or None: the store is in the folder."""
+    if request.param == "sqlite":
+        yield None
+        return
+    with postgres_server(tmp_path_factory.mktemp("postgres")) as server:
+        make_template(server)
+        yield new_database(server, template=TEMPLATE)
+
+
 @pytest.mark.timeout(600)
-async def test_killed_at_random_everything_is_learned_once(tmp_path: Path) -> None:
+async def test_killed_at_random_everything_is_learned_once(tmp_path: Path, url: str | None) -> None:
     """Catches a trajectory that was acknowledged and is gone or never learned from, items or credits that
     count twice because learning was begun twice, and rows that a crash left unreadable."""
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
-    arguments = [str(tmp_path), str(LIVES), str(EACH), str(seed)]
+    arguments = [str(tmp_path), str(LIVES), str(EACH), str(seed), *([url] if url else [])]
     driver = subprocess.Popen(
         [sys.executable, memory_learner.__file__, *arguments],
         env={**os.environ, **ONE_THREAD},
@@ -57,7 +68,7 @@ async def test_killed_at_random_everything_is_learned_once(tmp_path: Path) -> No
     print(f"{killed} kills, {len(acknowledged)} acknowledged, {len(noted(tmp_path / 'judged'))} judgements")
     assert killed > LIVES / 4, "the kills missed their moment"
 
-    async with AgentDB(tmp_path, AgentDBSettings()) as store:
+    async with store_in(tmp_path, url) as store:
         trajectories, bank, learner = parts(store, tmp_path, LIVES + 1)
         await learner.settle(TENANT)
         assert learner.stats.failures == {}
