@@ -85,10 +85,8 @@ def test_a_run_goes_on_when_its_worker_is_killed(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_a_service_that_dies_loses_nothing(stack: Stack, engine: Engine, service: str) -> None:
+def test_a_service_that_dies_loses_nothing(stack: Stack, service: str) -> None:
     """Catches what only a service on a database loses, or does not take up again, when it is killed."""
-    if not engine.own:
-        pytest.skip("a process is killed by its number on this machine: the engine must run on it")
     fault_then_whole(stack, "kill", service)
 
 
@@ -101,10 +99,8 @@ def test_a_fault_of_the_database_is_seen_by_all_and_heals(stack: Stack, fault: s
     assert "run database" in failing["swarm"]
 
 
-def test_a_database_that_dies_is_started_again(stack: Stack, engine: Engine) -> None:
+def test_a_database_that_dies_is_started_again(stack: Stack) -> None:
     """Catches a database that stays dead, and a lost write or run, before anybody could miss it."""
-    if not engine.own:
-        pytest.skip("a process is killed by its number on this machine: the engine must run on it")
     database_death_then_whole(stack)
 
 

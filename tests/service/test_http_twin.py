@@ -55,6 +55,22 @@ class CountingClock:
         await asyncio.sleep(0)
 
 
+class Holding:
+    """A route that is down for some methods, and keeps a PUT back until it is released."""
+
+    def __init__(self, *down: str) -> None:
+        self._down = down
+        self.entered, self.released = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, request: Request) -> Response:
+        if request.method in self._down:
+            raise Unavailable("down")
+        if request.method == "PUT":
+            self.entered.set()
+            await self.released.wait()
+        return json_response({"method": request.method})
+
+
 class Scripted:
     """A route that answers with one scripted error after another, then with its request."""
 
@@ -270,7 +286,7 @@ async def test_a_cancelled_probe_leaves_the_circuit_able_to_close() -> None:
             raise Unavailable("down")
         entered.set()
         if hang:
-            await asyncio.sleep(3600)
+            await asyncio.Event().wait()
         return json_response({"fine": True})
 
     async with twin_of(route, attempts=1, breaker_failures=1, breaker_open_s=5) as (twin, clock):
@@ -289,55 +305,38 @@ async def test_a_cancelled_probe_leaves_the_circuit_able_to_close() -> None:
 async def test_a_probe_that_is_lost_holds_nobody_back_until_its_deadline() -> None:
     """Catches a peer that is well again and still refused, for as long as one call to it may take: the probe
     that it swallowed while it stood still, or that it takes minutes to answer."""
-    entered, released = asyncio.Event(), asyncio.Event()
-
-    async def route(request: Request) -> Response:
-        if request.method == "POST":
-            raise Unavailable("down")
-        if request.method == "PUT":
-            entered.set()
-            await released.wait()
-        return json_response({"method": request.method})
-
+    route = Holding("POST")
     async with twin_of(route, attempts=1, breaker_failures=1, breaker_open_s=5) as (twin, clock):
         with pytest.raises(Unavailable):
             await twin.call("POST", "/x")
         clock.ahead_s += 5
         probe = asyncio.create_task(twin.call("PUT", "/x", deadline=Deadline.after(600, clock)))
-        await entered.wait()
+        await route.entered.wait()
         with pytest.raises(CircuitOpen):
             await twin.call("GET", "/x")
         clock.ahead_s += 5
         answers = [await twin.call("GET", "/x") for _ in range(3)]
         assert answers == [{"method": "GET"}] * 3
-        released.set()
+        route.released.set()
         assert await probe == {"method": "PUT"}
 
 
 async def test_a_late_answer_is_given_though_the_circuit_is_open_again() -> None:
     """Catches a write that was done and answered, and is told to its caller as one that was not tried."""
-    entered, released = asyncio.Event(), asyncio.Event()
-
-    async def route(request: Request) -> Response:
-        if request.method != "PUT":
-            raise Unavailable("down")
-        entered.set()
-        await released.wait()
-        return json_response({"done": True})
-
+    route = Holding("POST", "GET")
     async with twin_of(route, attempts=1, breaker_failures=1, breaker_open_s=5) as (twin, clock):
         with pytest.raises(Unavailable):
             await twin.call("POST", "/x")
         clock.ahead_s += 5
         write = asyncio.create_task(twin.call("PUT", "/x", deadline=Deadline.after(600, clock)))
-        await entered.wait()
+        await route.entered.wait()
         clock.ahead_s += 5
         with pytest.raises(Unavailable, match="down"):
             await twin.call("GET", "/x")
         with pytest.raises(CircuitOpen):
             await twin.call("GET", "/x")
-        released.set()
-        assert await write == {"done": True}
+        route.released.set()
+        assert await write == {"method": "PUT"}
 
 
 async def test_many_callers_of_a_peer_that_comes_back_are_all_served() -> None:
@@ -350,7 +349,7 @@ async def test_many_callers_of_a_peer_that_comes_back_are_all_served() -> None:
             raise Unavailable("down")
         entered.set()
         if not well:
-            await asyncio.sleep(3600)
+            await asyncio.Event().wait()
         return json_response({})
 
     async with twin_of(route, attempts=1, breaker_failures=1, breaker_open_s=5) as (twin, clock):
@@ -431,8 +430,7 @@ async def test_a_stream_for_which_there_is_no_place_is_refused_or_waits() -> Non
             with pytest.raises(Unavailable, match="are open in this process"):
                 await first(None)
             waits = asyncio.create_task(first(Deadline.after(30, clock)))
-            await asyncio.sleep(0)
-            assert not waits.done()
+            assert (await asyncio.wait({waits}, timeout=0.1)) == (set(), {waits})
         assert await waits == "hello"
         released.set()
 

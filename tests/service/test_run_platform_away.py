@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import signal
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from threading import Event
 
@@ -47,6 +48,33 @@ def killed(process: Process) -> None:
 def port_of(service: str, url: str) -> dict[str, str]:
     """The setting that makes a service listen where it did."""
     return {f"AGENTIC_FLOW_SERVE__{service.upper()}_PORT": url.rpartition(":")[2]}
+
+
+class Held:
+    """A team's models, which keep the answers that are chosen back until it goes on."""
+
+    def __init__(self, chosen: Callable[[Reply], bool]) -> None:
+        self._chosen = chosen
+        self.begun, self.goes_on = Event(), Event()
+
+    def __call__(self, request: SeenRequest) -> Reply:
+        reply = team(request)
+        if self._chosen(reply):
+            self.begun.set()
+            assert self.goes_on.wait(60)
+        return reply
+
+
+def team_beside(agentdb_url: str, provider: FakeProvider, folder: Path) -> Place:
+    """Where a coordinator runs whose memory is another process, in the folder that has the keys of both."""
+    return Place(
+        folder,
+        OPENAI_BASE_URL=provider.openai_url,
+        OPENAI_API_KEY="test-key",
+        AGENTIC_FLOW_GATEWAY__MODEL="openai:some-model",
+        AGENTIC_FLOW_PEERS__AGENTDB_URL=agentdb_url,
+        AGENTIC_FLOW_PEERS__BREAKER_OPEN_S="0.2",
+    )
 
 
 def test_a_run_outlives_a_platform_that_is_killed(tmp_path: Path) -> None:
@@ -126,32 +154,17 @@ def test_an_agents_tool_waits_for_its_service(tmp_path: Path) -> None:
     """Catches an agent that is told of an error, and goes on without its memory, because AgentDB was replaced
     between its model's answer and the tool that this asked for."""
     folder = make_folder(tmp_path)
-    asked, goes_on = Event(), Event()
-
-    def script(request: SeenRequest) -> Reply:
-        reply = team(request)
-        if any(call["name"] == "memory_search" for call in reply.calls):
-            asked.set()
-            assert goes_on.wait(60)
-        return reply
-
+    script = Held(lambda reply: any(call["name"] == "memory_search" for call in reply.calls))
     store = Place(tmp_path)
     with FakeProvider(script) as provider, store.start("serve", "agentdb") as agentdb:
         url = agentdb.addresses(1)["agentdb"]
-        runs = Place(
-            tmp_path,
-            OPENAI_BASE_URL=provider.openai_url,
-            OPENAI_API_KEY="test-key",
-            AGENTIC_FLOW_GATEWAY__MODEL="openai:some-model",
-            AGENTIC_FLOW_PEERS__AGENTDB_URL=url,
-            AGENTIC_FLOW_PEERS__BREAKER_OPEN_S="0.2",
-        )
+        runs = team_beside(url, provider, tmp_path)
         with runs.start("serve", "swarm") as swarm:
             coordinator = swarm.addresses(1)["swarm"]
             run_id = accepted(coordinator, "/v1/runs", {"goal": GOAL, "inputs": [str(folder)], "agents": 2})
-            assert asked.wait(60)
+            assert script.begun.wait(60)
             killed(agentdb)
-            goes_on.set()
+            script.goes_on.set()
             told = swarm.until(lambda line: "step_waits" in line)
             assert "memory_search" in told, told
             with store.start("serve", "agentdb", **port_of("agentdb", url)) as again:
@@ -169,26 +182,11 @@ def test_a_run_leaves_its_trajectory_with_a_memory_that_comes_back(tmp_path: Pat
     """Catches a run whose experience is lost, or that is told nothing of earlier ones, because AgentDB was
     replaced as it began and as it ended."""
     folder = make_folder(tmp_path)
-    done, goes_on = Event(), Event()
-
-    def script(request: SeenRequest) -> Reply:
-        reply = team(request)
-        if ANSWER_LINE in str(reply):
-            done.set()
-            assert goes_on.wait(60)
-        return reply
-
+    script = Held(lambda reply: ANSWER_LINE in str(reply))
     store = Place(tmp_path)
     with FakeProvider(script) as provider, store.start("serve", "agentdb") as agentdb:
         url = agentdb.addresses(1)["agentdb"]
-        runs = Place(
-            tmp_path,
-            OPENAI_BASE_URL=provider.openai_url,
-            OPENAI_API_KEY="test-key",
-            AGENTIC_FLOW_GATEWAY__MODEL="openai:some-model",
-            AGENTIC_FLOW_PEERS__AGENTDB_URL=url,
-            AGENTIC_FLOW_PEERS__BREAKER_OPEN_S="0.2",
-        )
+        runs = team_beside(url, provider, tmp_path)
         with runs.start("serve", "swarm") as swarm:
             coordinator = swarm.addresses(1)["swarm"]
             killed(agentdb)
@@ -196,9 +194,9 @@ def test_a_run_leaves_its_trajectory_with_a_memory_that_comes_back(tmp_path: Pat
             assert "recall" in swarm.until(lambda line: "step_waits" in line)
             with store.start("serve", "agentdb", **port_of("agentdb", url)) as again:
                 again.addresses(1)
-                assert done.wait(60)
+                assert script.begun.wait(60)
                 killed(again)
-            goes_on.set()
+            script.goes_on.set()
             swarm.until(lambda line: "step_waits" in line and "trajectory" in line)
             with store.start("serve", "agentdb", **port_of("agentdb", url)) as last:
                 last.addresses(1)
