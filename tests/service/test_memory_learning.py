@@ -338,23 +338,22 @@ async def test_no_secret_or_address_of_a_person_is_kept(tmp_path: Path) -> None:
     assert not [one for one in private if one in told or one in recall.context]
 
 
-async def test_a_learner_consolidates_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_learner_consolidates_by_itself(tmp_path: Path) -> None:
     """Catches a bank that only grows, because nobody gives the command."""
-    monkeypatch.setattr(learning, "CONSOLIDATED_AFTER", 3)
-    consolidated: list[str] = []
     async with place_in(tmp_path) as place:
-        consolidate = place.bank.consolidate
-
-        async def counting(tenant: str) -> Any:
-            consolidated.append(tenant)
-            return await consolidate(tenant)
-
-        monkeypatch.setattr(place.bank, "consolidate", counting)
+        words = {"title": "Lift the latch", "content": "Lift the latch before you push the gate"}
+        await place.bank.add(T, [MemoryItem(id="first", **words)], idempotency_key="first")
+        # As another process has stored it meanwhile.
+        other = MemoryItem(id="second", title="Something else", content="entirely")
+        await place.bank.add(T, [other], idempotency_key="second")
+        await place.bank.edit(T, "second", **words)
         learner = place.learner()
-        for number in range(7):
+        for number in range(learning.CONSOLIDATED_AFTER):
+            assert (await place.items())["second"].state == "active", number
             await place.trajectories.record(T, tried(f"t{number}"))
             await learner.settle()
-    assert consolidated == [T, T]
+        (second,) = await place.bank.get(T, ["second"])
+        assert (second.state, second.merged_into) == ("merged", "first")
 
 
 async def test_people_outrank_the_judge(tmp_path: Path) -> None:
