@@ -307,7 +307,7 @@ def killed(stack: Stack, service: str) -> Iterator[None]:
     container = stack.containers(service)[0]
     pid, image = stack.engine.output("inspect", "--format", "{{.State.Pid}} {{.Image}}", container).split()
     stack.engine.run(
-        "run", "--rm", "--pid=host", "--privileged", "--user=0", "--network=none", "--no-healthcheck",
+        "run", "--rm", "--pid=host", "--user=0", "--network=none", "--no-healthcheck",
         "--entrypoint=sh", image, "-c", f"kill -9 {pid}",
     )  # fmt: skip
     yield
