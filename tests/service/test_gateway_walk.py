@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 import ssl
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -43,7 +44,7 @@ PATHS = {"openai": "/v1/chat/completions", "anthropic": "/v1/messages"}
 PRICES = {"cheap": (1.0, 2.0), "dear": (100.0, 200.0), "claude-cheap": (1.0, 2.0)}
 CHEAP_NANO, DEAR_NANO = 40_000, 4_000_000
 WAIT_S = 30.0
-SOON_TRIES = 300
+SOON_TRIES, SOON_EVERY_S = 600, 0.05
 _TLS = ssl.create_default_context()
 
 
@@ -454,7 +455,7 @@ async def test_every_ending_has_its_row(tmp_path: Path, front: Front) -> None:
             rows = await made.rows()
             if len(rows) == 4:
                 break
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(SOON_EVERY_S)
         found = [(row["status"], row["cached"], row["tries"], row["agent"], row["run"]) for row in rows]
         assert found == [
             ("ok", 0, 1, "coder", "run-1"),
@@ -519,6 +520,7 @@ def test_the_platform_keeps_books_and_shows_them(tmp_path: Path) -> None:
                 usage = json.loads(fetch("/v1/usage?by=model,status"))
                 if usage["rows"] and usage["rows"][0]["calls"] == 2:
                     break
+                time.sleep(SOON_EVERY_S)
             server.signal(signal.SIGTERM)
             assert server.end().code == 0
     (row,) = usage["rows"]
