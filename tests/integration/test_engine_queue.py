@@ -60,7 +60,7 @@ async def main():
 
 asyncio.run(main())
 """
-"""A process that queues many runs, and then works on them; `ru_maxrss` would contain the pytest that began it."""
+"""Queues many runs and works on some; says its peak, as `ru_maxrss` would have that of its parent in it."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
