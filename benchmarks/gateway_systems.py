@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 
 import gateway_traffic as traffic
 from gateway_traffic import CASES, Case
+from process_memory import held_mib
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -68,7 +69,7 @@ class Running(NamedTuple):
 
     def memory_bytes(self) -> int:
         """What it holds in memory (RSS), children included."""
-        return sum(_status_kib(pid, "VmRSS:") for pid in _family(self.pid)) * 1024
+        return int(sum(map(held_mib, _family(self.pid))) * 1024 * 1024)
 
 
 def cpu_s(pid: int) -> float:
@@ -86,13 +87,6 @@ def _family(pid: int) -> list[int]:
         for task in Path(f"/proc/{one}/task").iterdir():
             found += map(int, (task / "children").read_text().split())
     return found
-
-
-def _status_kib(pid: int, name: str) -> int:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(name):
-            return int(line.split()[1])
-    raise ValueError(f"/proc/{pid}/status has no {name!r}")
 
 
 # Ours

@@ -23,6 +23,8 @@ from typing import Any
 
 import structlog
 
+from process_memory import peak_mib
+
 ROOT = Path(__file__).resolve().parent.parent
 TITLE = "Reading the standard library"
 sys.path.insert(0, str(ROOT / "src"))
@@ -91,12 +93,6 @@ def _child(task: str, data: Path) -> dict[str, Any]:
     return figures
 
 
-def _peak_mib() -> float:
-    """Peak resident memory of this process."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)
-
-
 def measure() -> dict[str, Any]:
     """Figures of the first ingestion, of the second over unchanged files, and of queries."""
     with tempfile.TemporaryDirectory() as folder:
@@ -156,7 +152,7 @@ def main() -> int:
             figures = asyncio.run(_ingest(options.data))
         else:
             figures = asyncio.run(_query(options.data, WARM_QUERIES if options.task == "queries" else 0))
-        figures["peak_mib"] = _peak_mib()
+        figures["peak_mib"] = peak_mib()
         print(json.dumps(figures))
         return 0
     figures = measure()

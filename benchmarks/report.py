@@ -91,8 +91,7 @@ def stamp(*, kept: bool = False) -> str:
 
 def renew(names: list[str], *, kept: bool = False) -> None:
     """Measure these sections and write the document anew after each: what comes later may fail."""
-    # A child's peak memory includes what its parent had when it forked: measured first, while that is little.
-    for name in sorted(names, key=lambda one: one != "ingest"):
+    for name in names:
         title, section = SECTIONS[name]
         text = f"{stamp(kept=kept and name in KEEPING)}\n\n{section(kept)}"
         before = split(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}

@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,8 @@ import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
+
+from process_memory import peak_mib
 
 ROOT = Path(__file__).resolve().parent.parent
 TITLE = "Shared queues"
@@ -50,7 +51,7 @@ async def work(url: str, place: Path) -> None:
     async with engine_on(url, place, 8).open(takeover=True, queues=["q"]):
         print("ready", flush=True)
         await asyncio.to_thread(sys.stdin.read)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, flush=True)
+    print(peak_mib(), flush=True)
 
 
 async def submit(url: str, place: Path) -> dict[str, float]:
@@ -76,7 +77,7 @@ async def submit(url: str, place: Path) -> dict[str, float]:
             ]
             assert all(await asyncio.gather(*starts))
         figures["accept_cpu_ms"] = (time.process_time() - cpu_s) / QUEUED * 1000
-        figures["submitter_peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        figures["submitter_peak_mb"] = peak_mib()
         began_s = time.perf_counter()
         with worker(url, place) as peak_mb:
             while (depths := await engine.queue_depths()) and depths[0].waiting:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from process_memory import peak_mib
 
 BENCHMARKS = Path(__file__).resolve().parent.parent
 ROOT = BENCHMARKS.parent
@@ -152,7 +153,7 @@ def _serve(name: str, folder: Path, data: Path, say: Callable[[dict[str, Any]], 
         "close": lambda: system.timed(system.close),
         "sizes": lambda: {"index_bytes": system.index_bytes(), "total_bytes": system.total_bytes()},
         "has": lambda what: {"has": system.has(what)},
-        "facts": lambda: {**system.facts(), "peak_rss_mb": _peak_mb()},
+        "facts": lambda: {**system.facts(), "peak_rss_mb": peak_mib()},
     }
     opened = False
     for line in sys.stdin:
@@ -162,10 +163,6 @@ def _serve(name: str, folder: Path, data: Path, say: Callable[[dict[str, Any]], 
         opened = do != "close" and (opened or do in ("create", "open", "first"))
     if opened:
         system.close()
-
-
-def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:
