@@ -27,6 +27,8 @@ from agentic_flow.swarm.reader import RunReader
 from agentic_flow.swarm.scheduling import TAKEOVERS_MAX, Fence
 
 LEASE_S = 5.0
+GIVES_UP_S = 3.0
+"""A lease so long, too: a process that stands still for a moment looks dead after a shorter one."""
 MINE = Fence("me", 1)
 
 
@@ -274,7 +276,7 @@ async def test_a_run_whose_store_fails_is_let_go_not_failed(
     def fails(*_: object, **__: object) -> Any:
         raise Unavailable("disk full", hint="make room")
 
-    engine = SqlRunEngine(None, tmp_path, lease_s=0.4, runs_parallel_max=4)
+    engine = SqlRunEngine(None, tmp_path, lease_s=GIVES_UP_S, runs_parallel_max=4)
     engine.register("flow", flow)
     async with engine.open():
         await engine.start("flow", "run-1", {}, tenant="t")
@@ -296,7 +298,7 @@ async def test_what_is_not_recorded_has_nothing_after_it(
 ) -> None:
     """Catches a workflow that tidies up after a step that could not be recorded, on a disk with room again:
     it would fail for good, end without that step, or be refused when it is continued."""
-    engine = SqlRunEngine(None, tmp_path, lease_s=0.4, runs_parallel_max=4)
+    engine = SqlRunEngine(None, tmp_path, lease_s=GIVES_UP_S, runs_parallel_max=4)
     is_full = True
     written = checkpoints.write
 

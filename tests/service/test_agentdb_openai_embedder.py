@@ -250,7 +250,7 @@ async def test_a_pause_past_the_deadline_is_not_waited_for() -> None:
 async def test_a_stall_ends_at_the_deadline(fault: Fault) -> None:
     """Catches a call that hangs with its server, and an error that hides what was seen before."""
     with FakeEmbeddings([Reply.error(500, "dropped it"), Reply.broken(fault)], dimension=8) as fake:
-        async with Opened(fake, dimension=8, timeout_s=0.6) as opened:
+        async with Opened(fake, dimension=8, timeout_s=2.5) as opened:
             with pytest.raises(DeadlineExceeded, match=r"2 tries made; before that: .*dropped it"):
                 await opened.embedder.embed(TEXTS)
             # The connection of the stalled answer is not used again.

@@ -11,7 +11,6 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 from threading import Event
-from typing import Any
 
 from cli_process import Place
 from scripted_team import GOAL, make_folder, team
@@ -95,12 +94,13 @@ def test_a_worker_that_leaves_hands_back(tmp_path: Path) -> None:
     assert plans == 1
 
 
-def until_ready(url: str, status: int) -> dict[str, Any]:
-    """What `/health/ready` says once it answers with this status."""
-    while True:
-        answered, text = get(f"{url}/health/ready")
-        if answered == status:
-            return json.loads(text)
+def until_failing(url: str, *failing: str) -> dict[str, bool]:
+    """The checks of `/health/ready` once these, and no others, fail."""
+    while True:  # the test's own timeout bounds it
+        status, text = get(f"{url}/health/ready")
+        said = json.loads(text)
+        if (status, said.get("failing", [])) == (503 if failing else 200, list(failing)):
+            return said["checks"]
 
 
 def test_a_worker_tells_how_it_is(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_worker_tells_how_it_is(tmp_path: Path) -> None:
         )
         with place.start("worker", "--queue", "gpu", "--places", "3", "--port", "0", "--json") as worker:
             url = worker.addresses(1)["worker"]
-            assert until_ready(url, 200)["checks"] == {
+            assert until_failing(url) == {
                 "accepting": True,
                 "taking runs": True,
                 "run database": True,
@@ -134,10 +134,10 @@ def test_a_worker_tells_how_it_is(tmp_path: Path) -> None:
             assert get(f"{url}/v1/runs")[0] == 401, "it has no routes of its own"
             with closing(sqlite3.connect(place.data_dir / "runs" / "runs.db", isolation_level=None)) as other:
                 other.execute("BEGIN IMMEDIATE")  # nobody else can write, the heartbeat neither
-                assert until_ready(url, 503)["failing"] == ["heartbeat"]
+                until_failing(url, "heartbeat")
                 assert get(f"{url}/health/live")[0] == 200
                 other.execute("ROLLBACK")
-            until_ready(url, 200)
+            until_failing(url)
             submitted = place.start("run", GOAL, "--input", folder, "--agents", "2", "--queue", "gpu")
             with submitted:
                 assert asked.wait(60)
@@ -147,7 +147,7 @@ def test_a_worker_tells_how_it_is(tmp_path: Path) -> None:
                 assert "agentic_flow_worker_places 3.0" in metrics
                 assert "agentic_flow_worker_runs 1.0" in metrics
                 worker.signal(signal.SIGTERM)
-                assert until_ready(url, 503)["failing"] == ["taking runs"]
+                until_failing(url, "taking runs")
                 assert get(f"{url}/health/live")[0] == 200
                 goes_on.set()
                 done = worker.end()

@@ -352,7 +352,7 @@ async def test_keys_that_all_rest_say_when_the_first_is_back() -> None:
             for _ in range(2):
                 with pytest.raises(ProviderOverloaded) as caught:
                     await ask(gateway, request_for("openai", stream=False))
-                assert caught.value.retry_after_s == pytest.approx(9, abs=0.5)
+                assert 0 < (caught.value.retry_after_s or 0) <= 9
         assert len(fake.requests) == 2
 
 

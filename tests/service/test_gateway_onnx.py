@@ -432,7 +432,7 @@ async def test_a_load_that_nobody_waits_for_is_kept(models: Path) -> None:
     """Catches a second load beside the one that was given up, or a turn lost with it."""
     async with provider_of(models, concurrent_max=1) as provider:
         with pytest.raises(DeadlineExceeded, match="loaded"):
-            await provider.complete(ask("says"), deadline=Deadline.after(0.02))
+            await provider.complete(ask("says"), deadline=Deadline.after(0.1))
         assert (await provider.complete(ask("says"), deadline=soon())).stop_reason == "end"
         assert len(model_processes()) == 1
 

@@ -27,6 +27,8 @@ from agentic_flow.testing.serving import serving
 pytestmark = pytest.mark.anyio
 
 LINGER_S = 1.0
+LONG_S = 3.0
+"""Where several requests must come through meanwhile, on a machine that stands still now and then, too."""
 CLIENTS = 24
 _PROGRAM = """
 import asyncio, sys
@@ -134,7 +136,7 @@ async def test_no_write_is_lost_when_a_server_goes(tmp_path: Path) -> None:
 
 async def test_connections_that_wait_to_be_taken_are_not_reset(tmp_path: Path) -> None:
     """Catches a port that is closed over connections that the kernel has accepted and the server has not."""
-    async with _process(tmp_path, LINGER_S) as (process, url):
+    async with _process(tmp_path, LONG_S) as (process, url):
         assert process.stdout is not None
         assert process.stdin is not None
         context = ssl.create_default_context(cafile=str(tmp_path / "server.pem"))
@@ -145,7 +147,7 @@ async def test_connections_that_wait_to_be_taken_are_not_reset(tmp_path: Path) -
                 pass
             blocking = asyncio.create_task(session.get(f"{url}/block"))
             assert await process.stdout.readline() == b"blocked\n"
-            await asyncio.sleep(LINGER_S)  # so that it is over when the event loop goes on
+            await asyncio.sleep(LONG_S)  # so that it is over when the event loop goes on
             waiting = [socket.create_connection(address) for _ in range(CLIENTS)]
             process.stdin.write(b"\n")
             assert (await blocking).status == 200
@@ -182,7 +184,10 @@ async def test_it_says_that_it_goes_and_closes_what_it_said_so_on() -> None:
     """Catches a proxy that goes on sending requests to a server that is to stop, and a probe of life that
     has it killed meanwhile."""
     stop = asyncio.Event()
-    async with contextlib.AsyncExitStack() as open_still, serving(_app(), stop=stop, linger_s=0.3) as (url,):
+    async with (
+        contextlib.AsyncExitStack() as open_still,
+        serving(_app(), stop=stop, linger_s=LONG_S) as (url,),
+    ):
         port = int(url.rpartition(":")[2])
 
         async def connected() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

@@ -130,7 +130,7 @@ def test_catastrophic_pattern_is_stopped_and_leaves_no_process(bench: Bench) -> 
                 LOCAL_OWNER,
                 "file_search",
                 {"pattern": "^(a+)+$", "path": "evil.txt"},
-                deadline=Deadline.after(1.5),
+                deadline=Deadline.after(3),
                 scope=ToolScope(roots={"r": bench.root}),
             )
         )
@@ -172,7 +172,7 @@ def test_cancelled_search_kills_its_child(bench: Bench) -> None:
             await call
 
     asyncio.run(run())
-    assert not psutil.wait_procs(children, timeout=5)[1]
+    assert not psutil.wait_procs(children, timeout=30)[1]
 
 
 def test_memory_hungry_pattern_fails_alone(bench: Bench) -> None:

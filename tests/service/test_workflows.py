@@ -124,7 +124,7 @@ def test_a_failed_attempt_is_made_again_and_a_hanging_one_is_cut_off(tmp_path: P
 name: w
 steps:
   - {id: a, retry: {attempts: 3, backoff_s: 0.01}, agent: {prompt: "flaky", tools: []}}
-  - {id: b, timeout_s: 0.5, on_failure: fallback, fallback: c, agent: {prompt: "hangs", tools: []}}
+  - {id: b, timeout_s: 3.0, on_failure: fallback, fallback: c, agent: {prompt: "hangs", tools: []}}
   - {id: c, agent: {prompt: "instead of {{ steps.b.error.code }}", tools: []}}
 outputs: {a: "{{ steps.a.output.text }}", b: "{{ steps.b.output.text }}"}
 """
