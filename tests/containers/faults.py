@@ -36,9 +36,9 @@ ON_POSTGRESQL: dict[str, Any] = {
 }
 """Of a stack's description."""
 
-SEEN_WITHIN_S = 5.0
+SEEN_WITHIN_S = 20.0
 HEALED_WITHIN_S = 60.0
-"""Generous, for a busy machine; what is promised is 15 s, and the tests print what it took."""
+"""Both generous, for a busy machine; what is promised is 5 s and 15 s, and the tests print what it took."""
 
 
 def health(stack: Stack, port: int | None, *, timeout_s: float = 1.0) -> dict[str, Any]:
@@ -68,6 +68,17 @@ def until(condition: Callable[[], object], within_s: float, what: str) -> float:
         assert time.monotonic() - began_s < within_s, f"{what}: not within {within_s:g} s"
         time.sleep(0.1)
     return time.monotonic() - began_s
+
+
+def beginning(stack: Stack, service: str) -> Callable[[], bool]:
+    """Whether the service's container has begun anew since this was called."""
+    container = stack.containers(service)[0]
+
+    def started_at() -> str:
+        return stack.engine.output("inspect", "--format={{.State.StartedAt}}", container)
+
+    before = started_at()
+    return lambda: started_at() != before
 
 
 class Accepted:
@@ -182,9 +193,11 @@ def fault_then_whole(stack: Stack, fault: str, service: str) -> Took:
     """Go through one fault: it shows in time, heals when its cause ends, and loses nothing accepted."""
     until(lambda: all_ready(stack), 60, "ready before the fault")
     what = f"{fault} of {service}"
+    has_begun_anew = beginning(stack, service)
     with Accepted(stack) as accepted:
         with FAULTS[fault](stack, service):
-            seen_s = until(lambda: not all_ready(stack), SEEN_WITHIN_S, f"{what} seen")
+            # On a busy machine one that was killed is well again before anybody looks.
+            seen_s = until(lambda: not all_ready(stack) or has_begun_anew(), SEEN_WITHIN_S, f"{what} seen")
         took = healed(stack, accepted, what, seen_s)
     accepted.all_there()
     took.tell()
@@ -220,15 +233,10 @@ def database_fault_then_whole(stack: Stack, fault: str) -> tuple[Took, dict[str,
 def database_death_then_whole(stack: Stack) -> Took:
     """The database dies and is started again, perhaps before anybody missed it. Seen is its new start."""
     until(lambda: all_ready(stack), 60, "ready before the fault")
-
-    def started_at() -> str:
-        (container,) = stack.containers("postgres")
-        return stack.engine.output("inspect", "--format={{.State.StartedAt}}", container)
-
-    before = started_at()
+    has_begun_anew = beginning(stack, "postgres")
     with Accepted(stack, runs=3, agents=4) as accepted:
         with killed(stack, "postgres"):
-            seen_s = until(lambda: started_at() != before, SEEN_WITHIN_S, "the database starts again")
+            seen_s = until(has_begun_anew, SEEN_WITHIN_S, "the database starts again")
         took = healed(stack, accepted, "kill of postgres", seen_s)
     accepted.all_there()
     took.tell()

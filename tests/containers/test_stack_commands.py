@@ -7,6 +7,7 @@ import socket
 import ssl
 from pathlib import Path
 
+from container import until
 from stack_place import StackPlace
 
 SHOWN_BY_PLATFORM = """
@@ -60,10 +61,7 @@ def test_renewed_certificates_reach_running_containers(place: StackPlace) -> Non
     before = shown()
     renewed = place.run("certs", "renew", "--dir", place.stack / "certs", "--within", "400")
     assert renewed.code == 0, renewed.err
-    for _ in range(60):
-        if (after := shown()) != before:
-            break
-    assert after != before
+    until(lambda: shown() != before, "the new certificate")
     assert "proxy has taken up its own" in renewed.err
     assert ssl.get_server_certificate(("localhost", place.ports["platform"])) != outside
     assert started == place.engine.output(

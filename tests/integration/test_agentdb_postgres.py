@@ -392,8 +392,9 @@ async def test_backend_killed_in_a_write(url: str) -> None:
 
 async def test_slow_calls_end_typed(url: str) -> None:
     """Catches a call that waits for ever, and a cancelled one that keeps its connection."""
+    async with opened(url) as patient:
+        await patient.create_namespace("t", SPACE)
     async with opened(url, pool_max=1, query_timeout_s=0.5) as store:
-        await store.create_namespace("t", SPACE)
         with locked(url):
             with pytest.raises(DeadlineExceeded, match=r"0\.5 s"):
                 await store.get("t", SPACE, ["a"])

@@ -248,7 +248,7 @@ def child(
 def until(condition: Any) -> None:
     give_up_at_s = time.monotonic() + TIMEOUT_S
     while not condition():
-        assert time.monotonic() < give_up_at_s, "it did not happen"
+        assert time.monotonic() < give_up_at_s, f"it did not happen within {TIMEOUT_S} s"
         time.sleep(0.02)
 
 
@@ -372,7 +372,7 @@ def check_race(store: Store, runs: int, racers: int) -> None:
         taken = [other.expect("took").split()[1:] for other in others]
         assert sorted(name for each in taken for name in each) == names, taken
         until(lambda: len(store.journal()) >= 2 * runs)
-        assert {store.record(name).state for name in names} == {"running"}
+        until(lambda: {store.record(name).state for name in names} == {"running"})
         store.path("gate").touch()
         until(lambda: {store.record(name).state for name in names} == {"completed"})
         for other in others:

@@ -160,7 +160,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
         return Store(str(tmp_path))
     from postgres_server import new_database
 
-    return Store(str(tmp_path), url=new_database(request.getfixturevalue("server")), lease_s=1.0)
+    return Store(str(tmp_path), url=new_database(request.getfixturevalue("server")), lease_s=3.0)
 
 
 @pytest.fixture(scope="module")

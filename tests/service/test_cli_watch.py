@@ -161,7 +161,7 @@ def serving(tmp_path: Path, gate: Event) -> Generator[tuple[Place, Path]]:
                 OPENAI_BASE_URL=provider.openai_url,
                 OPENAI_API_KEY="test-key",
                 AGENTIC_FLOW_GATEWAY__MODEL="openai:some-model",
-                AGENTIC_FLOW_SWARM__LEASE_S="1",
+                AGENTIC_FLOW_SWARM__LEASE_S="5",
             ),
             make_folder(tmp_path),
         )
