@@ -16,6 +16,7 @@ from agentic_flow.gateway.usage import TABLES, UsageRecord
 from agentic_flow.gateway.usage_table import UsageKey, UsageRow
 
 NOON = datetime(2026, 11, 20, 12, tzinfo=UTC).timestamp()
+"""The present leaves it behind: a ledger that prunes by the system's clock takes it away some day."""
 DAY_S = 86_400.0
 
 

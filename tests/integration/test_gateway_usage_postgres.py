@@ -63,7 +63,7 @@ async def test_two_ledgers_write_and_forget_together(server: str) -> None:
     """Catches workers that collide, absurd values that PostgreSQL refuses, and deletions that miss rows."""
     url = new_database(server)
     stores = [database(NOWHERE, url) for _ in range(2)]
-    ledgers = [UsageLedger(store) for store in stores]
+    ledgers = [UsageLedger(store, retention_s=None) for store in stores]
     for ledger in ledgers:
         await ledger.start()
     for number in range(5000):
@@ -88,7 +88,7 @@ async def test_records_wait_while_the_server_is_down() -> None:
         cluster = Cluster(Path(folder))
         cluster.start()
         store = database(NOWHERE, cluster.url)
-        ledger = UsageLedger(store, interval_s=0.01)
+        ledger = UsageLedger(store, retention_s=None, interval_s=0.01)
         await ledger.start()
         for _ in range(10):
             ledger.record(record())

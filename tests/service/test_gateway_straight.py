@@ -475,7 +475,7 @@ async def test_the_deadline_ends_it(tmp_path: Path) -> None:
     with FakeProvider(_hangs_after_the_first()) as fake:
         async with house(tmp_path, fake) as made:
             await made.ask(CHAT, asked())
-            status, _, body = await made.ask(CHAT, asked(), {"x-deadline-s": "0.3"})
+            status, _, body = await made.ask(CHAT, asked(), {"x-deadline-s": "1.0"})
             assert status == 504
             assert b"1 try made" in body
             assert (made.counts.begun, made.counts.handed_over) == (2, 2)

@@ -94,7 +94,7 @@ def test_tables_equal_a_naive_model(
 
 async def test_ten_thousand_records_of_many_threads_are_all_there(store: SqlDatabase) -> None:
     """Catches records lost or doubled between threads, groups and the close."""
-    ledger = UsageLedger(store)
+    ledger = UsageLedger(store, retention_s=None)
     await ledger.start()
 
     def write(thread: int) -> None:
@@ -118,7 +118,7 @@ async def test_processes_share_one_file(store: SqlDatabase) -> None:
         "import asyncio, sys\nfrom pathlib import Path\nfrom agentic_flow.gateway.usage import UsageLedger\n"
         "from usage_records import database, record\n"
         "async def main():\n"
-        "    ledger = UsageLedger(database(Path(sys.argv[1])))\n"
+        "    ledger = UsageLedger(database(Path(sys.argv[1])), retention_s=None)\n"
         "    await ledger.start()\n"
         "    for number in range(2000):\n"
         "        ledger.record(record(key=sys.argv[2], cost_nano_usd=number))\n"
@@ -142,7 +142,7 @@ async def test_processes_share_one_file(store: SqlDatabase) -> None:
 
 async def test_a_quiet_record_is_written_by_itself(store: SqlDatabase) -> None:
     """Catches a record that waits for company for ever, before and after the first group."""
-    ledger = UsageLedger(store, interval_s=0.01)
+    ledger = UsageLedger(store, retention_s=None, interval_s=0.01)
     await ledger.start()
     for number in (1, 2):
         ledger.record(record())
@@ -154,7 +154,7 @@ async def test_a_quiet_record_is_written_by_itself(store: SqlDatabase) -> None:
 
 async def test_a_full_group_does_not_wait(store: SqlDatabase) -> None:
     """Catches a busy worker whose records pile up until the interval is over."""
-    ledger = UsageLedger(store, interval_s=3600.0, group_max=50)
+    ledger = UsageLedger(store, retention_s=None, interval_s=3600.0, group_max=50)
     await ledger.start()
     for _ in range(50):
         ledger.record(record())
@@ -196,7 +196,7 @@ async def test_a_group_is_written_once_when_its_commit_was_not_heard(store: SqlD
 async def test_records_wait_while_the_file_is_locked(tmp_path: Path) -> None:
     """Catches records given up because another process holds the write lock for a while."""
     store = database(tmp_path)
-    ledger = UsageLedger(store, interval_s=0.01)
+    ledger = UsageLedger(store, retention_s=None, interval_s=0.01)
     await ledger.start()
     with closing(sqlite3.connect(tmp_path / "gateway.db", isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -276,7 +276,7 @@ async def test_closing_with_the_database_away_says_what_is_lost(tmp_path: Path, 
     """Catches a shutdown that hangs, fails or keeps silent about what it could not write."""
     store = database(tmp_path)
     (tmp_path / "gateway.db").unlink()
-    ledger = UsageLedger(store)
+    ledger = UsageLedger(store, retention_s=None)
     await ledger.start()
     for _ in range(7):
         ledger.record(record())

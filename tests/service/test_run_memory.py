@@ -396,7 +396,7 @@ def test_a_keyless_run_learns_at_its_end_and_says_what_would_fit(tmp_path: Path,
     assert place.run("memory", "status", "--json").data["trajectories"]["learned"] == 1
 
 
-@pytest.mark.parametrize("setting", ["0", "0.3"])
+@pytest.mark.parametrize("setting", ["0", "5"])
 def test_what_is_not_learned_in_time_is_kept_and_said(tmp_path: Path, folder: Path, setting: str) -> None:
     """Catches a command that hangs with its judge, loses the run, or is silent about it."""
 
