@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import signal
 import socket
 import ssl
 import sys
+import urllib.request
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 
 import aiohttp
 import pytest
 from cli_process import Place
 from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
 from test_cli_serve import get
 from tls_files import make_certificate
 
 from agentic_flow.core.auth import NoCredentials
-from agentic_flow.core.settings import Settings
+from agentic_flow.core.settings import Settings, TlsSettings
 from agentic_flow.core.web import create_app
+from agentic_flow.testing.fake_provider import FakeProvider, Reply
 from agentic_flow.testing.serving import serving
 
 pytestmark = pytest.mark.anyio
@@ -30,6 +36,7 @@ LINGER_S = 1.0
 LONG_S = 3.0
 """Where several requests must come through meanwhile, on a machine that stands still now and then, too."""
 CLIENTS = 24
+SILENT = 400
 _PROGRAM = """
 import asyncio, sys
 from pathlib import Path
@@ -148,6 +155,8 @@ async def test_connections_that_wait_to_be_taken_are_not_reset(tmp_path: Path) -
             blocking = asyncio.create_task(session.get(f"{url}/block"))
             assert await process.stdout.readline() == b"blocked\n"
             await asyncio.sleep(LONG_S)  # so that it is over when the event loop goes on
+            # The kernel gives them in their order: those who ask are the last of very many.
+            silent = [socket.create_connection(address) for _ in range(SILENT)]
             waiting = [socket.create_connection(address) for _ in range(CLIENTS)]
             process.stdin.write(b"\n")
             assert (await blocking).status == 200
@@ -162,6 +171,8 @@ async def test_connections_that_wait_to_be_taken_are_not_reset(tmp_path: Path) -
 
         answers = await asyncio.gather(*map(ask, waiting))
         assert answers == [["200 ok", "connection: close"]] * CLIENTS
+        for connection in silent:
+            connection.close()
         assert await process.stdout.readline() == b"clean\n"
 
 
@@ -255,3 +266,123 @@ def test_it_does_not_listen_before_it_can_let_anybody_in(tmp_path: Path) -> None
         with place.start("serve", "platform", AGENTIC_FLOW_SERVE__PLATFORM_PORT=url.rpartition(":")[2]):
             address = waits.addresses(1)["agentdb"]
             assert get(f"{address}/health/ready")[0] == 200
+
+
+class _Slow:
+    """A service that says when it is asked and when it is closed, and a client whose handshake takes long.
+
+    Args:
+        folder: For the certificate.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        make_certificate("server", folder)
+        self.tls = TlsSettings(certificate_file=folder / "server.pem", key_file=folder / "server.key")
+        self._context = ssl.create_default_context(cafile=str(folder / "server.pem"))
+        self.asked: list[str] = []
+        self.is_closed = asyncio.Event()
+        self.may_end = asyncio.Event()
+
+    def app(self) -> Starlette:
+        async def stream(request: Request) -> Response:
+            self.asked.append("after the end" if self.is_closed.is_set() else "in time")
+
+            async def pieces() -> AsyncGenerator[bytes]:
+                yield b"first "
+                await asyncio.sleep(0.2)
+                yield b"last"
+
+            return StreamingResponse(pieces())
+
+        @contextlib.asynccontextmanager
+        async def lifespan(app: Starlette) -> AsyncGenerator[None]:
+            yield
+            self.is_closed.set()
+            await self.may_end.wait()
+
+        async def ready() -> dict[str, bool]:
+            return {}
+
+        return create_app(
+            "platform",
+            [Route("/stream", stream, methods=["POST"])],
+            authenticator=NoCredentials(),
+            settings=Settings(),
+            ready=ready,
+            lifespan=lifespan,
+        )
+
+    async def ask(self, writer: asyncio.StreamWriter, reader: asyncio.StreamReader) -> bytes:
+        """All that comes of a request over a connection that was made before, and is to become TLS."""
+        answer = b""
+        with contextlib.closing(writer), contextlib.suppress(ConnectionError, ssl.SSLError):
+            await writer.start_tls(self._context, server_hostname="127.0.0.1")
+            writer.write(b"POST /stream HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n")
+            while piece := await reader.read(1024):
+                answer += piece
+        return answer
+
+
+async def test_a_handshake_that_takes_long_is_waited_for(tmp_path: Path) -> None:
+    """Catches a request that is begun by a service which has closed already, because the TLS handshake of its
+    connection was not done when nothing else was left: its stream is cut by the end of the process."""
+    stop, slow = asyncio.Event(), _Slow(tmp_path)
+    slow.may_end.set()
+    async with serving(slow.app(), tls=slow.tls, stop=stop, linger_s=0.1, drain_timeout_s=60) as (url,):
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+        stop.set()
+        # Longer than anything but this connection is waited for.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(slow.is_closed.wait(), 2.0)
+        answer = await asyncio.wait_for(slow.ask(writer, reader), 30)
+    assert slow.asked == ["in time"]
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"connection: close" in head
+    assert body == b"6\r\nfirst \r\n4\r\nlast\r\n0\r\n\r\n"
+
+
+async def test_nothing_is_begun_after_the_drain(tmp_path: Path) -> None:
+    """Catches a request that is let in when the patience of the drain is over, and cut after its first
+    words."""
+    stop, slow = asyncio.Event(), _Slow(tmp_path)
+    async with serving(slow.app(), tls=slow.tls, stop=stop, linger_s=0.1, drain_timeout_s=0.1) as (url,):
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+        stop.set()
+        await slow.is_closed.wait()
+        answer = await asyncio.wait_for(slow.ask(writer, reader), 30)
+        slow.may_end.set()
+    assert (slow.asked, answer) == ([], b"")
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/chat/completions", "/v1/responses"])
+def test_a_stream_that_outlasts_the_drain_ends_with_an_error(tmp_path: Path, path: str) -> None:
+    """Catches a process that ends before the last words of a stream that it cuts are out: a proxy may have
+    its clients take what they got for whole."""
+    make_certificate("server", tmp_path)
+    context = ssl.create_default_context(cafile=str(tmp_path / "server.pem"))
+    hi = [{"role": "user", "content": "hi"}]
+    asks = {"input": "hi"} if path.endswith("responses") else {"messages": hi, "max_tokens": 50}
+    body = {"model": "anthropic:m", "stream": True, **asks}
+    with FakeProvider([Reply.broken("hang_mid", text="word " * 20)]) as provider:
+        place = Place(
+            tmp_path,
+            ANTHROPIC_BASE_URL=provider.anthropic_url,
+            ANTHROPIC_API_KEY="test-key",
+            AGENTIC_FLOW_TLS__CERTIFICATE_FILE=str(tmp_path / "server.pem"),
+            AGENTIC_FLOW_TLS__KEY_FILE=str(tmp_path / "server.key"),
+            AGENTIC_FLOW_SERVE__LINGER_S="0.1",
+            AGENTIC_FLOW_SERVE__DRAIN_TIMEOUT_S="0.5",
+        )
+        with place.start("serve", "platform") as server:
+            request = urllib.request.Request(
+                f"{server.addresses(1)['platform']}{path}",
+                json.dumps(body).encode(),
+                {"content-type": "application/json"},
+            )
+            with urllib.request.urlopen(request, context=context, timeout=60) as answer:
+                read = answer.readline()
+                server.signal(signal.SIGTERM)
+                read += answer.read()
+            assert server.end().code == 0
+    last = json.loads(read.decode().strip().splitlines()[-1].removeprefix("data: "))
+    assert "the server is stopping" in json.dumps(last)

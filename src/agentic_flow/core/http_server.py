@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import urllib.parse
-import weakref
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, Protocol, cast
 
@@ -370,13 +369,13 @@ class Connections(ServerState):
 
     Args:
         linger_s: Set once the server is to stop: how long a connection may be idle from then on.
-        arriving: Those that were accepted, and whose TLS handshake is not done.
+        is_over: Whether the server has drained, so that nothing is begun any more.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.linger_s: float | None = None
-        self.arriving = weakref.WeakSet["ServerProtocol"]()
+        self.is_over = False
 
 
 class ServerProtocol(HttpToolsProtocol):
@@ -386,7 +385,6 @@ class ServerProtocol(HttpToolsProtocol):
 
     def __init__(self, *given: Any, **about: Any) -> None:
         super().__init__(*given, **about)
-        self.server_state.arriving.add(self)
         self._idle_since_s: float | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
         self._held: _Cycle | None = None
@@ -397,12 +395,15 @@ class ServerProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """See `asyncio.Protocol`."""
         super().connection_made(transport)
-        self.server_state.arriving.discard(self)
-        if self.server_state.linger_s is not None:
+        if self.server_state.is_over:
+            transport.abort()
+        elif self.server_state.linger_s is not None:
             self.leave()
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
+        if self.server_state.is_over:
+            return
         self._idle_since_s = None
         parser: Any = self.parser
         try:
@@ -474,6 +475,10 @@ class ServerProtocol(HttpToolsProtocol):
         cycle = cast(_Cycle | None, self.cycle)
         if cycle is not None:
             cycle.stop()
+
+    def end(self) -> None:
+        """The server has drained: close, now or after the last words of an answer that was cut."""
+        HttpToolsProtocol.shutdown(self)
 
     def _run(self, cycle: _Cycle) -> None:
         self._start_asgi_task(cycle, cast(Any, self).app)

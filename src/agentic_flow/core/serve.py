@@ -37,8 +37,13 @@ _UNWIND_S = 2.0
 _COLLECT_AFTER = 10_000
 # From the last new connection to its being accepted, with its TLS handshake begun.
 _ARRIVAL_S = 0.1
-_ARRIVED_S = 1.0
+# For all that wait to be accepted: uvloop accepts one in a turn of its loop.
+_ACCEPTED_S = 5.0
+# How long whoever arrives in the drain may be silent.
+_SILENT_S = 1.0
 _SO_ATTACH_FILTER = 26  # Linux, asm-generic/socket.h
+# Linux, linux/tcp.h: tcp_info.tcpi_unacked, which for a listener counts those that wait to be accepted.
+_UNACKED = struct.Struct("24xI")
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger("agentic_flow.serve")
 
@@ -184,6 +189,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self.server_state: Connections = Connections()
         self.accepting = asyncio.Event()
+        self._gone: list[asyncio.Task[None]] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -204,12 +210,41 @@ class _Server(uvicorn.Server):
         for listener in sockets:
             _take_no_more(listener)
         await asyncio.sleep(_ARRIVAL_S)
+        now_s = asyncio.get_running_loop().time
+        until_s = now_s() + _ACCEPTED_S
+        while any(map(_waiting, sockets)) and now_s() < until_s:  # noqa: ASYNC110 - the kernel tells no event
+            await asyncio.sleep(0)
+        await self._watch()
         for server in self.servers:
             server.close()
-        now_s = asyncio.get_running_loop().time
-        until_s = now_s() + _ARRIVED_S
-        while self.server_state.arriving and now_s() < until_s:  # noqa: ASYNC110 - who gives up tells nobody
-            await asyncio.sleep(_ARRIVAL_S / 4)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Finish what is in flight, and begin nothing after that."""
+        await self._watch()
+        try:
+            await super().shutdown(sockets)
+        finally:
+            self.server_state.is_over = True
+            for connection in list(self.server_state.connections):
+                cast(ServerProtocol, connection).end()
+            for gone in self._gone:
+                gone.cancel()
+
+    async def _wait_tasks_to_complete(self) -> None:
+        # Whoever comes to the end of a handshake from now on is asked to close the connection, too.
+        if self.server_state.linger_s is None:
+            self.server_state.linger_s = _SILENT_S
+        await super()._wait_tasks_to_complete()
+        # uvicorn knows of a connection once its TLS handshake is done. On a machine that has no time one may
+        # take seconds, and its request would be begun by a process about to end.
+        await asyncio.gather(*self._gone)
+
+    async def _watch(self) -> None:
+        """Have the event loop tell when the last connection is gone; it must be asked before the listeners
+        are closed."""
+        if not self._gone:
+            self._gone = [asyncio.create_task(server.wait_closed()) for server in self.servers]
+        await asyncio.sleep(0)
 
 
 def _take_no_more(listener: socket.socket) -> None:
@@ -238,6 +273,14 @@ def _take_no_more(listener: socket.socket) -> None:
         listener.setsockopt(
             socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", len(program) // 8, ctypes.addressof(held))
         )
+
+
+def _waiting(listener: socket.socket) -> int:
+    """How many connections the kernel has accepted and the server has not; 0 where it does not tell."""
+    if sys.platform != "linux":
+        return 0
+    told = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _UNACKED.size)
+    return int(_UNACKED.unpack(told)[0])
 
 
 def _server(app: Starlette, context: Any, drain_timeout_s: float) -> _Server:
