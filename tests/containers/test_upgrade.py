@@ -79,16 +79,9 @@ def assert_kept(place: StackPlace, seen: Seen) -> None:
         assert result["state"] == "completed", result
 
 
-def assert_unnoticed(done: Done, seen: Seen, *, pauses: bool = False) -> None:
-    """No request failed, and no stream was cut.
-
-    Where a pause is longer than the proxy holds requests a stream of that moment may be: once one of 62 ended
-    after its first event, in a pause of 40 s.
-    """
+def assert_unnoticed(done: Done, seen: Seen) -> None:
+    """No request failed, and no stream was cut."""
     assert not seen.failures, f"{seen.told()}\n{done.err}"
-    if pauses and max(seen.took_s) > HOLD_S:
-        print(f"longer than the proxy holds requests: {seen.told()}")
-        return
     assert set(seen.streams) == {"whole"}, f"{seen.told()}\n{done.err}"
 
 
@@ -148,7 +141,7 @@ def test_on_sqlite_the_proxy_holds_what_comes(directory: StackPlace) -> None:
     done, seen = upgraded(directory, GOOD)
     assert done.code == 0, done.out
     assert done.data["mode"] == "stop-first"
-    assert_unnoticed(done, seen, pauses=True)
+    assert_unnoticed(done, seen)
     assert seen.given_up == 0 or done.data["pause_s"] > HOLD_S, seen.told()
     assert tags_of(directory) == {GOOD}
     assert_kept(directory, seen)
@@ -160,5 +153,5 @@ def test_on_sqlite_a_bad_version_is_taken_back(directory: StackPlace) -> None:
         assert directory.run("upgrade", "--tag", GOOD).code == 0
     done, seen = upgraded(directory, BAD)
     assert_taken_back(directory, done, "platform")
-    assert_unnoticed(done, seen, pauses=True)
+    assert_unnoticed(done, seen)
     assert_kept(directory, seen)
