@@ -390,14 +390,9 @@ the belief that the block shows, which only ours shows; a row says what that mak
 notes that have fewer than two topic words in common with the task. Parameters were chosen on other seeds
 (100 to 109).
 
-What harms at 20 %: advice from wrong verdicts, true advice about the twin, and warnings. A lesson from a
-single success is shown, since under a fair judge that is worth far more than it costs; a wrong one is
-followed until its own failures refute it. To ask for more before advice is shown costs more success than it
-saves harm: on the development seeds 100 to 105 (73.3 % solved, 8.4 % harmed) a lower belief to begin with
-gave 69.9 and 7.6, or 66.9 and 6.6. The two targets are not at odds in this world, though: a learner that is
-told the kind of each task solves 81 % there and is harmed in 4 %, or 78 and 3 if it shows no advice before
-two verdicts more are for it than against it. What costs the difference is not to know which tasks are of one
-kind."""
+What harms at 20 %: mostly lessons from wrong verdicts. One verdict for advice is enough to tell it, and it is
+right in six of ten cases there; a wrong one is followed until it fails. An outcome counts where it came about
+(docs/decisions/0033); before, 8.8 % were harmed, most by true advice about the twin."""
 
 
 def _listed(values: Mapping[float, float]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -442,15 +443,13 @@ def test_codes_are_what_names_something_exactly_and_rarely() -> None:
     assert ranking.codes("open file_reader2.py and report 100 times, not v1") == ""
 
 
-def a_claim(says: str, lesson: str, s: float, f: float, similarity: float = 0.8) -> ranking.Claim:
+def a_claim(says: str, lesson: Any, s: float, f: float, similarity: float = 0.8) -> ranking.Claim:
     return ranking.Claim(
         lesson=lesson,
         says=sketch(says),
         similarity=similarity,
-        alpha=1.0 + s,
-        beta=1.0 + f,
-        successes=s,
-        failures=f,
+        prior=0.0,
+        balance=s - f,
     )
 
 
@@ -462,8 +461,8 @@ def test_evidence_for_one_side_speaks_against_the_other() -> None:
     believed = ranking.pooled([do, avoid, other])
     # Five for, one against, and the half that speaks for its opposite.
     assert believed[0] == (pytest.approx(believed_by(3.5)), True)
-    assert believed[1] == (pytest.approx(1.0 - believed_by(3.5)), True)
-    assert believed[2] == (pytest.approx(believed_by(0.5)), False)
+    assert believed[1] == (pytest.approx(1.0 - believed_by(3.5)), False)
+    assert believed[2] == (pytest.approx(believed_by(0.5)), True)
 
 
 def test_what_is_far_from_the_task_says_nothing_of_what_is_near() -> None:

@@ -29,7 +29,7 @@ from agentic_flow.memory.bank_rows import (
     searched_text,
 )
 from agentic_flow.memory.beliefs import BankStats, Explanation, explanation, tallied
-from agentic_flow.memory.confidence import BELIEF_MIN, PRIORS, Credit, fading
+from agentic_flow.memory.confidence import PRIORS, Credit, fading
 from agentic_flow.memory.consolidation import ConsolidationReport, consolidate
 from agentic_flow.memory.ledger import LEDGERS, Ledger, absorbed, credited, retracted, taught
 from agentic_flow.memory.likeness import (
@@ -41,6 +41,7 @@ from agentic_flow.memory.likeness import (
     same_matter,
     same_words,
     sketch,
+    words_of,
 )
 from agentic_flow.memory.records import ITEMS, MemoryItem, Recall, RecalledItem
 
@@ -59,6 +60,8 @@ ADDED_AT_ONCE = 128
 TASK_CHARS_SEARCHED = 4000
 ITEMS_PER_CALL_MAX = 10_000
 
+_FADED_MIN = 1e-6
+"""Share of its weight below which evidence is taken for none."""
 _HEARD = ("active", "contradicted")
 """States of items whose evidence counts, whether or not they are recalled."""
 
@@ -511,10 +514,9 @@ class Bank:
         rest = [pair for pair in near if pair[1] >= least and pair[0].item.id not in found.may]
         claims = [_claim(*pair, now_s, half_life_days) for pair in (*able, *rest[:CLAIMS])]
         scored: list[_Scored] = []
-        for (hit, similarity), claim, (mean, disputed) in zip(
-            able, claims, ranking.pooled(claims), strict=False
-        ):
-            if mean < BELIEF_MIN or (disputed and mean == BELIEF_MIN):
+        beliefs = ranking.pooled(claims, sketch(task).words, semantic=found.result.semantic)
+        for (hit, similarity), claim, (mean, told) in zip(able, claims, beliefs, strict=False):
+            if not told:
                 continue
             stored = hit.item.metadata
             fresh_s = max(stored["created_at_s"], stored["used_at_s"] or 0.0)
@@ -605,17 +607,19 @@ class _Batch:
 def _claim(hit: Hit, similarity: float, now_s: float, half_life_days: float) -> ranking.Claim:
     """What an item says, from its bare row: to validate every candidate costs more than to search."""
     stored = hit.item.metadata
-    share = fading(now_s - stored["updated_at_s"], half_life_days)
-    successes, failures = stored["successes"] * share, stored["failures"] * share
     alpha, beta = PRIORS[stored["origin"]]
+    # As it was when the last of it came.
+    learned_s = max((source["at_s"] for source in stored["sources"]), default=0.0)
+    last_s = max(stored["created_at_s"], stored["used_at_s"] or 0.0, learned_s)
+    then = 1.0 / max(_FADED_MIN, fading(stored["updated_at_s"] - last_s, half_life_days))
     return ranking.Claim(
         lesson=stored["lesson"],
         says=row_sketch(hit.item),
         similarity=similarity,
-        alpha=alpha + successes,
-        beta=beta + failures,
-        successes=successes,
-        failures=failures,
+        prior=alpha - beta,
+        balance=(stored["successes"] - stored["failures"]) * then,
+        outcomes=[(words_of(one["words"]), one["balance"] * then) for one in stored.get("outcomes", ())],
+        share=fading(now_s - last_s, half_life_days),
     )
 
 

@@ -15,7 +15,7 @@ from agentic_flow.core.errors import Conflict, NotFound
 from agentic_flow.core.ports import VectorStore
 from agentic_flow.core.vectors import Filter, Item, Page, Vector
 from agentic_flow.memory.confidence import posterior
-from agentic_flow.memory.ledger import LEDGERS, Ledger, totals
+from agentic_flow.memory.ledger import LEDGERS, Ledger, outcomes, totals
 from agentic_flow.memory.likeness import Sketch, lesson_text, read_sketch, stored_sketch
 from agentic_flow.memory.records import ITEMS, MemoryItem
 
@@ -86,6 +86,7 @@ def projected(item: MemoryItem, ledger: Ledger, now_s: float, half_life_days: fl
         update={
             "successes": sums.successes,
             "failures": sums.failures,
+            "outcomes": outcomes(ledger, now_s, half_life_days),
             "uses": sums.uses,
             "shown": max(ledger.shown, sums.uses),
             "sources": ledger.sources[-SOURCES_IN_ROW_MAX:],
@@ -388,9 +389,15 @@ def _same(before: MemoryItem, after: MemoryItem, half_life_days: float) -> bool:
     }
     if any(abs(getattr(after, name) - value) > 1e-9 for name, value in faded.items()):
         return False
+    if [one.words for one in after.outcomes] != [one.words for one in before.outcomes] or any(
+        abs(new.balance - old.balance * share) > 1e-9
+        for new, old in zip(after.outcomes, before.outcomes, strict=True)
+    ):
+        return False
     numbers = {
         "successes": after.successes,
         "failures": after.failures,
+        "outcomes": after.outcomes,
         "updated_at_s": after.updated_at_s,
     }
     return before.model_copy(update=numbers) == after.model_copy(update={})

@@ -11,15 +11,17 @@ from agentic_flow.core.messages import Frozen
 from agentic_flow.memory.confidence import (
     BELIEF_MIN,
     INTERVAL,
+    SHOWN_MIN,
     Belief,
     believed,
     fading,
     posterior,
     prior,
 )
-from agentic_flow.memory.ledger import TAUGHT_RANK, Ledger
+from agentic_flow.memory.ledger import TAUGHT_RANK, Ledger, totals
 from agentic_flow.memory.records import VERDICT_RANK, MemoryItem, Source
 
+_WORDINGS_TOLD = 4
 HISTOGRAM_BINS = 10
 
 
@@ -118,6 +120,7 @@ def explanation(
         for trajectory_id, entry in sorted(ledger.entries.items(), key=lambda pair: (pair[1].at_s, pair[0]))
     )
     folded = fading(now_s - ledger.folded_at_s, half_life_days)
+    told = _told(item, ledger, now_s, half_life_days)
     return Explanation(
         item=item,
         prior=report(prior(item.origin)),
@@ -129,8 +132,8 @@ def explanation(
         sources=ledger.sources or item.sources,
         absorbed=ledger.absorbed,
         contradicts=item.contradicts,
-        recalled=item.state == "active" and belief.mean >= BELIEF_MIN,
-        reasons=tuple(_reasons(item, belief, evidence, rivals, now_s, half_life_days)),
+        recalled=item.state == "active" and belief.mean >= BELIEF_MIN and told,
+        reasons=tuple(_reasons(item, belief, evidence, rivals, told, now_s, half_life_days)),
     )
 
 
@@ -139,6 +142,7 @@ def _reasons(
     belief: Belief,
     evidence: Sequence[Evidence],
     rivals: Mapping[str, MemoryItem],
+    told: bool,
     now_s: float,
     half_life_days: float,
 ) -> list[str]:
@@ -159,7 +163,12 @@ def _reasons(
     )
     alone = believed(belief.alpha - belief.beta)
     lines.append(f"a recall that finds nothing else on its matter believes it at {alone:.0%}")
-    lines += [_verdict(item, belief)]
+    share = fading(now_s - item.updated_at_s, half_life_days)
+    lines += [
+        f"in tasks told in the words {one.words!r} the evidence comes to {one.balance * share:+.2f}"
+        for one in item.outcomes[-_WORDINGS_TOLD:]
+    ]
+    lines += [_verdict(item, belief, told)]
     for rival_id in item.contradicts:
         rival = rivals.get(rival_id)
         if rival is None:
@@ -170,7 +179,7 @@ def _reasons(
     return lines
 
 
-def _verdict(item: MemoryItem, belief: Belief) -> str:
+def _verdict(item: MemoryItem, belief: Belief, told: bool) -> str:
     if item.state == "merged":
         return f"it is not recalled: it was merged into {item.merged_into!r}"
     if item.state == "pruned":
@@ -184,7 +193,19 @@ def _verdict(item: MemoryItem, belief: Belief) -> str:
         return f"it is not recalled: {why}"
     if belief.mean < BELIEF_MIN:
         return f"it is not recalled: it is believed less than {BELIEF_MIN:.0%}"
+    if not told:
+        return f"it is not recalled by itself: recalls tell what they believe at {SHOWN_MIN:.0%} or more"
     return "it is recalled for tasks that are near enough to it"
+
+
+def _told(item: MemoryItem, ledger: Ledger, now_s: float, half_life_days: float) -> bool:
+    """Whether a recall for its own task tells it, when nothing else speaks of its matter."""
+    start = prior(item.origin)
+    at_s = max([ledger.folded_at_s, *(entry.at_s for entry in ledger.entries.values())])
+    sums = totals(ledger, at_s, half_life_days)
+    share = fading(now_s - at_s, half_life_days) if sums.failures > sums.successes else 1.0
+    balance = start.alpha - start.beta + share * (sums.successes - sums.failures)
+    return believed(balance) >= SHOWN_MIN
 
 
 def tallied(stats: BankStats, items: Sequence[MemoryItem], now_s: float, half_life_days: float) -> BankStats:

@@ -20,10 +20,11 @@ Origin = Literal["model", "mechanical", "imported", "person"]
 PRIORS: dict[Origin, tuple[float, float]] = {
     "model": (1.0, 1.0),
     "mechanical": (1.0, 1.0),
-    "imported": (1.0, 1.0),
+    "imported": (2.0, 1.0),
     "person": (4.0, 1.0),
 }
-"""Weights of success and failure before any evidence, by origin: a coin, except what a person wrote."""
+"""Weights of success and failure before any evidence, by origin: a coin; more for what a person wrote, and
+for what is imported as much as a run adds that surely taught it."""
 
 TAUGHT_WEIGHT = 0.8
 """What one trajectory adds to the belief in an item it taught: as much as a use of it would by the verdict of
@@ -36,6 +37,10 @@ weighs 0.8, and makes what it speaks for log(0.8 / 0.2) likelier."""
 BELIEF_MIN = 0.5
 """An item whose posterior mean is below this is refuted, and not recalled: it is more likely to fail than to
 help. As evidence fades towards a prior of one half, it takes new evidence to bring it back."""
+
+SHOWN_MIN = 0.55
+"""What a recall must believe a lesson at least to tell it: more than what it knows nothing of here. One
+verdict (80 %) is enough, and still where a task has only every second word of the lesson's."""
 
 INTERVAL = 0.9
 """Mass of the credible interval between `low` and `high`."""
@@ -122,6 +127,9 @@ def decayed(item: MemoryItem, now_s: float, half_life_days: float) -> MemoryItem
         update={
             "successes": item.successes * share,
             "failures": item.failures * share,
+            "outcomes": tuple(
+                one.model_copy(update={"balance": one.balance * share}) for one in item.outcomes
+            ),
             "updated_at_s": now_s,
         }
     )
@@ -147,6 +155,7 @@ class Credit:
         outcome: How the run ended; `unknown` and `impossible` say nothing of the item.
         weight: How surely the item took part in it, times how sure the verdict is: 0 to 1.
         source: Who gave the verdict.
+        task: What the run was to do: it says where the item held or did not.
     """
 
     item_id: str
@@ -154,6 +163,7 @@ class Credit:
     outcome: Outcome
     weight: float = 1.0
     source: VerdictSource = "judge"
+    task: str = ""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.weight <= 1.0:

@@ -30,6 +30,7 @@ from agentic_flow.memory.prompting import (
     request,
 )
 from agentic_flow.memory.records import (
+    SOURCE_TASK_CHARS_MAX,
     MemoryItem,
     Outcome,
     Source,
@@ -40,7 +41,6 @@ from agentic_flow.memory.records import (
 
 ITEMS_MAX = 3
 _ID_CHARS_MAX = 190
-_SOURCE_TASK_CHARS_MAX = 300
 _TASK_CHARS_MAX = 200
 _STEPS_TOLD_MAX = 12
 _TOLD_CHARS_MAX = 200
@@ -219,8 +219,9 @@ def _items(
     source = Source(
         trajectory_id=trajectory.id,
         outcome=verdict.outcome,
-        task=plain(trajectory.task, _SOURCE_TASK_CHARS_MAX),
+        task=plain(trajectory.task, SOURCE_TASK_CHARS_MAX),
         at_s=now_s,
+        sure=verdict.sure,
     )
     return [
         MemoryItem(

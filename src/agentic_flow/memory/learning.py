@@ -26,7 +26,8 @@ from agentic_flow.core.settings import MemorySettings
 from agentic_flow.memory.bank import Bank
 from agentic_flow.memory.confidence import Credit, credit_weight
 from agentic_flow.memory.distill import ITEMS_MAX, item_id
-from agentic_flow.memory.records import VERDICT_RANK, MemoryItem, Trajectory, Verdict
+from agentic_flow.memory.prompting import plain
+from agentic_flow.memory.records import SOURCE_TASK_CHARS_MAX, VERDICT_RANK, MemoryItem, Trajectory, Verdict
 from agentic_flow.memory.trajectories import LEASE_S, Claim, Trajectories
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -470,6 +471,7 @@ def credits_of(trajectory: Trajectory, verdict: Verdict, shown: Sequence[str]) -
     An unknown or impossible outcome says something of none: such credits only take back earlier ones.
     """
     cited = _used(trajectory, shown)
+    task = plain(trajectory.task, SOURCE_TASK_CHARS_MAX)
     return [
         Credit(
             one,
@@ -477,6 +479,7 @@ def credits_of(trajectory: Trajectory, verdict: Verdict, shown: Sequence[str]) -
             verdict.outcome,
             credit_weight(one in cited, len(shown), verdict.confidence),
             verdict.source,
+            task,
         )
         for one in dict.fromkeys((*cited, *shown))
     ]

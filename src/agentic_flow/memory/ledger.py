@@ -12,7 +12,8 @@ from pydantic import Field
 
 from agentic_flow.core.messages import Frozen, Record
 from agentic_flow.memory.confidence import TAUGHT_WEIGHT, Credit, fading
-from agentic_flow.memory.records import SOURCES_MAX, Source
+from agentic_flow.memory.likeness import task_words
+from agentic_flow.memory.records import SOURCES_MAX, Outcomes, Source
 
 LEDGERS = "memory.ledgers"
 """Namespace: one row an item, under the item's id; never searched by meaning."""
@@ -20,18 +21,23 @@ LEDGERS = "memory.ledgers"
 ENTRIES_MAX = 400
 """Entries of an item that are kept one by one; older ones are folded into a sum."""
 
+OUTCOMES_MAX = 12
+"""Wordings of tasks whose outcomes an item carries; each search reads them."""
+
 TAUGHT_RANK = -1
 """Trust in an entry that only says where the item came from: any verdict on its use replaces it."""
 
 
 class Entry(Record):
-    """What one trajectory says of the item: `counts` for it, against it, or neither way."""
+    """What one trajectory says of the item: `counts` for it, against it, or neither way. `words` are those of
+    its task, empty when that is not known."""
 
     kind: Literal["taught", "use"]
     counts: Literal["for", "against", "neither"]
     weight: float
     rank: int
     at_s: float
+    words: str = ""
 
 
 class Moved(Record):
@@ -89,9 +95,10 @@ def taught(ledger: Ledger, source: Source, half_life_days: float, *, speaks: boo
     entry = Entry(
         kind="taught",
         counts="for" if speaks else "neither",
-        weight=TAUGHT_WEIGHT if speaks else 0.0,
+        weight=(1.0 if source.sure else TAUGHT_WEIGHT) if speaks else 0.0,
         rank=TAUGHT_RANK,
         at_s=source.at_s,
+        words=task_words(source.task),
     )
     return _bounded(_with(changed, source.trajectory_id, entry), half_life_days)
 
@@ -110,6 +117,7 @@ def credited(ledger: Ledger, credit: Credit, at_s: float, half_life_days: float)
         weight=credit.weight if counts != "neither" else 0.0,
         rank=credit.rank,
         at_s=at_s,
+        words=task_words(credit.task),
     )
     if known is not None and known.model_copy(update={"at_s": at_s}) == entry:
         return ledger
@@ -177,6 +185,18 @@ def totals(ledger: Ledger, now_s: float, half_life_days: float) -> Totals:
         sums[entry.counts] += entry.weight * fading(now_s - entry.at_s, half_life_days)
         uses += entry.kind == "use"
     return Totals(successes=sums["for"], failures=sums["against"], uses=uses)
+
+
+def outcomes(ledger: Ledger, now_s: float, half_life_days: float) -> tuple[Outcomes, ...]:
+    """In which tasks the evidence came about, as it weighs at `now_s`; of many wordings the latest."""
+    balances: dict[str, float] = {}
+    for _, entry in sorted(ledger.entries.items(), key=lambda pair: (pair[1].at_s, pair[0])):
+        if entry.counts != "neither" and entry.words:
+            weight = entry.weight * fading(now_s - entry.at_s, half_life_days)
+            signed = weight if entry.counts == "for" else -weight
+            balances[entry.words] = balances.pop(entry.words, 0.0) + signed
+    latest = list(balances.items())[-OUTCOMES_MAX:]
+    return tuple(Outcomes(words=words, balance=balance) for words, balance in latest)
 
 
 def _with(ledger: Ledger, trajectory_id: str, entry: Entry) -> Ledger:

@@ -36,6 +36,9 @@ MEANING_SHARE_MIN = 0.3
 MATTER_SHARE_MIN = 0.5
 """Share of the words of both from which two texts with the same decisive words speak of the same matter."""
 
+TASK_WORDS_MAX = 32
+"""Words of a task that are kept with its outcome."""
+
 SKETCH_FORMAT = 1
 """To be raised with every change of what `sketch` makes of a text: sketches that were kept count no more."""
 
@@ -121,6 +124,18 @@ def _check(text: str) -> int:
 
 def _set(joined: str) -> frozenset[str]:
     return frozenset(joined.split("\n")) if joined else frozenset()
+
+
+def task_words(task: str) -> str:
+    """The words of a task that say what it is about, without bare numbers, to be kept and compared by
+    `words_of`."""
+    return " ".join([word for word in sorted(sketch(task).words) if not word.isdigit()][:TASK_WORDS_MAX])
+
+
+@lru_cache(maxsize=16_384)
+def words_of(kept: str) -> frozenset[str]:
+    """The words that `task_words` gave."""
+    return frozenset(kept.split())
 
 
 @lru_cache(maxsize=65_536)

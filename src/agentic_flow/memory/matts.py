@@ -34,6 +34,7 @@ from agentic_flow.memory.prompting import (
 )
 from agentic_flow.memory.records import (
     CONTENT_CHARS_MAX,
+    SOURCE_TASK_CHARS_MAX,
     TASK_CHARS_MAX,
     TITLE_CHARS_MAX,
     VERDICT_RANK,
@@ -49,7 +50,6 @@ TRIES_MAX = 16
 """Rollouts of one task, at the same time or one after the other."""
 
 ITEMS_MAX = 5
-_SOURCE_TASK_CHARS_MAX = 300
 _TASK_CHARS_MAX = 80
 _TOLD_CHARS_MAX = 200
 _TOLD_STEPS_MAX = 6
@@ -421,8 +421,9 @@ def _items(
         Source(
             trajectory_id=one.trajectory.id,
             outcome=one.verdict.outcome,
-            task=plain(one.trajectory.task, _SOURCE_TASK_CHARS_MAX),
+            task=plain(one.trajectory.task, SOURCE_TASK_CHARS_MAX),
             at_s=now_s,
+            sure=one.verdict.sure,
         )
         for one in tries
     )

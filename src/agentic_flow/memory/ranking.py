@@ -17,8 +17,8 @@ from itertools import compress
 from typing import NamedTuple
 
 from agentic_flow.agentdb.analysis import query_words
-from agentic_flow.memory.confidence import believed
-from agentic_flow.memory.likeness import Sketch, same_matter
+from agentic_flow.memory.confidence import SHOWN_MIN, believed
+from agentic_flow.memory.likeness import Sketch, cosine, same_matter
 from agentic_flow.memory.records import MemoryItem
 
 SIMILARITY_MIN_SPELLING = 0.18
@@ -31,6 +31,12 @@ RELATIVE_MIN = 0.7
 NEARNESS_NONE, NEARNESS_WHOLE = 0.6, 0.75
 """Shares of the best one's similarity: below the one an item's evidence says nothing about the task, from
 the other on it counts whole. What tasks of one kind are told in differs by a word or two in four."""
+
+ALIKE_NONE, ALIKE_WHOLE = 0.4, 0.75
+"""Likeness of two tasks, by their words: up to the one, what came of a lesson in one of them says nothing of
+the other, from the other on it counts whole."""
+WORDS_MIN = 2
+"""A task of which lessons have fewer words than this is not compared with tasks by words."""
 
 DOUBT_MIN = 0.9
 """An item that is believed less than this share of the best one is not shown beside it: a guess beside
@@ -202,69 +208,106 @@ def select(
 
 
 class Claim(NamedTuple):
-    """What one item says and how far it is borne out.
+    """What one item says and how far it is borne out. A balance is the weight of what speaks for it, less
+    that of what speaks against it.
 
     Args:
         lesson: Whether it says to do it or to avoid it.
         says: Its words.
         similarity: To the task, 0 to 1.
-        alpha: Weight of what speaks for it, with its prior.
-        beta: Weight of what speaks against it, with its prior.
-        successes: The part of `alpha` that is evidence.
-        failures: The part of `beta` that is evidence.
+        prior: Balance before any evidence.
+        balance: Of all evidence, when the last of it came.
+        outcomes: The parts of `balance` of which the words of the task are known, with those.
+        share: Of its weight that the evidence still has.
     """
 
     lesson: str
     says: Sketch
     similarity: float
-    alpha: float
-    beta: float
-    successes: float
-    failures: float
+    prior: float
+    balance: float
+    outcomes: Sequence[tuple[frozenset[str], float]] = ()
+    share: float = 1.0
 
 
-def pooled(claims: Sequence[Claim]) -> list[tuple[float, bool]]:
-    """For each claim, how far it is believed given all of them, and whether another says the opposite.
+class Pooled(NamedTuple):
+    """How far a claim is believed, given all of them, and whether that is enough to tell it."""
+
+    belief: float
+    told: bool
+
+
+def pooled(
+    claims: Sequence[Claim], task: frozenset[str] = frozenset(), *, semantic: bool = False
+) -> list[Pooled]:
+    """How far each claim is believed, given all of them, and which are to be told.
 
     Items often speak of one matter in other words, or for and against it. What bears out one bears out its
-    like and speaks against its opposite. Evidence of items that are much further from the task than the
-    nearest counts less, an item's own too: so a lesson of one kind of task gives way to what is known of
-    another that sounds alike.
+    like and speaks against its opposite.
+
+    Evidence counts as far as the task where it came about is like this one: so a lesson of one kind of task
+    gives way to what is known of another that sounds alike. Likeness is the cosine of the words that some of
+    the lessons speak of; details of a task, of which none does, take no part. Where the task has no such
+    words, or an embedder understands more than words, it is the similarity of the items, compared with the
+    nearest one's.
 
     What is believed follows the difference between what speaks for and against: each verdict multiplies the
     odds. A mean of a Beta distribution, which says how often a thing succeeds, moves ever less: it would take
     what was right twice and wrong once for about as good as what was right ten times and wrong five.
 
+    Evidence fades, for what it says may have changed. Where nothing speaks against a lesson, it is told all
+    the same, however long ago it was learned: as less believed.
+
     Args:
         claims: Of the candidates for one task.
+        task: Words of the task.
+        semantic: Whether the embedder understands meaning.
     """
     best = max((claim.similarity for claim in claims), default=0.0)
-    nearness = [
-        min(1.0, max(0.0, (claim.similarity / best - NEARNESS_NONE) / (NEARNESS_WHOLE - NEARNESS_NONE)))
-        if best > 0
-        else 0.0
-        for claim in claims
-    ]
+    spoken = frozenset[str]().union(*(claim.says.words for claim in claims))
+    if len(claims) > 1:
+        # A word that all of them have tells none from the others.
+        spoken = frozenset(word for word in spoken if not all(word in claim.says.words for claim in claims))
+    about = task & spoken
+    by_words = len(about) >= WORDS_MIN
+    balances: list[float] = []
+    for claim in claims:
+        near = 0.0
+        if best > 0 and (semantic or not by_words):
+            near = _ramp(claim.similarity / best, NEARNESS_NONE, NEARNESS_WHOLE)
+        if not by_words:
+            balances.append(near * claim.balance)
+            continue
+        here, rest = 0.0, claim.balance
+        for words, balance in claim.outcomes:
+            rest -= balance
+            here += balance * max(near, _ramp(cosine(about, words & spoken), ALIKE_NONE, ALIKE_WHOLE))
+        # Of an unknown task: the lesson's own words, beside which it has those of any lesson.
+        own = len(about & claim.says.words) / len(about)
+        balances.append(here + rest * max(near, _ramp(own, ALIKE_NONE, ALIKE_WHOLE)))
     # Only what has the same decisive words can speak of the same matter.
     groups: dict[frozenset[str], list[int]] = {}
     for index, claim in enumerate(claims):
         groups.setdefault(claim.says.marks, []).append(index)
-    found: list[tuple[float, bool]] = []
+    found: list[Pooled] = []
     for index, claim in enumerate(claims):
-        # Elsewhere it may hold: what it came to there says little of a task that it is further from.
-        farness = 1.0 - nearness[index]
-        alpha, beta = claim.alpha - farness * claim.successes, claim.beta - farness * claim.failures
-        disputed = False
+        fresh = claim.prior + balances[index]
+        weight, disputed = claim.prior + claim.share * balances[index], balances[index] < 0.0
         for other_index in groups[claim.says.marks]:
-            other, weight = claims[other_index], nearness[other_index]
-            if other_index == index or weight == 0.0 or not same_matter(claim.says, other.says):
+            other = claims[other_index]
+            if other_index == index or not same_matter(claim.says, other.says):
                 continue
-            same = claim.lesson == other.lesson
-            disputed |= not same
-            alpha += weight * (other.successes if same else other.failures)
-            beta += weight * (other.failures if same else other.successes)
-        found.append((believed(alpha - beta), disputed))
+            near = balances[other_index] if claim.lesson == other.lesson else -balances[other_index]
+            fresh += near
+            weight += other.share * near
+            disputed |= near < 0.0
+        shown = believed(weight if disputed else fresh)
+        found.append(Pooled(believed(weight), shown >= SHOWN_MIN))
     return found
+
+
+def _ramp(value: float, none: float, whole: float) -> float:
+    return min(1.0, max(0.0, (value - none) / (whole - none)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,11 @@ class Verdict(Record):
     subject: str | None = None
     at_s: float = 0.0
 
+    @property
+    def sure(self) -> bool:
+        """Whether it is trusted more than a judge's."""
+        return VERDICT_RANK[self.source] > VERDICT_RANK["judge"]
+
 
 VERDICT_RANK: dict[VerdictSource, int] = {
     "person": 4,
@@ -116,13 +121,27 @@ class Trajectory(Record):
         return max(self.verdicts, key=lambda one: (VERDICT_RANK[one.source], one.at_s))
 
 
+SOURCE_TASK_CHARS_MAX = 300
+"""Of a task that is kept with what it taught."""
+
+
 class Source(Record):
-    """A trajectory that an item was distilled from or merged with."""
+    """A trajectory that an item was distilled from or merged with. `sure`: who said how it ended is trusted
+    more than a judge is."""
 
     trajectory_id: str
     outcome: Outcome
-    task: Annotated[str, StringConstraints(max_length=300)] = ""
+    task: Annotated[str, StringConstraints(max_length=SOURCE_TASK_CHARS_MAX)] = ""
     at_s: float = 0.0
+    sure: bool = False
+
+
+class Outcomes(Record):
+    """What came of an item where tasks were told in these `words`: the weight of what spoke for it there,
+    less that of what spoke against it, at the item's `updated_at_s`."""
+
+    words: str
+    balance: float
 
 
 class MemoryItem(Record):
@@ -130,10 +149,11 @@ class MemoryItem(Record):
 
     `description` says when it applies and when not. `origin`: written by a model, mechanically from what
     happened, imported, or by a person. `successes` and `failures` are weights of credited uses, at
-    `updated_at_s` (older evidence weighs less): with the prior they are a Beta posterior. `shown` counts
-    recalls that carried it, `uses` those that were credited. `revision` grows when its words change.
-    `state`: active; contradicted (outcomes speak against it, or a better believed item does: it is not
-    recalled); merged (`merged_into`); pruned.
+    `updated_at_s` (older evidence weighs less): with the prior they are a Beta posterior. `outcomes` says in
+    which tasks they came about, as far as that is known, the latest last. `shown` counts recalls that carried
+    it, `uses` those that were credited. `revision` grows when its words change. `state`: active; contradicted
+    (outcomes speak against it, or a better believed item does: it is not recalled); merged (`merged_into`);
+    pruned.
     """
 
     id: Id
@@ -147,6 +167,7 @@ class MemoryItem(Record):
     sources_total: int = 0
     successes: float = 0.0
     failures: float = 0.0
+    outcomes: tuple[Outcomes, ...] = ()
     shown: int = 0
     uses: int = 0
     revision: int = 1
