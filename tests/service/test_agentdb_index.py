@@ -45,6 +45,29 @@ TIERS: tuple[Tier, ...] = ("exact", "scan", "graph")
 DIMENSION = 64  # the least that turbovec is used for
 
 
+MAKING = r"""
+import asyncio, re, sys
+from pathlib import Path
+
+import faiss, turbovec
+
+from agentic_flow.agentdb.service import AgentDB
+from agentic_flow.core.settings import AgentDBSettings
+
+def mib(name):
+    return int(re.search(name + r":\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+async def main():
+    async with AgentDB(Path(sys.argv[1]), AgentDBSettings(index="scan")) as store:
+        before = mib("VmRSS")
+        await store.settle()
+        print(mib("VmHWM") - before)
+
+asyncio.run(main())
+"""
+"""Makes the index of a namespace; says, in MiB, by how much its memory grew at the most."""
+
+
 def settings_of(tier: Tier, **values: Any) -> AgentDBSettings:
     return AgentDBSettings(index=tier, **values)
 
@@ -276,6 +299,24 @@ async def test_memory_is_bounded(tmp_path: Path) -> None:
         query = SearchQuery(vector=vectors[7], mode="vector", k=1)
         assert (await store.search(T, "n1", query)).hits[0].item.id == "i00007"
         assert store.indexes_loaded() == []
+
+
+async def test_making_an_index_takes_little_more_than_what_it_keeps(tmp_path: Path) -> None:
+    """Catches blocks, copies or pages of the file that pile up while an index is made and written."""
+    count, dimension = 8000, 1024
+    vectors = clustered(count, dimension=dimension)
+    async with AgentDB(tmp_path, settings_of("exact")) as store:
+        await store.create_namespace(T, SPACE, dimension=dimension)
+        for first in range(0, count, 1000):
+            await store.upsert(T, SPACE, items_of(vectors[first : first + 1000], first))
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", MAKING, str(tmp_path), stdout=asyncio.subprocess.PIPE
+    )
+    said, _ = await child.communicate()
+    assert child.returncode == 0
+    assert (tmp_path / INDEXES / "1.index").exists()
+    kept_mib = 4 * dimension * count / 2**20
+    assert kept_mib < float(said) < kept_mib + 64
 
 
 def test_matrix_lets_go_of_replaced_rows() -> None:

@@ -103,6 +103,8 @@ def test_a_read_sees_one_snapshot_and_cannot_write(database: Database) -> None:
     assert _count(database) == 1
     with pytest.raises(apsw.ReadOnlyError):
         database.read_sync(lambda c: rows(c, "DELETE FROM t"))
+    with pytest.raises(apsw.ReadOnlyError):
+        database.read_apart(lambda c: rows(c, "DELETE FROM t"))
 
 
 def test_migrations_run_once_and_a_newer_file_is_refused(tmp_path: Path) -> None:
@@ -150,7 +152,7 @@ def test_a_closed_database_refuses_at_once(tmp_path: Path) -> None:
     database = Database(tmp_path / "t.db", TABLE)
     database.close()
     database.close()
-    for call in (database.write_sync, database.read_sync):
+    for call in (database.write_sync, database.read_sync, database.read_apart):
         with pytest.raises(Unavailable, match="closed"):
             call(lambda c: rows(c, "SELECT 1"))
 

@@ -123,7 +123,7 @@ class AgentDB:
             mmap_max_bytes=MMAP_MAX_BYTES,
             prepare=_prepare_connection,
         )
-        self._indexes = Indexes(data_dir / INDEXES, fitting, self._db.read_sync)
+        self._indexes = Indexes(data_dir / INDEXES, fitting, self._db.read_apart)
         self._searcher = Searcher(self._indexes, AllowedKeys())
         self._indexer = Indexer(self._indexes)
         self._indexes.sweep()

@@ -26,6 +26,7 @@ Job = Callable[[apsw.Connection], Any]
 
 _BATCH_MAX = 256
 _QUEUE_MAX = 10_000
+_PASSING_CACHE_KIB = 2048
 _WAL_RETRY_S = 0.01
 
 
@@ -190,6 +191,23 @@ class Database:
         """`read` for callers without an event loop."""
         return self._submit_read(job).result()
 
+    def read_apart(self, job: Callable[[apsw.Connection], T]) -> T:
+        """`read` on the calling thread, for jobs that pass over much of the file once: it is not mapped, and
+        hardly any of it is kept."""
+        with self._closing:
+            if self._closed:
+                raise Unavailable(f"{self.path.name!r} is closed")
+        try:
+            connection = self._connect(apsw.Connection)
+        except apsw.Error as error:
+            raise self._explained(error) from error
+        try:
+            rows(connection, "PRAGMA query_only=ON")
+            rows(connection, f"PRAGMA cache_size=-{_PASSING_CACHE_KIB}")
+            return self._transacted(connection, job)
+        finally:
+            connection.close()
+
     def close(self) -> None:
         """Finish queued writes, then close. Idempotent."""
         with self._closing:
@@ -266,6 +284,9 @@ class Database:
             rows(connection, f"PRAGMA mmap_size={self._mmap_max_bytes:d}")
             self._local.connection = connection
             self._read_connections.append(connection)
+        return self._transacted(connection, job)
+
+    def _transacted(self, connection: apsw.Connection, job: Callable[[apsw.Connection], T]) -> T:
         try:
             rows(connection, "BEGIN")
             result = job(connection)

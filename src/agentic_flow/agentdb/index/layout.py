@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import apsw
@@ -13,8 +14,10 @@ from numpy.typing import NDArray
 from agentic_flow.core.db import rows
 from agentic_flow.core.vectors import Metric
 
-BLOCK_ROWS = 4096
-"""Rows that are read and compared at a time: bounds the memory of anything that walks a namespace."""
+BLOCK_BYTES = 2**20
+"""Size, as float32, of the vectors that are read and compared at a time: bounds the memory of anything that
+walks a namespace."""
+_BLOCK_ROWS_MAX = 4096
 
 _HALF_BITS = np.uint32(0x8FFFE000).view(np.int32)
 _HALF_FACTOR = np.float32(2.0**112)
@@ -22,6 +25,8 @@ _HALF_FACTOR = np.float32(2.0**112)
 Keys = NDArray[np.int64]
 Vectors = NDArray[np.float32]
 Scores = NDArray[np.float32]
+Read = Callable[[Keys], tuple[Keys, Vectors]]
+"""Those of the keys that exist, in the order given, with their comparable vectors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,11 @@ class Layout:
         """Bytes of one vector in the file."""
         return self.dimension * self.dtype.itemsize
 
+    @property
+    def block_rows(self) -> int:
+        """Rows that are read and compared at a time."""
+        return max(1, min(_BLOCK_ROWS_MAX, BLOCK_BYTES // (4 * self.dimension)))
+
     def decoded(self, blobs: list[bytes]) -> Vectors:
         """Stored vectors as float32, comparable, shape (len(blobs), dimension)."""
         data, shape = b"".join(blobs), (len(blobs), self.dimension)
@@ -69,8 +79,8 @@ class Layout:
         if self.metric != "euclidean":
             return vectors.dot(query)
         scores = np.empty(len(vectors), np.float32)
-        for start in range(0, len(vectors), BLOCK_ROWS):
-            block = vectors[start : start + BLOCK_ROWS]
+        for start in range(0, len(vectors), self.block_rows):
+            block = vectors[start : start + self.block_rows]
             scores[start : start + len(block)] = -np.linalg.norm(block - query, axis=1)
         return scores
 
@@ -118,8 +128,13 @@ def walk_vectors(
     """Every vector of the namespace (or of `keys`) in key order, in blocks."""
     if keys is None:
         keys = namespace_keys(connection, layout.namespace_id)
-    for start in range(0, len(keys), BLOCK_ROWS):
-        block = read_vectors(connection, layout, keys[start : start + BLOCK_ROWS])
+    return read_blocks(layout, keys, partial(read_vectors, connection, layout))
+
+
+def read_blocks(layout: Layout, keys: Keys, read: Read) -> Iterator[tuple[Keys, Vectors]]:
+    """The vectors of the keys that exist, in blocks."""
+    for start in range(0, len(keys), layout.block_rows):
+        block = read(keys[start : start + layout.block_rows])
         if len(block[0]):
             yield block
 

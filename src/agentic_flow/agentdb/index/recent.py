@@ -37,15 +37,17 @@ class Recent:
         kind = np.dtype(np.float32) if ready else np.dtype(f"<i{layout.dtype.itemsize}")
         self._rows_max = max_bytes // (layout.dimension * kind.itemsize)
         self._slot_of: dict[int, int] = {}
-        self._vectors = np.zeros((0, layout.dimension), kind)
-        self._gathered = self._vectors
+        # Room for all that is to be kept: the system gives memory as it is written to, and nothing is copied.
+        self._vectors = np.zeros((self._rows_max if ready else 0, layout.dimension), kind)
+        self._gathered = self._vectors[:0]
         self._free: list[int] = []
         self._used = 0
 
     @property
     def size_bytes(self) -> int:
         """Memory of it."""
-        return self._vectors.nbytes
+        rows = self._used if self.ready else len(self._vectors)
+        return rows * self._vectors.itemsize * self._layout.dimension
 
     def missing(self, keys: Keys) -> Keys:
         """Those of the keys that are not there."""
@@ -82,6 +84,13 @@ class Recent:
         """Take in comparable vectors of keys that are not there; nothing, unless all are kept."""
         if self.ready and self._used + len(keys) - len(self._free) <= self._rows_max:
             self._take(keys, vectors)
+
+    def comparable(self, keys: Keys) -> Vectors | None:
+        """The comparable vectors of keys; None when one of them is not there, or they are kept otherwise."""
+        slots = [slot for slot in map(self._slot_of.get, keys.tolist()) if slot is not None]
+        if not self.ready or len(slots) < len(keys):
+            return None
+        return self._vectors.take(np.array(slots, np.int64), 0)
 
     def _kept(self, stored: list[bytes]) -> NDArray[Any]:
         """Vectors as they are kept, of what the file has."""

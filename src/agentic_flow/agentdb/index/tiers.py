@@ -15,6 +15,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ from agentic_flow.agentdb.index.files import DamagedIndex, is_abandoned, read_in
 from agentic_flow.agentdb.index.fitting import CODE_LISTS, SAMPLE, SKETCH_DEEP_MAX, Fit, Trial, among
 from agentic_flow.agentdb.index.graph import TRAINING_ROWS, Graph
 from agentic_flow.agentdb.index.layout import (
-    BLOCK_ROWS,
     Keys,
     Layout,
+    Read,
     Scores,
     Vectors,
     changed_rows_since,
@@ -39,6 +40,7 @@ from agentic_flow.agentdb.index.layout import (
     namespace_keys,
     newest_sequence,
     operation_mark,
+    read_blocks,
     read_stored,
     read_vectors,
     spread,
@@ -452,27 +454,28 @@ class Indexes:
             for keys, vectors in walk_vectors(connection, layout):
                 index.matrix.apply(np.zeros(0, np.int64), keys, vectors)
         else:
-            count = count_rows(connection, layout.namespace_id)
-            index.recent = Recent.of_rows(layout, count, self._recent_max_bytes)
-            index.codes, index.sketch, index.fit = self._fitted(connection, layout, index.recent)
+            keys = namespace_keys(connection, layout.namespace_id)
+            index.recent = Recent.of_rows(layout, len(keys), self._recent_max_bytes)
+            read = partial(read_vectors, connection, layout)
+            index.codes, index.sketch, index.fit = self._fitted(layout, keys, read, index.recent)
             index.matrix = None
         index.unsaved = len(index)
 
     def _fitted(
-        self, connection: apsw.Connection, layout: Layout, recent: Recent
+        self, layout: Layout, keys: Keys, read: Read, recent: Recent
     ) -> tuple[Codes, Sketch | None, Fit]:
-        """The coarsest codes of the transaction's rows that find enough, and what to ask of them."""
-        keys, library = namespace_keys(connection, layout.namespace_id), self._settings.scan_library
+        """The coarsest codes of the rows that find enough, and what to ask of them."""
+        library = self._settings.scan_library
         if len(keys) <= FITTED_ROWS_MIN or layout.dimension < TURBOVEC_DIMENSION_MIN:
             codes = make_codes(layout, library)
-            for block, vectors in walk_vectors(connection, layout, keys):
+            for block, vectors in read_blocks(layout, keys, read):
                 codes.add(block, vectors)
                 recent.fill(block, vectors)
             return codes, None, Fit(rows=len(keys))
-        sketch = Sketch(layout, read_vectors(connection, layout, spread(keys, SKETCH_TRAINING_ROWS))[1])
-        trial = Trial(layout, *read_vectors(connection, layout, spread(keys, SAMPLE)), GATHERED_MAX)
+        sketch = Sketch(layout, read(spread(keys, SKETCH_TRAINING_ROWS))[1])
+        trial = Trial(layout, *read(spread(keys, SAMPLE)), GATHERED_MAX)
         codes = make_codes(layout, library, min(CODE_LISTS))
-        for block, vectors in walk_vectors(connection, layout, keys):
+        for block, vectors in read_blocks(layout, keys, read):
             codes.add(block, vectors)
             sketch.add(block, vectors)
             trial.see(block, vectors)
@@ -484,7 +487,7 @@ class Indexes:
             if listed is not None:
                 break
             codes = finer
-            for block, vectors in walk_vectors(connection, layout, keys):
+            for block, vectors in read_blocks(layout, keys, read):
                 codes.add(block, vectors)
             listed = trial.code_list(codes)
         assert listed is not None, "half precision is not measured"
@@ -499,8 +502,8 @@ class Indexes:
         if changed is None:
             self._fill(connection, index, "exact" if index.matrix is not None else "scan")
             return
-        for start in range(0, len(changed), BLOCK_ROWS):
-            block = changed[start : start + BLOCK_ROWS]
+        for start in range(0, len(changed), index.layout.block_rows):
+            block = changed[start : start + index.layout.block_rows]
             index.apply(block, *read_vectors(connection, index.layout, block))
         index.sequence, index.mark = newest, operation_mark(connection, newest)
 
@@ -595,13 +598,21 @@ class Indexes:
 
     def _refit(self, connection: apsw.Connection, index: NamespaceIndex) -> None:
         """Choose and make codes and sketch anew, while searches go on with those there are."""
+
+        def read(keys: Keys) -> tuple[Keys, Vectors]:
+            # One that has changed since is among the changes that follow.
+            with index.lock:
+                held = None if index.recent is None else index.recent.comparable(keys)
+            return read_vectors(connection, index.layout, keys) if held is None else (keys, held)
+
         with index.lock:
             self._draw_level(connection, index)
             index.changes_while_fitting = []
         try:
             fresh = NamespaceIndex(index.layout)
+            keys = namespace_keys(connection, index.layout.namespace_id)
             fresh.codes, fresh.sketch, fresh.fit = self._fitted(
-                connection, index.layout, Recent(index.layout, 0)
+                index.layout, keys, read, Recent(index.layout, 0)
             )
             with index.lock:
                 changes = index.changes_of_fitting()
@@ -725,7 +736,7 @@ class Indexes:
 
     def save(self, index: NamespaceIndex) -> None:
         """Write the index file, if the index has something to write that the file has not."""
-        # Before the lock: readers may wait for it, and this needs one of them.
+        # Before the lock: searches may wait for it, and the file may be slow.
         of = self._read(
             lambda connection: (
                 self._about(connection, index.layout)
