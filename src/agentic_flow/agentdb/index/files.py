@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import structlog
+
+_log = structlog.get_logger(__name__)
 
 _MAGIC = b"afindex1"
 _HEAD = struct.Struct("<8sII")
@@ -101,3 +104,20 @@ def read_index(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     if position != len(data):
         raise DamagedIndex(f"{len(data) - position} bytes too many")
     return about, parts
+
+
+def read_sequence(path: Path) -> int:
+    """The operation that the index of the file is of; 0 when the file is no whole index."""
+    try:
+        return read_index(path)[0]["sequence"]
+    except (DamagedIndex, OSError, KeyError):
+        return 0
+
+
+def remove_index(path: Path) -> None:
+    """Remove the file, if it is there; one that cannot be removed is told of in the log."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        # It is derived, and never used for anything but its namespace.
+        _log.warning("index_unremoved", path=str(path), error=str(error))

@@ -25,7 +25,14 @@ import structlog
 from numpy.typing import NDArray
 
 from agentic_flow.agentdb.index.codes import TURBOVEC_DIMENSION_MIN, Codes, codes_from_bytes, make_codes
-from agentic_flow.agentdb.index.files import DamagedIndex, is_abandoned, read_index, write_index
+from agentic_flow.agentdb.index.files import (
+    DamagedIndex,
+    is_abandoned,
+    read_index,
+    read_sequence,
+    remove_index,
+    write_index,
+)
 from agentic_flow.agentdb.index.fitting import CODE_LISTS, SAMPLE, SKETCH_DEEP_MAX, Fit, Trial, among
 from agentic_flow.agentdb.index.graph import TRAINING_ROWS, Graph
 from agentic_flow.agentdb.index.layout import (
@@ -580,9 +587,7 @@ class Indexes:
             outgrown = len(index) > max(FITTED_ROWS_MIN, REFITTED_GROWTH * index.fit.rows)
             if outgrown or (index.sketch is not None and index.sketch.worn):
                 self._refit(connection, index)
-        if index is None or self._wanted_tier(layout, len(index)) != "graph":
-            return index
-        if not len(index):
+        if index is None or not len(index) or self._wanted_tier(layout, len(index)) != "graph":
             return index
         if index.graph is None:
             due = len(index) > 2 * index.graphless_rows
@@ -775,7 +780,7 @@ class Indexes:
         """The namespace is gone: so are its index and the file."""
         with self._lock:
             self._held.pop(namespace_id, None)
-        _remove(self._path(namespace_id))
+        remove_index(self._path(namespace_id))
 
     def sweep(self) -> None:
         """Remove what killed processes left: half-written files, and indexes of namespaces that are gone."""
@@ -790,7 +795,7 @@ class Indexes:
             number, _, rest = file.name.partition(".")
             gone = rest == "index" and number.isdecimal() and int(number) not in known
             if gone or is_abandoned(file):
-                _remove(file)
+                remove_index(file)
 
     def state(self, connection: apsw.Connection, layout: Layout) -> IndexState:
         """What the index is now, without making it."""
@@ -803,14 +808,11 @@ class Indexes:
             tier = self._wanted_tier(layout, count)
             if tier == "exact":
                 return IndexState(tier, 0, size)  # it has no file, and is made of all rows when it is asked
-            sequence = _file_sequence(path) if size else 0
-            return IndexState(tier, changed_rows_since(connection, layout.namespace_id, sequence), size)
+            lag = changed_rows_since(connection, layout.namespace_id, read_sequence(path))
+            return IndexState(tier, lag, size)
         with index.lock:
-            lag = (
-                changed_rows_since(connection, layout.namespace_id, index.sequence)
-                if index.sequence < newest
-                else 0
-            )
+            behind = index.sequence < newest
+            lag = changed_rows_since(connection, layout.namespace_id, index.sequence) if behind else 0
             size = index.memory_bytes if index.matrix is not None else index.file_bytes
             return IndexState(index.tier, lag + len(index.pending), size)
 
@@ -894,18 +896,3 @@ class Indexes:
 
     def _path(self, namespace_id: int) -> Path:
         return self._folder / f"{namespace_id}.index"
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        # It is derived, and never used for anything but its namespace.
-        _log.warning("index_unremoved", path=str(path), error=str(error))
-
-
-def _file_sequence(path: Path) -> int:
-    try:
-        return read_index(path)[0]["sequence"]
-    except (DamagedIndex, OSError, KeyError):
-        return 0
