@@ -132,12 +132,12 @@ def links_in(data_dir: Path) -> set[str]:
     return {*items, *tenants, *(goal[0] for goal in goals if goal is not None)}
 
 
-def check_agreement(data_dir: Path, *, usage: bool) -> None:
+def check_agreement(data_dir: Path, *, booked_before_s: float = 0.0) -> None:
     """Whether the databases of a folder agree with each other.
 
     Args:
-        usage: Whether each completed run must have its model calls in the books: those are written half a
-            second behind.
+        booked_before_s: Each run that ended before then must have its model calls in the books: those are
+            written half a second behind, and a backup waits for what came before it began.
     """
     for file in databases(data_dir):
         assert column(file, "PRAGMA integrity_check") == ["ok"]
@@ -155,9 +155,13 @@ def check_agreement(data_dir: Path, *, usage: bool) -> None:
     )
     for run in completed:
         assert any(run in trajectory for trajectory in kept), (run, kept)
-    if usage:
-        booked = set(column(data_dir / "gateway.db", "SELECT DISTINCT run FROM gw_usage"))
-        assert set(completed) <= booked
+    ended = column(
+        runs,
+        "SELECT workflow_id FROM af_workflows WHERE status = 'completed' AND parent_id IS NULL "
+        f"AND name = 'run' AND ended_at_s < {booked_before_s!r}",
+    )
+    assert bool(ended) is (booked_before_s > 0)
+    assert set(ended) <= set(column(data_dir / "gateway.db", "SELECT DISTINCT run FROM gw_usage"))
 
 
 @pytest.fixture
@@ -191,8 +195,8 @@ def test_a_server_at_work_is_backed_up_as_of_one_moment(place: Place) -> None:
                     "a later write without an earlier"
                 )
                 assert len(found) <= after + 1
-                check_agreement(folder, usage=False)
-            acknowledged = list(chain.done)
+                check_agreement(folder)
+            acknowledged, began_s = list(chain.done), time.time()
             last = place.run("backup", "last.tar.gz", "--json")
             assert last.code == 0, last.err
             server.signal(signal.SIGKILL)
@@ -203,7 +207,7 @@ def test_a_server_at_work_is_backed_up_as_of_one_moment(place: Place) -> None:
     assert restored.code == 0, restored.err
     elsewhere = place.folder / "elsewhere"
     assert set(acknowledged) <= links_in(elsewhere)
-    check_agreement(elsewhere, usage=True)
+    check_agreement(elsewhere, booked_before_s=began_s)
     check_it_goes_on(place, elsewhere)
 
 
