@@ -267,7 +267,10 @@ def pooled(
     spoken = frozenset[str]().union(*(claim.says.words for claim in claims))
     if len(claims) > 1:
         # A word that all of them have tells none from the others.
-        spoken = frozenset(word for word in spoken if not all(word in claim.says.words for claim in claims))
+        common = spoken
+        for claim in claims:
+            common &= claim.says.words
+        spoken -= common
     about = task & spoken
     by_words = len(about) >= WORDS_MIN
     balances: list[float] = []
