@@ -428,13 +428,22 @@ async def test_models_are_let_go_for_others(models: Path) -> None:
     assert not model_processes()
 
 
-async def test_a_load_that_nobody_waits_for_is_kept(models: Path) -> None:
+async def test_a_load_that_nobody_waits_for_is_kept(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches a second load beside the one that was given up, or a turn lost with it."""
+    go = tmp_path / "go"
+    waits = f"import pathlib, time\nwhile not pathlib.Path({str(go)!r}).exists():\n    time.sleep(0.01)"
+    (tmp_path / "sitecustomize.py").write_text(waits)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     async with provider_of(models, concurrent_max=1) as provider:
         with pytest.raises(DeadlineExceeded, match="loaded"):
             await provider.complete(ask("says"), deadline=Deadline.after(0.1))
+        while not (loading := model_processes()):
+            await asyncio.sleep(0.01)
+        go.touch()
         assert (await provider.complete(ask("says"), deadline=soon())).stop_reason == "end"
-        assert len(model_processes()) == 1
+        assert model_processes() == loading
 
 
 async def test_a_prompt_must_fit(models: Path) -> None:
