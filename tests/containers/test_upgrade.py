@@ -81,8 +81,9 @@ def assert_kept(place: StackPlace, seen: Seen) -> None:
 
 def assert_unnoticed(done: Done, seen: Seen) -> None:
     """No request failed, and no stream was cut."""
-    assert not seen.failures, f"{seen.told()}\n{done.err}"
-    assert set(seen.streams) == {"whole"}, f"{seen.told()}\n{done.err}"
+    told = f"{seen.told()}\n{done.err}\nthe containers said:\n{seen.said}"
+    assert not seen.failures, told
+    assert set(seen.streams) == {"whole"}, told
 
 
 def assert_taken_back(place: StackPlace, done: Done, service: str) -> dict[str, Any]:

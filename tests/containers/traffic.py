@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,6 +33,7 @@ class Seen:
         took_s: Time of each request.
         streams: Streams by how they ended.
         runs: Ids of runs that were accepted.
+        said: What the stack's containers said of it meanwhile, if somebody listened.
     """
 
     failures: Counter[str] = field(default_factory=Counter[str])
@@ -40,9 +42,10 @@ class Seen:
     took_s: list[float] = field(default_factory=list[float])
     streams: Counter[str] = field(default_factory=Counter[str])
     runs: list[str] = field(default_factory=list[str])
+    said: str = ""
 
     def told(self) -> str:
-        """All of it in a line."""
+        """The clients' side of it in a line."""
         return (
             f"{len(self.took_s)} requests, slowest {max(self.took_s):.2f} s, failed {dict(self.failures)}, "
             f"given up {self.given_up}, streams {dict(self.streams)}"
@@ -147,6 +150,7 @@ class Traffic:
             "messages": [{"role": "user", "content": "count"}],
         }
         last, began_s, first_s = "", time.monotonic(), 0.0
+        which += f", at {now()}"
         try:
             async with session.post(f"{self._url}/v1/messages", json=body) as answer:
                 if self._is_given_up(answer.status, began_s):
@@ -160,8 +164,13 @@ class Traffic:
                     if line.startswith(b"data: "):
                         last = str(json.loads(line[6:]).get("type"))
         except (aiohttp.ClientError, TimeoutError) as error:
-            self.seen.streams[f"cut: {type(error).__name__} {error} ({which})"] += 1
+            self.seen.streams[f"cut: {type(error).__name__} {error} ({which}, cut at {now()})"] += 1
             return
         # The proxy ends an answer as if it were whole when the service behind is gone.
         when = f"{which}, answered after {first_s:.1f} s, ended after {time.monotonic() - began_s:.1f} s"
         self.seen.streams["whole" if last == "message_stop" else f"ended with {last} ({when})"] += 1
+
+
+def now() -> str:
+    """The time of day (UTC), as logs have it."""
+    return datetime.now(UTC).strftime("%H:%M:%S.%f")[:-3]

@@ -10,10 +10,11 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
+from container_logs import ContainerLogs
 from engine import Engine
 from images import REPOSITORIES, TAG, Images
 from stack_place import Done, StackPlace
-from traffic import RATE_PER_S, Seen, Traffic
+from traffic import RATE_PER_S, Seen, Traffic, now
 
 from agentic_flow.testing.fake_provider import FakeProvider, Reply
 
@@ -90,7 +91,12 @@ def upgraded(
     key = (place.stack / "secrets" / "owner_key").read_text().strip()
     rate_per_s = rate_per_s or float(os.environ.get("UPGRADE_RATE_PER_S", RATE_PER_S))
     authority = place.stack / "certs" / "ca.crt"
-    with Traffic(place.url, authority, key, model=MODEL, rate_per_s=rate_per_s) as traffic:
+    with (
+        ContainerLogs(place.engine, place.project) as logs,
+        Traffic(place.url, authority, key, model=MODEL, rate_per_s=rate_per_s) as traffic,
+    ):
         traffic.seen.runs += [accepted_run(place) for _ in range(RUNS)]
+        began = now()
         done = place.run("upgrade", "--tag", tag, "--json", *options)
+    traffic.seen.said = f"{began} the upgrade began\n{logs.told()}"
     return done, traffic.seen

@@ -3,6 +3,9 @@
 What it holds it has not begun to send: before 2.11.4 Caddy lost a request's body with a connection that
 could not be made, so that a POST could not be repeated after one. Therefore it looks twice a second whether a
 service takes requests, and a service that is to stop says so before it does (`serve.linger_s`).
+
+What it has sent it never asks for again: docs/decisions/0034 tells why there is a bound on bodies that bounds
+none.
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ _IDLE_S = 2
 # Longer than it takes to find a name on a machine that has no time: a request is lost with its connection.
 _DIAL_S = 10
 _LOOK_MS = 500
+# No body is as large; services have a limit of their own. A body that is counted knows that it has ended. Any
+# other is asked once more after its last byte was sent; if its answer has begun by then, that is cut.
+_BODY_MAX = "1EB"
 # Nothing was sent as long as nobody was there to send it to: then any request may be tried again, and its
 # body is whole. Once it was sent, only what reads may.
 _HELD = "`{http.reverse_proxy.upstream.hostport} == null`"
@@ -64,6 +70,9 @@ def _site(one: Published, certificate: str, key: str) -> str:
     scheme = "https" if one.tls else "http"
     return f""":{one.port} {{
 	tls {certificate} {key}
+	request_body {{
+		max_size {_BODY_MAX}
+	}}
 	reverse_proxy {scheme}://{one.part}:{one.inner_port} {{
 		lb_try_duration {HOLD_S}s
 		lb_try_interval 100ms
