@@ -190,7 +190,7 @@ def test_relevance_leads(scores: list[float], lambda_: float) -> None:
         assert relevance[picked].tolist() == sorted(relevance.tolist(), reverse=True)
 
 
-@pytest.mark.parametrize("picks", [1, 64, 65, 1000])
+@pytest.mark.parametrize("picks", [1, 16, 64, 65, 1000])
 def test_similarity_rows(picks: int) -> None:
     """Catches a row that depends on whether it was taken from one matrix or computed alone."""
     unit = np.random.default_rng(3).normal(size=(1024, 5)).astype(np.float32)

@@ -9,6 +9,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from agentic_flow.core.products import inner_products
+
 Floats = NDArray[np.float64]
 AnyFloats = NDArray[np.floating]
 Ints = NDArray[np.int64]
@@ -23,7 +25,9 @@ DOCUMENT_WEIGHT = 0.5
 RRF_K = 60
 """Constant of reciprocal rank fusion: how little the first ranks stand out from the next."""
 GRAM_SHARE = 16
-"""Where at least one of so many candidates is picked, all similarities at once cost less than row by row."""
+ROWS_MAX = 16_384
+"""Where at least one of GRAM_SHARE candidates is picked, and more than ROWS_MAX similarities are needed, all
+at once cost less than row by row. For fewer, the threads that share the product cost more than it saves."""
 
 Method = Literal["zscore", "rrf"]
 
@@ -204,14 +208,14 @@ def mmr(
 
 
 def similarity_rows(unit: AnyFloats, picks: int) -> Callable[[int], AnyFloats]:
-    """Cosines of one candidate to all, for `mmr`: from one matrix if many are asked for, else when asked.
+    """Cosines of one candidate to all, for `mmr`: computed when asked for, or for many from one matrix.
 
     Args:
         unit: Vectors of length 1, shape (n, dimension).
         picks: How many rows will be asked for, about.
     """
-    if picks * GRAM_SHARE < len(unit):
-        return lambda index: unit @ unit[index]
+    if picks * GRAM_SHARE < len(unit) or picks * len(unit) <= ROWS_MAX:
+        return lambda index: inner_products(unit, unit[index])
     return (unit @ unit.T).__getitem__
 
 

@@ -33,6 +33,7 @@ from agentic_flow.core.messages import (
     Usage,
 )
 from agentic_flow.core.ports import Embedder
+from agentic_flow.core.products import inner_products
 from agentic_flow.gateway.policies import CacheRule
 
 if TYPE_CHECKING:
@@ -320,7 +321,7 @@ class _Group:
             self._vectors[row] = self._vectors[len(self.keys)]
 
     def nearest(self, vector: NDArray[np.float32]) -> tuple[bytes, float]:
-        similarities = self._vectors[: len(self.keys)] @ vector
+        similarities = inner_products(self._vectors[: len(self.keys)], vector)
         row = int(similarities.argmax())
         return self.keys[row], float(similarities[row])
 

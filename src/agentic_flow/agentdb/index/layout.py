@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agentic_flow.core.db import rows
+from agentic_flow.core.products import inner_products
 from agentic_flow.core.vectors import Metric
 
 BLOCK_BYTES = 2**20
@@ -77,7 +78,7 @@ class Layout:
     def similarities(self, vectors: Vectors, query: NDArray[np.float32]) -> Scores:
         """Cosine, inner product or negative distance of comparable vectors to a comparable query."""
         if self.metric != "euclidean":
-            return vectors.dot(query)
+            return inner_products(vectors, query)
         scores = np.empty(len(vectors), np.float32)
         for start in range(0, len(vectors), self.block_rows):
             block = vectors[start : start + self.block_rows]

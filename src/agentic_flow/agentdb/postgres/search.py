@@ -389,7 +389,8 @@ async def _diversified(
     unit = np.stack([vectors[int(keys[index])] for index in pool])
     unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
     relevance = ranking.as_relevance(scores[pool])
-    picked = ranking.mmr(relevance, unit @ unit.T, len(pool), query.mmr_lambda)
+    picks = len(pool)
+    picked = ranking.mmr(relevance, ranking.similarity_rows(unit, picks), picks, query.mmr_lambda)
     return [pool[index] for index in picked]
 
 

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from agentic_flow.core.clock import SYSTEM_CLOCK, Clock
 from agentic_flow.core.errors import InvalidInput
 from agentic_flow.core.later import Later
+from agentic_flow.core.products import inner_products
 from agentic_flow.gateway.escalation import Escalated
 from agentic_flow.gateway.routing.outcomes import Kept, Outcome, OutcomeLog
 from agentic_flow.gateway.routing.plan import Candidate
@@ -153,7 +154,7 @@ class _Fit:
         return (logistic + self._by_neighbours(turned)) * np.float32(0.5)
 
     def _by_neighbours(self, turned: Floats) -> Floats:
-        likeness = np.maximum(self.examples @ turned, 0)
+        likeness = np.maximum(inner_products(self.examples, turned), 0)
         found = self.priors.copy()
         for slot, (start, end) in enumerate(pairwise(self.starts)):
             near, verdicts = likeness[start:end], self.verdicts[start:end]
