@@ -99,14 +99,20 @@ def assert_taken_back(place: StackPlace, done: Done, service: str) -> dict[str, 
 
 def test_on_postgresql_nobody_notices(postgres: StackPlace) -> None:
     """Catches a request that fails, a stream that is cut, and a write that is lost while versions change."""
+    with (postgres.stack / "Caddyfile").open("a") as file:
+        file.write("# an older version's\n")
     done, seen = upgraded(postgres, GOOD)
     assert done.code == 0, done.out
     assert (done.data["mode"], done.data["tag"], done.data["pause_s"]) == ("start-first", GOOD, 0.0)
+    assert done.data["restart"] == ["proxy"], "whose file is another now"
     assert_unnoticed(done, seen)
     assert seen.given_up == 0
     assert tags_of(postgres) == {GOOD}
     assert_kept(postgres, seen)
     assert postgres.run("upgrade", "--tag", GOOD).code == 5
+    proxy = f"{postgres.project}-proxy-1"
+    postgres.engine.run("restart", proxy)
+    assert "older" not in postgres.engine.output("exec", proxy, "cat", "/etc/caddy/Caddyfile")
 
 
 @pytest.mark.parametrize(

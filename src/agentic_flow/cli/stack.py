@@ -435,6 +435,8 @@ def upgrade(
     def human() -> None:
         pause = f", requests waited for {report.pause_s:.1f} s" if report.pause_s else ""
         print(f"{report.previous} → {report.tag} in {report.took_s:.1f} s ({report.mode}{pause})")
+        for name in report.restart:
+            print(f"{name} has a new configuration: docker restart {stack.spec.name}-{name}-1")
 
     session.show(asdict(report), human)
 

@@ -223,17 +223,19 @@ class Stack:
             DeadlineExceeded: not everything was healthy in time. Names what was not, with its last log lines.
             Unavailable: a service failed; the same. Also what Engine raises.
         """
-        stale = [
-            service
-            for service, files in _READ_AT_START.items()
-            if set(files) & set(changed) and any(one.service == service for one in self.containers())
-        ]
+        stale = self.stale(changed)
         wait = ("up", "--detach", "--wait", "--wait-timeout", str(int(timeout_s)), "--remove-orphans")
         self._watched(self.compose(*wait), timeout_s, progress)
         if stale:
             self.engine.call(*self.compose("restart", *stale), timeout_s=STOP_TIMEOUT_S)
             self._watched(self.compose(*wait), timeout_s, progress)
         self.wait_for_ports(_PORTS_TIMEOUT_S)
+
+    def stale(self, changed: Iterable[str]) -> list[str]:
+        """Services there are that read one of these rendered files only at their start."""
+        written = set(changed)
+        reads = [service for service, files in _READ_AT_START.items() if written & set(files)]
+        return [service for service in reads if any(one.service == service for one in self.containers())]
 
     def wait_for_ports(self, timeout_s: float) -> None:
         """Wait until all that is published is ready for clients: the proxy has no check of its own.

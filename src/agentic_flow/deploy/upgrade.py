@@ -42,6 +42,7 @@ class UpgradeReport:
         mode: `start-first` or `stop-first`.
         services: In their order.
         pause_s: How long the platform took no requests, so that the proxy held them; 0 with `start-first`.
+        restart: Services that are not ours and read the new version's configuration once they are restarted.
     """
 
     previous: str
@@ -50,6 +51,7 @@ class UpgradeReport:
     services: list[str] = field(default_factory=list[str])
     took_s: float = 0.0
     pause_s: float = 0.0
+    restart: list[str] = field(default_factory=list[str])
 
 
 class Upgrade:
@@ -98,7 +100,7 @@ class Upgrade:
                 hint="see `agentic-flow doctor --stack`, and put it right first",
             )
         self._new.check_images()
-        self._write(self._new)
+        restart = self._new.stale(self._write(self._new))
         steps = [[self._new.plan.part(name) for name in names if self._has(name)] for names in _ORDER]
         start_first = self._new.spec.store == "postgresql"
         done: list[list[Part]] = []
@@ -114,6 +116,8 @@ class Upgrade:
             self._back(error, done if start_first else steps, start_first=start_first)
             raise self._told(error) from error
         self._new.remember()
+        for name in restart:
+            self._say(name, "has a new configuration, and reads it when it is restarted")
         return UpgradeReport(
             previous=old_tag,
             tag=new_tag,
@@ -121,6 +125,7 @@ class Upgrade:
             services=[part.name for step in steps for part in step],
             took_s=time.monotonic() - self._began_s,
             pause_s=self._pause_s,
+            restart=restart,
         )
 
     def _ill(self) -> list[str]:
@@ -289,8 +294,8 @@ class Upgrade:
     def _compose(self, target: Stack, *words: str) -> None:
         target.engine.call(*target.compose(*words), folder=target.folder, timeout_s=STOP_TIMEOUT_S)
 
-    def _write(self, stack: Stack) -> None:
-        write_files(stack.folder, render("compose", stack.spec))
+    def _write(self, stack: Stack) -> list[str]:
+        return write_files(stack.folder, render("compose", stack.spec))
 
     def _say(self, name: str, what: str) -> None:
         self._progress(name, what, time.monotonic() - self._began_s)
