@@ -24,6 +24,7 @@ from images import Images
 from stacks import Stack, prepare, spec_with_free_ports
 
 from agentic_flow.client import Client
+from agentic_flow.core.errors import CircuitOpen
 from agentic_flow.core.identity import new_key
 from agentic_flow.deploy import compose
 from agentic_flow.deploy.plan import checked_plan
@@ -104,7 +105,9 @@ class Accepted:
 
     def __enter__(self) -> Accepted:
         with self._stack.client() as client:
-            self.runs = [self.submit(client) for _ in range(self._runs)]
+            until(lambda: self._is_accepted(client), 30, "the first run")
+            while len(self.runs) < self._runs:
+                self.runs.append(self.submit(client))
         path = "/v1/namespaces/faults"
         until(lambda: self._asked(path, b"{}", method="PUT")[0] in (200, 201), 30, "a namespace to write to")
         self._thread.start()
@@ -118,6 +121,14 @@ class Accepted:
     def submit(self, client: Client) -> str:
         """Submit one more run and remember it once it is accepted."""
         return client.runs.submit("How are runs resumed?", input="/inputs/guides", agents=self._agents)
+
+    def _is_accepted(self, client: Client) -> bool:
+        """Whether a run is, or a circuit that the fault before this one opened is still to close."""
+        try:
+            self.runs.append(self.submit(client))
+        except CircuitOpen:
+            return False
+        return True
 
     def takes_writes(self) -> bool:
         """Whether a write is acknowledged again: breakers between services close a little later than they are
