@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import signal
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -432,16 +433,16 @@ async def test_a_load_that_nobody_waits_for_is_kept(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a second load beside the one that was given up, or a turn lost with it."""
-    go = tmp_path / "go"
-    waits = f"import pathlib, time\nwhile not pathlib.Path({str(go)!r}).exists():\n    time.sleep(0.01)"
-    (tmp_path / "sitecustomize.py").write_text(waits)
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    (tmp_path / "sitecustomize.py").write_text(f"open({str(gate)!r}).read()  # waits for somebody who writes")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     async with provider_of(models, concurrent_max=1) as provider:
         with pytest.raises(DeadlineExceeded, match="loaded"):
             await provider.complete(ask("says"), deadline=Deadline.after(0.1))
-        while not (loading := model_processes()):
-            await asyncio.sleep(0.01)
-        go.touch()
+        with await asyncio.to_thread(gate.open, "w"):  # waits for somebody who reads
+            loading = model_processes()
+            assert len(loading) == 1
         assert (await provider.complete(ask("says"), deadline=soon())).stop_reason == "end"
         assert model_processes() == loading
 
