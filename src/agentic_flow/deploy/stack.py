@@ -232,7 +232,7 @@ class Stack:
         self.wait_for_ports(_PORTS_TIMEOUT_S)
 
     def stale(self, changed: Iterable[str]) -> list[str]:
-        """Services there are that read one of these rendered files only at their start."""
+        """Services with a container that read one of these rendered files at their start only."""
         written = set(changed)
         reads = [service for service, files in _READ_AT_START.items() if written & set(files)]
         return [service for service in reads if any(one.service == service for one in self.containers())]
