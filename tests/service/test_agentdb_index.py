@@ -483,6 +483,26 @@ async def test_tending_from_an_older_transaction_loses_nothing(first: int, tmp_p
             database.close()
 
 
+async def test_a_namespace_dropped_by_another_process_stops_no_indexing(tmp_path: Path) -> None:
+    """Catches a graph made of no rows, because searches still hold the index of what is gone: an error that
+    ended the thread which tends all other namespaces."""
+    asked = settings_of("graph")
+    vectors = clustered(40)
+    async with AgentDB(tmp_path, asked) as store, AgentDB(tmp_path, asked) as other:
+        for name in ("gone", SPACE):
+            await other.create_namespace(T, name, dimension=DIMENSION, embedder_id="test")
+        await other.upsert(T, "gone", items_of(vectors))
+        gone = await store._db.read(lambda connection: find_namespace(connection, T, "gone").layout)
+        await store.search(T, "gone", SearchQuery(vector=items_of(vectors)[0].vector, mode="vector"))
+        await other.delete_namespace(T, "gone")
+        assert [len(index) for index in store._indexes.held()] == [len(vectors)]
+        store._indexes.tend(gone)  # here, and by the thread:
+        store._indexer.wake(gone)
+        await store.upsert(T, SPACE, items_of(vectors))
+        while "graph" not in {index.tier for index in store._indexes.held()}:
+            await asyncio.sleep(0.02)
+
+
 @pytest.mark.parametrize("metric", ["dot", "euclidean"])
 @settings(max_examples=15, deadline=None)
 @given(steps=st.lists(st.tuples(st.booleans(), KEY_SETS), min_size=1, max_size=8))

@@ -63,6 +63,8 @@ class Indexer:
                     self._indexes.tend(layout)
                 except AgenticFlowError as error:
                     _log.warning("index_untended", namespace_id=layout.namespace_id, error=error.message)
+                except Exception:  # noqa: BLE001 - other namespaces must be tended, whatever happened
+                    _log.exception("index_untended", namespace_id=layout.namespace_id)
 
     def _await_quiet(self) -> None:
         waited_s = 0.0

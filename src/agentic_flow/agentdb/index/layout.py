@@ -140,6 +140,11 @@ def read_blocks(layout: Layout, keys: Keys, read: Read) -> Iterator[tuple[Keys, 
             yield block
 
 
+def namespace_exists(connection: apsw.Connection, namespace_id: int) -> bool:
+    """Whether the namespace is there, in this transaction."""
+    return bool(rows(connection, "SELECT 1 FROM namespaces WHERE id = ?", (namespace_id,)))
+
+
 def namespace_keys(connection: apsw.Connection, namespace_id: int) -> Keys:
     """Keys of all items of a namespace, sorted; those that have expired and are still there included."""
     found = rows(connection, "SELECT key FROM items WHERE namespace_id = ?", (namespace_id,))

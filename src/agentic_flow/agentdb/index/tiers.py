@@ -44,6 +44,7 @@ from agentic_flow.agentdb.index.layout import (
     changed_rows_since,
     changes_since,
     count_rows,
+    namespace_exists,
     namespace_keys,
     newest_sequence,
     operation_mark,
@@ -578,6 +579,8 @@ class Indexes:
             self.save(index)
 
     def _tended(self, connection: apsw.Connection, layout: Layout) -> NamespaceIndex | None:
+        if not namespace_exists(connection, layout.namespace_id):
+            return None  # dropped; what searches have of its index has rows still, and is about to be let go
         if layout.namespace_id not in self._held:
             count = count_rows(connection, layout.namespace_id)
             if self._wanted_tier(layout, count) == "exact":
@@ -741,17 +744,12 @@ class Indexes:
 
     def save(self, index: NamespaceIndex) -> None:
         """Write the index file, if the index has something to write that the file has not."""
+        layout = index.layout
         # Before the lock: searches may wait for it, and the file may be slow.
-        of = self._read(
-            lambda connection: (
-                self._about(connection, index.layout)
-                if rows(connection, "SELECT 1 FROM namespaces WHERE id = ?", (index.layout.namespace_id,))
-                else None
-            )
-        )
+        of = self._read(lambda c: namespace_exists(c, layout.namespace_id) and self._about(c, layout))
         with index.lock:
             # Of a namespace that another process has removed, nothing may come back to the disk.
-            if of is None or index.codes is None or not index.unsaved:
+            if not of or index.codes is None or not index.unsaved:
                 return
             parts = {"codes": index.codes.to_bytes()}
             if index.sketch is not None:
@@ -769,7 +767,7 @@ class Indexes:
                 "fit": astuple(index.fit),
             }
             index.unsaved = 0
-        path = self._path(index.layout.namespace_id)
+        path = self._path(layout.namespace_id)
         try:
             index.file_bytes = write_index(path, about, parts)
         except OSError as error:
