@@ -9,6 +9,7 @@ import functools
 import itertools
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -66,6 +67,44 @@ async def main():
 asyncio.run(main())
 """
 """Makes the index of a namespace; says, in MiB, by how much its memory grew at the most."""
+
+CHANGING = r"""
+import sys
+from threading import Thread
+from time import sleep
+
+import numpy as np
+
+from agentic_flow.agentdb.index.codes import make_codes
+from agentic_flow.agentdb.index.layout import Layout
+
+codes = make_codes(Layout(1, 128, sys.argv[2], "f32"), sys.argv[1])
+block = np.random.default_rng(0).standard_normal((5000, 128)).astype(np.float32)
+block /= np.linalg.norm(block, axis=1, keepdims=True)
+for first in range(0, 200_000, 5000):
+    codes.add(np.arange(first, first + 5000, dtype=np.int64), block)
+searches, over = [], False
+
+def search():
+    while not over:
+        assert codes.nearest(block[7], 60, None).max() < 400_000
+        searches.append(1)
+
+threads = [Thread(target=search) for _ in range(2)]
+for thread in threads:
+    thread.start()
+while not searches:
+    sleep(0.001)
+for first in range(200_000, 400_000, 5000):
+    codes.add(np.arange(first, first + 5000, dtype=np.int64), block)
+    if first % 50_000 == 0:
+        codes.remove(np.arange(first - 40_000, first - 35_000, dtype=np.int64))
+over = True
+for thread in threads:
+    thread.join()
+print(len(searches), len(codes))
+"""
+"""Searches codes that grow and shrink; what moves them under a search ends the process."""
 
 
 def settings_of(tier: Tier, **values: Any) -> AgentDBSettings:
@@ -317,6 +356,18 @@ async def test_making_an_index_takes_little_more_than_what_it_keeps(tmp_path: Pa
     assert (tmp_path / INDEXES / "1.index").exists()
     kept_mib = 4 * dimension * count / 2**20
     assert kept_mib < float(said) < kept_mib + 64
+
+
+@pytest.mark.parametrize(("library", "metric"), [("turbovec", "cosine"), ("faiss", "euclidean")])
+def test_codes_are_searched_while_they_change(library: str, metric: str) -> None:
+    """Catches a library that reads memory which a write beside it has given back: the process is gone."""
+    done = subprocess.run(
+        [sys.executable, "-c", CHANGING, library, metric], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    searches, held = map(int, done.stdout.split())
+    assert searches > 2
+    assert held == 400_000 - 4 * 5000
 
 
 def test_matrix_lets_go_of_replaced_rows() -> None:

@@ -7,6 +7,9 @@ first cannot do: Euclidean distance and short vectors. Decision record 10 has th
 from __future__ import annotations
 
 import importlib
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, Protocol, cast
 
@@ -164,8 +167,45 @@ class TurbovecCodes:
         return wide
 
 
+class _Gate:
+    """Many at once read what one at a time changes."""
+
+    def __init__(self) -> None:
+        self._state = threading.Condition()
+        self._reading = self._changing = 0
+
+    @contextmanager
+    def reading(self) -> Generator[None]:
+        with self._state:
+            while self._changing:  # whoever changes goes first, else searches without a gap would hold it up
+                self._state.wait()
+            self._reading += 1
+        try:
+            yield
+        finally:
+            with self._state:
+                self._reading -= 1
+                if not self._reading:
+                    self._state.notify_all()
+
+    @contextmanager
+    def changing(self) -> Generator[None]:
+        with self._state:
+            self._changing += 1
+            try:
+                while self._reading:
+                    self._state.wait()
+                yield  # the lock is held: nobody begins to read
+            finally:
+                self._changing -= 1
+                self._state.notify_all()
+
+
 class FaissCodes:
-    """Half-precision codes by faiss, with inner product or Euclidean distance."""
+    """Half-precision codes by faiss, with inner product or Euclidean distance.
+
+    faiss lets go of the interpreter's lock and has none of its own: what searches read must not be moved.
+    """
 
     library = "faiss"
     bits = 16
@@ -175,6 +215,7 @@ class FaissCodes:
         self._dimension = layout.dimension
         self._metric = faiss.METRIC_L2 if layout.metric == "euclidean" else faiss.METRIC_INNER_PRODUCT
         self._keys: set[int] = set()
+        self._gate = _Gate()
         if data is None:
             self._index: Any = self._empty()
             return
@@ -200,23 +241,27 @@ class FaissCodes:
         return key in self._keys
 
     def add(self, keys: Keys, vectors: Vectors) -> None:
-        self._index.add_with_ids(np.ascontiguousarray(vectors, np.float32), keys)
-        self._keys.update(keys.tolist())
+        with self._gate.changing():
+            self._index.add_with_ids(np.ascontiguousarray(vectors, np.float32), keys)
+            self._keys.update(keys.tolist())
 
     def remove(self, keys: Keys) -> None:
         gone = [key for key in keys.tolist() if key in self._keys]
         if gone:
-            self._index.remove_ids(np.array(gone, np.int64))
-            self._keys.difference_update(gone)
+            with self._gate.changing():
+                self._index.remove_ids(np.array(gone, np.int64))
+                self._keys.difference_update(gone)
 
     def nearest(self, query: NDArray[np.float32], count: int, allowed: Keys | None) -> Keys:
-        if not self._keys:
-            return np.zeros(0, np.int64)
         params = None
         if allowed is not None:
             params = self._faiss.SearchParameters(sel=self._faiss.IDSelectorBatch(allowed))
-        _, found = self._index.search(query[None, :], min(count, len(self._keys)), params=params)
+        with self._gate.reading():
+            if not self._keys:
+                return np.zeros(0, np.int64)
+            _, found = self._index.search(query[None, :], min(count, len(self._keys)), params=params)
         return cast(Keys, found[0][found[0] >= 0])
 
     def to_bytes(self) -> bytes:
-        return self._faiss.serialize_index(self._index).tobytes()
+        with self._gate.reading():
+            return self._faiss.serialize_index(self._index).tobytes()
