@@ -45,11 +45,13 @@ from agentic_flow.memory.likeness import (
 )
 from agentic_flow.memory.records import ITEMS, MemoryItem, Recall, RecalledItem
 
-CANDIDATES = 16
+CANDIDATES = 32
 """Items that a task is compared with, from which those that are recalled are chosen."""
 CANDIDATES_MAX = 1000
-CLAIMS = 12
-"""Candidates whose words are looked at: so many that may be recalled, and so many whose evidence counts."""
+CLAIMS = 24
+"""Candidates whose words are looked at, and whose evidence counts: so many that may be recalled,"""
+CLAIMS_BESIDE = 12
+"""and so many that may not."""
 NAMED = 8
 """Candidates that full text adds for the codes in a task."""
 FINALISTS = 8
@@ -508,15 +510,15 @@ class Bank:
         able = [pair for pair in near if pair[0].item.id in found.may]
         if not able:
             return []
-        # What is further off than this is neither recalled nor heard; its words need not be looked at.
-        least = ranking.RELATIVE_MIN * able[0][1]
-        able = [pair for pair in able if pair[1] >= least][: max(CLAIMS, k)]
-        rest = [pair for pair in near if pair[1] >= least and pair[0].item.id not in found.may]
-        claims = [_claim(*pair, now_s, half_life_days) for pair in (*able, *rest[:CLAIMS])]
+        # What is further off is not recalled, but heard: tasks of one kind may be told in words that differ.
+        least, heard = ranking.RELATIVE_MIN * able[0][1], ranking.HEARD_MIN * able[0][1]
+        able = [pair for pair in able if pair[1] >= heard][: max(CLAIMS, k)]
+        rest = [pair for pair in near if pair[1] >= heard and pair[0].item.id not in found.may]
+        claims = [_claim(*pair, now_s, half_life_days) for pair in (*able, *rest[:CLAIMS_BESIDE])]
         scored: list[_Scored] = []
         beliefs = ranking.pooled(claims, sketch(task).words, semantic=found.result.semantic)
         for (hit, similarity), claim, (mean, told) in zip(able, claims, beliefs, strict=False):
-            if not told:
+            if not told or similarity < least:
                 continue
             stored = hit.item.metadata
             fresh_s = max(stored["created_at_s"], stored["used_at_s"] or 0.0)

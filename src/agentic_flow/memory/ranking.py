@@ -18,8 +18,9 @@ from typing import NamedTuple
 
 from agentic_flow.agentdb.analysis import query_words
 from agentic_flow.memory.confidence import SHOWN_MIN, believed
-from agentic_flow.memory.likeness import Sketch, cosine, same_matter
+from agentic_flow.memory.likeness import Sketch, same_matter
 from agentic_flow.memory.records import MemoryItem
+from agentic_flow.memory.wordings import Wordings
 
 SIMILARITY_MIN_SPELLING = 0.18
 SIMILARITY_MIN_MEANING = 0.30
@@ -28,12 +29,15 @@ SIMILARITY_MIN_MEANING = 0.30
 RELATIVE_MIN = 0.7
 """An item whose similarity is below this share of the best one's is not picked for its novelty."""
 
+HEARD_MIN = 0.5
+"""And below this share, its evidence is not looked at."""
+
 NEARNESS_NONE, NEARNESS_WHOLE = 0.6, 0.75
 """Shares of the best one's similarity: below the one an item's evidence says nothing about the task, from
 the other on it counts whole. What tasks of one kind are told in differs by a word or two in four."""
 
-ALIKE_NONE, ALIKE_WHOLE = 0.4, 0.75
-"""Likeness of two tasks, by their words: up to the one, what came of a lesson in one of them says nothing of
+ALIKE_NONE, ALIKE_WHOLE = 0.5, 0.75
+"""Likeness of two tasks, see `wordings`: up to the one, what came of a lesson in one of them says nothing of
 the other, from the other on it counts whole."""
 WORDS_MIN = 2
 """A task of which lessons have fewer words than this is not compared with tasks by words."""
@@ -246,10 +250,10 @@ def pooled(
     like and speaks against its opposite.
 
     Evidence counts as far as the task where it came about is like this one: so a lesson of one kind of task
-    gives way to what is known of another that sounds alike. Likeness is the cosine of the words that some of
-    the lessons speak of; details of a task, of which none does, take no part. Where the task has no such
-    words, or an embedder understands more than words, it is the similarity of the items, compared with the
-    nearest one's.
+    gives way to what is known of another that sounds alike. Likeness is that of `wordings`, by the words that
+    some of the lessons speak of; details of a task, of which none does, take no part. Where the task has no
+    such words, or an embedder understands more than words, it is the similarity of the items, compared with
+    the nearest one's.
 
     What is believed follows the difference between what speaks for and against: each verdict multiplies the
     odds. A mean of a Beta distribution, which says how often a thing succeeds, moves ever less: it would take
@@ -273,8 +277,10 @@ def pooled(
         spoken -= common
     about = task & spoken
     by_words = len(about) >= WORDS_MIN
+    tried = [[words & spoken for words, _ in claim.outcomes] if by_words else [] for claim in claims]
+    wordings = Wordings(about, (words for of_one in tried for words in of_one), least=ALIKE_NONE)
     balances: list[float] = []
-    for claim in claims:
+    for claim, told_in in zip(claims, tried, strict=True):
         near = 0.0
         if best > 0 and (semantic or not by_words):
             near = _ramp(claim.similarity / best, NEARNESS_NONE, NEARNESS_WHOLE)
@@ -282,9 +288,9 @@ def pooled(
             balances.append(near * claim.balance)
             continue
         here, rest = 0.0, claim.balance
-        for words, balance in claim.outcomes:
+        for words, (_, balance) in zip(told_in, claim.outcomes, strict=True):
             rest -= balance
-            here += balance * max(near, _ramp(cosine(about, words & spoken), ALIKE_NONE, ALIKE_WHOLE))
+            here += balance * max(near, _ramp(wordings.alike(words), ALIKE_NONE, ALIKE_WHOLE))
         # Of an unknown task: the lesson's own words, beside which it has those of any lesson.
         own = len(about & claim.says.words) / len(about)
         balances.append(here + rest * max(near, _ramp(own, ALIKE_NONE, ALIKE_WHOLE)))
