@@ -388,12 +388,13 @@ To be read with it: the world was made narrower during development (a kind has 3
 its twin shares, and a task 2 of either; before, 6 and 3, the row "wider world"). The agent weighs notes by
 the belief that the block shows, which only ours shows; a row says what that makes. All arms alike leave
 notes that have fewer than two topic words in common with the task. Parameters were chosen on other seeds
-(100 to 109), but for one: a stricter setting, which harmed 5.0 % at 20 %, was given up after its run on
-these, because plain append solved as much at 0 % and more in the wider world.
+(100 to 119). These here were looked at on the way: a stricter setting, which harmed 5.0 % at 20 %, was given
+up after its run on them, because plain append solved as much at 0 % and more in the wider world; and the
+last step was taken after the one before it had harmed 5.5 % at 20 % on them (docs/decisions/0035).
 
 What harms at 20 %: mostly lessons from wrong verdicts. One verdict for advice is enough to tell it, and it is
-right in six of ten cases there; a wrong one is followed until it fails. An outcome counts where it came about
-(docs/decisions/0033); before, 8.8 % were harmed, most by true advice about the twin."""
+right in six of ten cases there; a wrong one is followed until it fails. A learner that is told the kind of
+each task harms as much, so that it is no longer advice about the twin."""
 
 
 def _listed(values: Mapping[float, float]) -> str:
