@@ -45,13 +45,12 @@ from agentic_flow.memory.likeness import (
 )
 from agentic_flow.memory.records import ITEMS, MemoryItem, Recall, RecalledItem
 
-CANDIDATES = 32
+CANDIDATES = 16
 """Items that a task is compared with, from which those that are recalled are chosen."""
 CANDIDATES_MAX = 1000
-CLAIMS = 24
-"""Candidates whose words are looked at, and whose evidence counts: so many that may be recalled,"""
-CLAIMS_BESIDE = 12
-"""and so many that may not."""
+CLAIMS = 16
+"""Candidates whose words are looked at, and whose evidence counts: so many that may be recalled, and so many
+that may not."""
 NAMED = 8
 """Candidates that full text adds for the codes in a task."""
 FINALISTS = 8
@@ -514,7 +513,7 @@ class Bank:
         least, heard = ranking.RELATIVE_MIN * able[0][1], ranking.HEARD_MIN * able[0][1]
         able = [pair for pair in able if pair[1] >= heard][: max(CLAIMS, k)]
         rest = [pair for pair in near if pair[1] >= heard and pair[0].item.id not in found.may]
-        claims = [_claim(*pair, now_s, half_life_days) for pair in (*able, *rest[:CLAIMS_BESIDE])]
+        claims = [_claim(*pair, now_s, half_life_days) for pair in (*able, *rest[:CLAIMS])]
         scored: list[_Scored] = []
         beliefs = ranking.pooled(claims, sketch(task).words, semantic=found.result.semantic)
         for (hit, similarity), claim, (mean, told) in zip(able, claims, beliefs, strict=False):
