@@ -4,8 +4,9 @@
 
 This process imports everything once and then only forks, which makes a kill cost little. A life records COUNT
 trajectories and learns at the same time, also from what earlier lives left. It notes each trajectory in
-FOLDER/acknowledged once `record` has returned, and each judgement in FOLDER/judged. At the end the number of
-lives that had to be killed is printed. The store is in FOLDER, or in a database of PostgreSQL.
+FOLDER/acknowledged once `record` has returned, and each judgement in FOLDER/judged. The first life is left to
+itself, to see how long one takes. At the end the number of lives that had to be killed is printed. The store
+is in FOLDER, or in a database of PostgreSQL.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import random
 import select
 import signal
 import sys
+import time
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -141,8 +143,8 @@ async def live(folder: Path, url: str | None, life: int, first: int, count: int)
         await learner.close()
 
 
-def killed_after(seconds: float, life: int, living: Coroutine[Any, Any, None]) -> bool:
-    """One life in a process of its own; whether it had to be killed."""
+def killed_after(seconds: float | None, life: int, living: Coroutine[Any, Any, None]) -> bool:
+    """One life in a process of its own; whether it had to be killed, which it is after so many seconds."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -170,9 +172,15 @@ def main() -> None:
     url = sys.argv[5] if len(sys.argv) > 5 else None
     rng = random.Random(seed)
     asyncio.run(make(folder, url))
-    killed = 0
+    killed, whole_s = 0, None
     for life in range(1, lives + 1):
-        killed += killed_after(rng.uniform(0.05, 0.9), life, live(folder, url, life, life * count, count))
+        # As long as the last one took that was not killed, at the most: machines differ.
+        after_s = None if whole_s is None else rng.uniform(0.02, 1.0) * whole_s
+        began_s = time.monotonic()
+        if killed_after(after_s, life, live(folder, url, life, life * count, count)):
+            killed += 1
+        else:
+            whole_s = time.monotonic() - began_s
     print(killed)
 
 
