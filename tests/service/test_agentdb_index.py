@@ -8,6 +8,7 @@ import asyncio
 import functools
 import itertools
 import os
+import queue
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,7 @@ pytestmark = pytest.mark.anyio
 T, SPACE = "tenant", "space"
 Tier = Literal["exact", "scan", "graph"]
 TIERS: tuple[Tier, ...] = ("exact", "scan", "graph")
+TENDED_TIMEOUT_S = 60.0
 DIMENSION = 64  # the least that turbovec is used for
 
 
@@ -534,7 +536,9 @@ async def test_tending_from_an_older_transaction_loses_nothing(first: int, tmp_p
             database.close()
 
 
-async def test_a_namespace_dropped_by_another_process_stops_no_indexing(tmp_path: Path) -> None:
+async def test_a_namespace_dropped_by_another_process_stops_no_indexing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches a graph made of no rows, because searches still hold the index of what is gone: an error that
     ended the thread which tends all other namespaces."""
     asked = settings_of("graph")
@@ -548,10 +552,20 @@ async def test_a_namespace_dropped_by_another_process_stops_no_indexing(tmp_path
         await other.delete_namespace(T, "gone")
         assert [len(index) for index in store._indexes.held()] == [len(vectors)]
         store._indexes.tend(gone)  # here, and by the thread:
-        store._indexer.wake(gone)
+        tended: queue.Queue[Layout] = queue.Queue()
+        tend = store._indexes.tend
+
+        def noted(layout: Layout) -> None:
+            tend(layout)
+            tended.put(layout)
+
+        monkeypatch.setattr(store._indexes, "tend", noted)
+        for _ in range(2):  # each in a round of the thread's own
+            store._indexer.wake(gone)
+            assert await asyncio.to_thread(tended.get, timeout=TENDED_TIMEOUT_S) == gone
         await store.upsert(T, SPACE, items_of(vectors))
-        while "graph" not in {index.tier for index in store._indexes.held()}:
-            await asyncio.sleep(0.02)
+        assert await asyncio.to_thread(tended.get, timeout=TENDED_TIMEOUT_S) != gone
+        assert [index.tier for index in store._indexes.held()] == ["scan", "graph"]
 
 
 @pytest.mark.parametrize("metric", ["dot", "euclidean"])

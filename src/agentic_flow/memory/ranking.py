@@ -277,10 +277,10 @@ def pooled(
         spoken -= common
     about = task & spoken
     by_words = len(about) >= WORDS_MIN
-    tried = [[words & spoken for words, _ in claim.outcomes] if by_words else [] for claim in claims]
-    wordings = Wordings(about, (words for of_one in tried for words in of_one), least=ALIKE_NONE)
+    tried = (words & spoken for claim in claims for words, _ in claim.outcomes)
+    wordings = Wordings(about, tried, least=ALIKE_NONE)
     balances: list[float] = []
-    for claim, told_in in zip(claims, tried, strict=True):
+    for claim in claims:
         near = 0.0
         if best > 0 and (semantic or not by_words):
             near = _ramp(claim.similarity / best, NEARNESS_NONE, NEARNESS_WHOLE)
@@ -288,9 +288,9 @@ def pooled(
             balances.append(near * claim.balance)
             continue
         here, rest = 0.0, claim.balance
-        for words, (_, balance) in zip(told_in, claim.outcomes, strict=True):
+        for words, balance in claim.outcomes:
             rest -= balance
-            here += balance * max(near, _ramp(wordings.alike(words), ALIKE_NONE, ALIKE_WHOLE))
+            here += balance * max(near, _ramp(wordings.alike(words & spoken), ALIKE_NONE, ALIKE_WHOLE))
         # Of an unknown task: the lesson's own words, beside which it has those of any lesson.
         own = len(about & claim.says.words) / len(about)
         balances.append(here + rest * max(near, _ramp(own, ALIKE_NONE, ALIKE_WHOLE)))

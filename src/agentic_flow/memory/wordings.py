@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
+from functools import cached_property
 
 from agentic_flow.memory.likeness import cosine
 
@@ -33,14 +34,20 @@ class Wordings:
 
     def __init__(self, task: frozenset[str], tried: Iterable[frozenset[str]], *, least: float = 0.0) -> None:
         self._task = task
+        self._tried = tried
         self._least = least
-        self._seen: Counter[str] = Counter()
-        self._company: dict[str, set[str]] = {}
         self._known: dict[frozenset[str], float] = {}
-        for words in set(tried):
-            self._seen.update(words)
+
+    @cached_property
+    def _company(self) -> tuple[Counter[str], dict[str, set[str]]]:
+        """How many of the others have a word, and the words that occur with it; made when first asked for."""
+        seen: Counter[str] = Counter()
+        company: dict[str, set[str]] = {}
+        for words in set(self._tried):
+            seen.update(words)
             for word in words:
-                self._company.setdefault(word, set()).update(words)
+                company.setdefault(word, set()).update(words)
+        return seen, company
 
     def alike(self, other: frozenset[str]) -> float:
         """Likeness of the task and one of the others: 0 to 1.
@@ -58,13 +65,12 @@ class Wordings:
         ours, theirs = self._task - other, other - self._task
         if same + MET_WEIGHT * (1.0 - same) <= self._least or not (same and ours and theirs):
             return same
+        seen, company = self._company
         strangers = [
-            min(self._seen[word], self._seen[one])
-            for word in ours
-            for one in theirs.difference(self._company.get(word, ()))
+            min(seen[word], seen[one]) for word in ours for one in theirs.difference(company.get(word, ()))
         ]
         pairs = len(ours) * len(theirs)
         met = 1.0 - len(strangers) / pairs
         # Words come in any order: a plain sum would differ by the last digit from run to run.
-        apart = math.fsum(1.0 - 0.5 ** (seen / APART_HALF) for seen in strangers) / pairs
+        apart = math.fsum(1.0 - 0.5 ** (times / APART_HALF) for times in strangers) / pairs
         return (same + MET_WEIGHT * met * (1.0 - same)) * (1.0 - apart)
