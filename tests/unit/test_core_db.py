@@ -211,8 +211,10 @@ def test_no_acknowledged_row_is_lost_by_kill_9(tmp_path: Path) -> None:
         _go(process)
         acknowledged = {int(process.stdout.readline()) for _ in range(chance.randint(1, 400))}
         process.send_signal(signal.SIGKILL)
-        # What was printed before the kill but not yet read was acknowledged as well.
-        rest = process.communicate()[0]
+        # What was printed before the kill but not yet read was acknowledged as well. `communicate` alone
+        # would leave out what `readline` has buffered, and begin within a line.
+        rest = process.stdout.read()
+        process.communicate()
         acknowledged |= {int(line) for line in rest.split(b"\n")[:-1]}
         database = Database(path, TABLE)
         stored = {
