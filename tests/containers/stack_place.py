@@ -90,6 +90,18 @@ class StackPlace:
         )
         return Done(done.returncode, done.stdout, done.stderr)
 
+    def start(self, *words: str | Path) -> subprocess.Popen[str]:
+        """Begin a command of ours; what it writes, errors too, is its output."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "agentic_flow", *map(str, words)],
+            cwd=self.folder,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
     def client(self, *words: str | Path) -> Done:
         """The same, as a client of the stack."""
         return self.run(*words, **self.client_environment)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from container import Project
+from container import Project, until
 from engine import Engine
 from images import Images
 from stack_place import StackPlace
@@ -154,3 +156,50 @@ def test_what_cannot_be_restored_leaves_nothing(new_place: Make, engine: Engine)
     label = f"label=com.docker.compose.project={second.project}"
     for kind in (("ps", "-aq"), ("volume", "ls", "-q"), ("network", "ls", "-q")):
         assert engine.output(*kind, "--filter", label) == ""
+
+
+def test_a_restore_that_was_broken_off_is_never_taken_for_a_stack(new_place: Make, engine: Engine) -> None:
+    """Catches half of a backup that can be started or backed up, and a restore that has to be cleaned up
+    after by hand."""
+    services = SERVICES | {"worker": {"replicas": 1}}
+    first = new_place(store="postgresql", services=services)
+    fill(first)
+    written = items(first)
+    assert first.run("backup", "first.tar.gz", "--json").code == 0
+    assert first.run("down", "--volumes", "--yes").code == 0
+
+    second = new_place(store="postgresql", services=services)
+    again = ("restore", first.folder / "first.tar.gz", "--dir", "stack", "--spec", "spec.yaml", "--json")
+
+    def tools() -> str:
+        return engine.output("ps", "-q", "--no-trunc", "--filter", f"volume={second.project}_platform-data")
+
+    moments: dict[str, Callable[[], object]] = {
+        "its files are written": (second.stack / "stack.json").exists,
+        "its volumes are filled": tools,
+        "its database is loaded": lambda: second.container("postgres"),
+    }
+    for what, has_come in moments.items():
+        process = second.start(*again)
+        try:
+            until(lambda has_come=has_come, process=process: has_come() or process.poll() is not None, what)
+        finally:
+            process.kill()
+            said = process.communicate()[0]
+        assert process.returncode == -signal.SIGKILL, f"it ended before {what}: {said}"
+        for words in (("up",), ("up", "--spec", "spec.yaml"), ("backup", "half.tar.gz")):
+            refused = second.run(*words, "--json")
+            assert (refused.code, refused.data["error"]["code"]) == (5, "conflict"), words
+            assert "broken off" in refused.err
+        assert not (second.folder / "half.tar.gz").exists()
+    with (second.stack / "restore.unfinished").open("rb") as mark:
+        fcntl.flock(mark, fcntl.LOCK_EX)
+        refused = second.run(*again)
+        assert (refused.code, refused.data["error"]["code"]) == (5, "conflict")
+    restored = second.run(*again)
+    assert restored.code == 0, restored.err
+    assert "broken off" in restored.data["notes"][0]
+    assert not (second.stack / "restore.unfinished").exists()
+    started = second.run("up", "--json")
+    assert started.code == 0, started.out
+    assert items(second) == written

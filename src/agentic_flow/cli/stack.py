@@ -113,6 +113,7 @@ def _up_compose(session: Session, folder: Path, spec: Path | None, timeout_s: fl
         stack = Stack.remembered(folder, engine)
     else:
         stack = Stack(folder, read_spec(spec) if spec is not None else StackSpec(), engine)
+    stack.require_whole()
     stack.check_images()
     prepared = stack.prepare(provider_keys(session))
     for path in prepared.files:

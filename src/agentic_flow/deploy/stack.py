@@ -18,7 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from agentic_flow.core.errors import AgenticFlowError, DataCorrupted, DeadlineExceeded, NotFound, Unavailable
+from agentic_flow.core.errors import (
+    AgenticFlowError,
+    Conflict,
+    DataCorrupted,
+    DeadlineExceeded,
+    NotFound,
+    Unavailable,
+)
 from agentic_flow.core.secrets import write_private
 from agentic_flow.deploy.certs import CertificateFolder, Change
 from agentic_flow.deploy.engine import Container, Engine, failure, lines_of
@@ -29,6 +36,8 @@ from agentic_flow.deploy.secret_files import make_missing
 from agentic_flow.deploy.spec import StackSpec, parse_spec
 
 STATE_FILE = "stack.json"
+RESTORE_FILE = "restore.unfinished"
+"""In the folder from before a restore's first write until its last: volumes may hold a part of the backup."""
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 180.0
 PROBE_TIMEOUT_S = 3.0
@@ -189,6 +198,18 @@ class Stack:
         """Write `stack.json`."""
         document = {"format": 1, "spec": self.spec.model_dump(mode="json")}
         write_private(self.folder / STATE_FILE, json.dumps(document, indent=1).encode() + b"\n")
+
+    def require_whole(self) -> None:
+        """Whether the stack may be started and backed up.
+
+        Raises:
+            Conflict: a restore to the folder is under way, or was broken off.
+        """
+        if (self.folder / RESTORE_FILE).exists():
+            raise Conflict(
+                f"{str(self.folder)!r} holds a part of a backup: its restore is under way or was broken off",
+                hint=f"wait for it, or begin anew: `agentic-flow restore FILE --dir {self.folder}`",
+            )
 
     def _hosts(self) -> list[str]:
         wide = self.spec.address in ("0.0.0.0", "::")  # noqa: S104 - compared

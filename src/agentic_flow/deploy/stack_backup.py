@@ -12,8 +12,10 @@ stood still.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
+import os
 import shutil
 import subprocess
 import threading
@@ -49,8 +51,9 @@ from agentic_flow.deploy.backup import SETTLE_S, BackupReport, Progress, Restore
 from agentic_flow.deploy.engine import PROJECT_LABEL, Engine, failure
 from agentic_flow.deploy.infrastructure import DATABASE, DATABASE_USER
 from agentic_flow.deploy.plan import StackPlan
+from agentic_flow.deploy.snapshot import sync
 from agentic_flow.deploy.spec import StackSpec, parse_spec
-from agentic_flow.deploy.stack import STATE_FILE, STOP_TIMEOUT_S, Stack
+from agentic_flow.deploy.stack import RESTORE_FILE, STATE_FILE, STOP_TIMEOUT_S, Stack
 from agentic_flow.deploy.volumes import HELD
 
 STACK, POSTGRES = "stack", "postgres"
@@ -65,6 +68,8 @@ _END_TIMEOUT_S = 60.0
 _CREATE_TIMEOUT_S = 600.0
 """Images may have to be fetched."""
 _RESTORE_TIMEOUT_S = 24 * 3600.0
+_DOWN_TRIES = 5
+_DOWN_PAUSE_S = 2.0
 _TENANTS = ("agentic_flow.namespaces", "af_workflows", "gw_usage")
 """Tables whose rows belong to tenants."""
 _PSQL = ("psql", "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-U", DATABASE_USER, "-d", DATABASE)
@@ -88,9 +93,10 @@ def back_up_stack(
 
     Raises:
         NotFound: there are no volumes, or the image is not there.
-        Conflict: the destination exists.
+        Conflict: the destination exists, or the stack is what a broken-off restore left.
         Unavailable, DataCorrupted: as `back_up_folder`; also what Engine raises. Nothing is left of it.
     """
+    stack.require_whole()
     volumes = _volumes(stack)
     stack.check_images()
     head = {
@@ -136,18 +142,22 @@ def restore_stack(
 ) -> RestoreReport:
     """Make a stack of a backup, in a new folder and new volumes, ready to be started: all of it, or nothing.
 
+    Who dies within it leaves `RESTORE_FILE`: what is there can neither be started nor backed up, and the next
+    restore to the folder removes it first.
+
     Args:
         file: A backup of a stack.
-        folder: A folder that is not there, or is empty.
+        folder: A folder that is not there, is empty, or was left by a restore that was broken off.
         engine: Where the volumes shall be.
         spec: A description in place of that of the backup, such as for another name or other ports.
         provider_key: See `Stack.prepare`.
 
     Raises:
-        Conflict: the folder is not empty, the stack has volumes, the description keeps its state elsewhere
-            than the backup, or the backup is of a data folder.
+        Conflict: the folder is not empty, or another restore to it is under way; the stack has volumes, the
+            description keeps its state elsewhere than the backup, or the backup is of a data folder.
         InvalidInput, DataCorrupted, PathNotFound: as `read_archive`; nothing has changed.
-        Unavailable and what Engine and `Stack.prepare` raise: nothing is left.
+        Unavailable and what Engine and `Stack.prepare` raise: nothing is left, unless the engine cannot even
+            remove it. Then it is as if it had been broken off.
     """
     about = read_about(file)
     if about.kind != "compose":
@@ -155,7 +165,8 @@ def restore_stack(
             f"{str(file)!r} is of the data folder {about.name!r}, not of a stack of containers",
             hint="restore it with --data-dir DIR",
         )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    broken_off = (folder / RESTORE_FILE).exists()
+    if not broken_off and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise Conflict(f"{str(folder)!r} is not empty", hint="restore into a new folder: --dir DIR")
     files: dict[str, tuple[bytes, int]] = {}
 
@@ -171,22 +182,73 @@ def restore_stack(
             f"the description keeps its state in store = {stack.spec.store!r}, the backup in {about.store!r}",
             hint="leave the store as it is",
         )
-    _require_new(stack)
     stack.check_images()
+    if broken_off:
+        with _restoring(folder):
+            _remove(folder, engine)
+    _require_new(stack)
     made = not folder.exists()
     try:
-        _write_stack(stack, file, files, provider_key)
-    except BaseException as error:
-        with contextlib.suppress(AgenticFlowError):  # the first error tells what is wrong
-            stack.down(volumes=True)
-        for path in folder.iterdir() if folder.exists() else ():
+        with _restoring(folder):
+            try:
+                _write_stack(stack, file, files, provider_key)
+            except BaseException:
+                with contextlib.suppress(AgenticFlowError):  # the first error tells what is wrong
+                    _remove(folder, engine)
+                    if made:
+                        folder.rmdir()
+                raise
+            (folder / RESTORE_FILE).unlink()
+            sync(folder)
+    except OSError as error:
+        raise unwritten(repr(str(folder)), error, "nothing is left of it") from error
+    notes = ("what a restore that was broken off had left was removed first",) if broken_off else ()
+    return RestoreReport(stack.folder, contents, None, (*notes, *notes_of(about)))
+
+
+@contextlib.contextmanager
+def _restoring(folder: Path) -> Generator[None]:
+    """While a folder is restored to: `RESTORE_FILE` is there, locked by who does it.
+
+    Raises:
+        Conflict: another process does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / RESTORE_FILE, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Conflict(
+                f"another process is restoring to {str(folder)!r}", hint="wait for it, or name another folder"
+            ) from None
+        sync(folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove(folder: Path, engine: Engine) -> None:
+    """Remove what a restore has made until now: first on the engine, then in the folder, the mark at last."""
+    if (folder / STATE_FILE).exists():  # the engine was not asked for anything before
+        _take_down(Stack.remembered(folder, engine))
+    for path in folder.iterdir():
+        if path.name != RESTORE_FILE:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if made and folder.exists():
-            folder.rmdir()
-        if isinstance(error, OSError):
-            raise unwritten(repr(str(folder)), error, "nothing is left of it") from error
-        raise
-    return RestoreReport(stack.folder, contents, None, notes_of(about))
+    (folder / RESTORE_FILE).unlink()
+
+
+def _take_down(stack: Stack) -> None:
+    """Remove a stack with its volumes. What a process that died had ordered may still be under way."""
+    for left in range(_DOWN_TRIES - 1, -1, -1):
+        try:
+            stack.down(volumes=True)
+            _require_new(stack)
+            return
+        except AgenticFlowError:
+            if not left:
+                raise
+            time.sleep(_DOWN_PAUSE_S)
 
 
 def _write_stack(
