@@ -4,16 +4,26 @@ notices, and nothing is lost."""
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from engine import Engine
 from faults import ON_POSTGRESQL, until
-from images import Images
+from images import TAG, Images
 from stack_place import Done, StackPlace
 from traffic import Seen
-from upgrades import BAD, GOOD, SILENT, make_versions, opened, streaming_provider, upgraded
+from upgrades import (
+    BAD,
+    GOOD,
+    SILENT,
+    accepted_run,
+    make_versions,
+    opened,
+    streaming_provider,
+    upgraded,
+)
 
 from agentic_flow.deploy.caddy import HOLD_S
 from agentic_flow.testing.fake_provider import FakeProvider
@@ -69,14 +79,19 @@ def assert_kept(place: StackPlace, seen: Seen) -> None:
         assert len(got.data) == len(asked), json.dumps(got.data)[:500]
     assert seen.runs
     for run_id in seen.runs:
-        result: dict[str, Any] = {}
+        assert_completes(place, run_id)
 
-        def has_ended(run_id: str = run_id, result: dict[str, Any] = result) -> bool:
-            result.update(place.client("runs", "show", run_id, "--json").data)
-            return result["state"] in ("completed", "failed", "cancelled")
 
-        until(has_ended, 60, f"the end of {run_id}")
-        assert result["state"] == "completed", result
+def assert_completes(place: StackPlace, run_id: str) -> None:
+    """An accepted run ends, and well."""
+    result: dict[str, Any] = {}
+
+    def has_ended() -> bool:
+        result.update(place.client("runs", "show", run_id, "--json").data)
+        return result["state"] in ("completed", "failed", "cancelled")
+
+    until(has_ended, 60, f"the end of {run_id}")
+    assert result["state"] == "completed", result
 
 
 def assert_unnoticed(done: Done, seen: Seen) -> None:
@@ -162,3 +177,41 @@ def test_on_sqlite_a_bad_version_is_taken_back(directory: StackPlace) -> None:
     assert_taken_back(directory, done, "platform")
     assert_unnoticed(done, seen)
     assert_kept(directory, seen)
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "death"])
+@pytest.mark.parametrize("store", ["postgres", "directory"])
+def test_an_upgrade_that_is_broken_off_leaves_a_way_on(
+    request: pytest.FixtureRequest, store: str, by: signal.Signals
+) -> None:
+    """Catches a stack that stays half of each version, or down, because whoever upgraded it went away."""
+    place: StackPlace = request.getfixturevalue(store)
+    (old,) = tags_of(place)
+    new = TAG if old == GOOD else GOOD
+    run_id = accepted_run(place)
+    process = place.start("upgrade", "--tag", new, "--json")
+
+    def is_within() -> bool:
+        """A new container beside the old ones, or none of an old one any more."""
+        assert process.poll() is None, process.communicate()[0]
+        return new in tags_of(place) if store == "postgres" else not place.container("agentdb")
+
+    try:
+        until(is_within, 120, "the middle of the upgrade")
+        process.send_signal(by)
+        said = process.communicate(timeout=200)[0]
+    finally:
+        process.kill()
+        process.communicate()
+    if by is signal.SIGINT:
+        assert process.returncode == 130, said
+        assert f"{old} in place again" in said
+    else:
+        assert process.returncode == -by
+        # Containers that run can be upgraded again; what was stopped is started first.
+        again = ("upgrade", "--tag", new) if store == "postgres" else ("up",)
+        done = place.run(*again, "--json")
+        assert done.code == 0, done.err
+    assert tags_of(place) == {new if by is signal.SIGKILL and store == "postgres" else old}
+    assert place.run("status").code == 0
+    assert_completes(place, run_id)

@@ -89,6 +89,7 @@ class Upgrade:
             NotFound: an image of the new version is not here. Nothing was changed.
             Unavailable: the new version did not become healthy, and the stack is back at the old one; or, as
                 the message then says, it is not.
+            KeyboardInterrupt: somebody wants it no longer, and the stack is back at the old version.
         """
         old_tag, new_tag = self._old.spec.images.tag, self._new.spec.images.tag
         if old_tag == new_tag:
@@ -107,13 +108,17 @@ class Upgrade:
         try:
             if start_first:
                 for step in steps:
-                    self._replace(self._new, step)
-                    done.append(step)
+                    before = self._start_beside(self._new, step)
+                    done.append(step)  # from here on the old ones may be gone
+                    self._retire(self._new, step, before)
             else:
                 self._replace_all(self._new, steps)
             self._new.wait_for_ports(self._gate_timeout_s)
-        except AgenticFlowError as error:
+        except (AgenticFlowError, KeyboardInterrupt) as error:
             self._back(error, done if start_first else steps, start_first=start_first)
+            if isinstance(error, KeyboardInterrupt):
+                self._say("stack", f"{old_tag} in place again")
+                raise
             raise self._told(error) from error
         self._new.remember()
         for name in restart:
@@ -149,7 +154,9 @@ class Upgrade:
             details={**error.details, "rolled_back_to": self._old.spec.images.tag},
         )
 
-    def _back(self, why: AgenticFlowError, steps: Sequence[Sequence[Part]], *, start_first: bool) -> None:
+    def _back(
+        self, why: AgenticFlowError | KeyboardInterrupt, steps: Sequence[Sequence[Part]], *, start_first: bool
+    ) -> None:
         """The old version of what has the new one already.
 
         Raises:
@@ -161,19 +168,24 @@ class Upgrade:
         try:
             if start_first:
                 for step in reversed(old):
-                    self._replace(self._old, step)
+                    self._retire(self._old, step, self._start_beside(self._old, step))
             else:
                 self._replace_all(self._old, old)
             self._old.wait_for_ports(self._gate_timeout_s)
         except AgenticFlowError as error:
+            interrupted = isinstance(why, KeyboardInterrupt)
+            what = "the upgrade was interrupted" if interrupted else f"the new version failed ({why.message})"
             raise Unavailable(
-                f"the new version failed ({why.message}), and going back failed too: {error.message}",
+                f"{what}, and going back failed too: {error.message}",
                 hint="see `agentic-flow doctor --stack`; `agentic-flow up` starts the old version",
-                details={"upgrade": why.details, "back": error.details},
+                details={"upgrade": {} if interrupted else why.details, "back": error.details},
             ) from error
 
-    def _replace(self, target: Stack, step: Sequence[Part]) -> None:
-        """New containers of some services beside the old ones, and then instead of them."""
+    def _start_beside(self, target: Stack, step: Sequence[Part]) -> set[str]:
+        """Start new containers of some services beside the old ones, until they are well; the old ones' ids.
+
+        If it fails, the new ones are gone.
+        """
         before = {part.name: self._of(part.name) for part in step}
         ids = {one.id for containers in before.values() for one in containers}
         words = ["up", "--detach", "--no-deps", "--no-recreate", "--pull", _pull(target)]
@@ -183,11 +195,15 @@ class Upgrade:
         try:
             self._compose(target, *words, *(part.name for part in step))
             self._wait_for(target, step, lambda: self._of_step(step, but=ids), settle_s=SETTLE_S)
-        except AgenticFlowError:
+        except (AgenticFlowError, KeyboardInterrupt):
             new = [one.id for one in self._of_step(step, but=ids)]
             if new:
                 target.engine.call("rm", "--force", *new)
             raise
+        return ids
+
+    def _retire(self, target: Stack, step: Sequence[Part], ids: Collection[str]) -> None:
+        """Stop and remove the containers that others have taken the place of."""
         self._stop(target, step, ids)
         target.engine.call("rm", "--force", *sorted(ids))
         for part in step:
