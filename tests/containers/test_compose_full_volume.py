@@ -3,6 +3,7 @@ there is room, with all that was acknowledged."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from faults import (
     SEEN_WITHIN_S,
     Accepted,
     Took,
+    agentic_flow,
     all_ready,
     healed,
     health,
@@ -29,8 +31,10 @@ from stacks import Stack, prepare, spec_with_free_ports
 from agentic_flow.core.errors import AgenticFlowError
 from agentic_flow.core.identity import new_key
 from agentic_flow.deploy import compose
+from agentic_flow.deploy.engine import Engine as DockerCommand
 from agentic_flow.deploy.parts import FILES_GROUP
 from agentic_flow.deploy.plan import VOLUMES
+from agentic_flow.deploy.stack import Stack as DeployedStack
 
 SIZE_MIB, DATABASE_SIZE_MIB = 96, 320
 REFUSED_WITHIN_S = 30.0
@@ -122,6 +126,13 @@ REFUSALS: dict[str, Callable[[Stack, Accepted], Any]] = {
 }
 
 
+def examined(stack: Stack) -> dict[str, dict[str, Any]]:
+    """What `agentic-flow doctor --stack` finds, by name."""
+    DeployedStack(stack.folder, stack.spec, DockerCommand()).remember()
+    done = agentic_flow(stack, "doctor", "--stack", "--dir", stack.folder, "--json")
+    return {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+
+
 @pytest.mark.parametrize("service", REFUSALS)
 def test_a_full_volume_is_told_refused_and_heals(stack: Stack, service: str) -> None:
     """Catches a full disk behind a green health route, a write that is acknowledged and lost, an error
@@ -140,7 +151,11 @@ def test_a_full_volume_is_told_refused_and_heals(stack: Stack, service: str) -> 
         with full(stack, VOLUMES[service]):
             seen_s = until(lambda: "disk" in health(stack, port).get("failing", ()), SEEN_WITHIN_S, "full")
             until(is_refused, REFUSED_WITHIN_S, "a write refused")
+            checks = examined(stack)
+            assert checks[f"data of {service}"]["state"] == "broken", checks
+            assert "make room" in checks[f"data of {service}"]["hint"]
             for other in set(REFUSALS) - {service}:
+                assert checks[f"data of {other}"]["state"] == "ok", checks
                 assert "disk" not in health(stack, getattr(stack.spec.ports, other)).get("failing", ())
         healed_s = until(lambda: all_ready(stack), HEALED_WITHIN_S, "well again")
         until(lambda: not REFUSALS[service](stack, accepted), HEALED_WITHIN_S, "taken again")
