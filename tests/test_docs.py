@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +33,8 @@ _PROGRAM = re.compile(r"^```(?:python|yaml)\n# (\w+\.(?:py|yaml))\n(.*?)^```", r
 _LINK = re.compile(r"\[[^\]]+\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 _PORTS = (3000, 5432, 9000)
+_PORTS_FROM = 20_000
+"""Below those that the system gives to whoever asks for any: tests beside these ask for many."""
 _READY = "listens on"
 _WORKS = "takes runs from"
 _COMMAND_TIMEOUT_S = 100
@@ -120,9 +123,20 @@ class Shell:
     def close(self) -> None:
         for server in self.servers:
             server.send_signal(signal.SIGTERM)
-            assert server.wait(20) == 0
+            assert server.wait(_COMMAND_TIMEOUT_S) == 0
             assert server.stderr is not None
             server.stderr.close()
+
+
+def free_ports() -> list[int]:
+    """A port for each service that nobody has, and that nobody takes before the page's server begins."""
+    first = _PORTS_FROM + os.getpid() % 100 * 100  # no two processes of a test run have the same hundred
+    found: list[int] = []
+    for port in range(first, first + 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+    return found[: len(_PORTS)]
 
 
 @pytest.fixture
@@ -145,10 +159,8 @@ def shell(tmp_path: Path) -> Iterator[Shell]:
         "AGENTIC_FLOW_DATA_DIR": str(tmp_path / "data"),
         "NO_COLOR": "1",
     }
-    for port, service in zip(_PORTS, ("PLATFORM", "AGENTDB", "SWARM"), strict=True):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            free = probe.getsockname()[1]
+    services = ("PLATFORM", "AGENTDB", "SWARM")
+    for port, service, free in zip(_PORTS, services, free_ports(), strict=True):
         environment[f"DOCS_PORT_{port}"] = environment[f"AGENTIC_FLOW_SERVE__{service}_PORT"] = str(free)
     # These are settings, and the product refuses names that it does not know; ours begin otherwise.
     shell = Shell(folder, environment)
@@ -158,7 +170,7 @@ def shell(tmp_path: Path) -> Iterator[Shell]:
         shell.close()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_runs_and_prints_what_is_shown(page: str, shell: Shell) -> None:
     """Catches a command in the documents that fails, and shown output that is not what gets printed."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.main import get_command
@@ -120,7 +121,8 @@ def test_an_unknown_setting_stops_every_command(run: Run, monkeypatch: pytest.Mo
 def test_a_job_that_fails_waits_before_it_ends(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a pause that is not kept, that success keeps, or that hides what went wrong."""
     waited_s: list[float] = []
-    monkeypatch.setattr("agentic_flow.cli.session.time.sleep", waited_s.append)
+    # Of that module alone: threads of the process, whoever's they are, sleep on.
+    monkeypatch.setattr("agentic_flow.cli.session.time", SimpleNamespace(sleep=waited_s.append))
     words = ("run", "What is here?", "--input", "nowhere")
     plain = run(*words)
     assert waited_s == []

@@ -208,13 +208,13 @@ async def main():
         request = CompletionRequest(
             model="extractive", messages=(Message(role="user", parts=(TextPart(text="hi"),)),)
         )
-        await gateway.complete(request, principal=LOCAL_OWNER, deadline=Deadline.after(5))
+        await gateway.complete(request, principal=LOCAL_OWNER, deadline=Deadline.after(100))
         refused = request.model_copy(update={"output_schema": {}})
         try:
-            await gateway.complete(refused, principal=LOCAL_OWNER, deadline=Deadline.after(5))
+            await gateway.complete(refused, principal=LOCAL_OWNER, deadline=Deadline.after(100))
         except Exception:
             pass
-        async for _ in gateway.stream(request, principal=LOCAL_OWNER, deadline=Deadline.after(5)):
+        async for _ in gateway.stream(request, principal=LOCAL_OWNER, deadline=Deadline.after(100)):
             pass
 
 asyncio.run(main())
@@ -228,7 +228,7 @@ def test_calls_leave_spans() -> None:
     """Catches a call without its span, or a failed one that looks well. In a process of its own, because the
     tracer provider of a process can be set only once."""
     done = subprocess.run(
-        [sys.executable, "-c", SPANS], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", SPANS], capture_output=True, text=True, timeout=200, check=True
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("chat ")]
     good = "chat extractive extractive 29 None"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from agentic_flow.core.errors import Conflict, DeadlineExceeded, InvalidInput, NotFound
@@ -168,6 +169,9 @@ async def fails_without_a_message(case: RunEngineCase) -> None:
 async def waits_without_a_place(case: RunEngineCase) -> None:
     """A workflow that waits lets others run; woken, it goes before what has not begun, not beside."""
     held, order = Journal(), Journal()
+    # Calls to the store have one thread: whatever is answered after the message was sent and another run was
+    # accepted, the woken one has been answered before, and stands in the line when the gate opens.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
 
     async def waits(context: WorkflowContext, payload: JsonObject) -> JsonObject:
         await context.receive("news")
