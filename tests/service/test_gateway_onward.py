@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from concurrent.futures import Future
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -26,7 +27,8 @@ from agentic_flow.testing.fake_provider import FakeProvider, Reply
 pytestmark = pytest.mark.anyio
 EACH_WAY = pytest.mark.parametrize("passes", [False, True], ids=["translated", "passed"])
 TEXT = "every word of it arrives once and in its place"
-# A piece of a stream comes by itself.
+# A piece of a stream comes by itself: the provider writes in the very loop that takes it, so that a machine
+# which stands still joins no two of them.
 SLOWLY: dict[str, Any] = {"chunk_delay_s": 0.01}
 # A fault leaves half of a stream, which comes in these pieces.
 HALF: dict[str, Any] = {"text": TEXT, "chunk_bytes": 200, **SLOWLY}
@@ -57,9 +59,22 @@ def question(passes: bool) -> Question:
 
 
 @asynccontextmanager
+async def provider(reply: Reply) -> AsyncIterator[str]:
+    """A provider in this event loop; its URL."""
+    started: Future[str] = Future()
+    serving = asyncio.create_task(FakeProvider([reply]).serve(started))
+    try:
+        yield await asyncio.wrap_future(started)
+    finally:
+        serving.cancel()
+        with suppress(asyncio.CancelledError):
+            await serving
+
+
+@asynccontextmanager
 async def walking(reply: Reply, passes: bool) -> AsyncIterator[tuple[Walk, CollectorRegistry]]:
-    with FakeProvider([reply]) as fake:
-        told = {"openai": {"base_url": fake.openai_url, "api_key": "k"}, "attempts": 1}
+    async with provider(reply) as url:
+        told = {"openai": {"base_url": f"{url}/v1", "api_key": "k"}, "attempts": 1}
         registry = CollectorRegistry()
         settings = GatewaySettings.model_validate(told)
         async with Gateway(settings, metrics=GatewayMetrics(registry)) as gateway:
