@@ -180,7 +180,7 @@ class Front:
 
 @asynccontextmanager
 async def gateway_at(
-    fake: FakeProvider, *, stop: asyncio.Event | None = None, **more: Any
+    fake: FakeProvider, *, stop: asyncio.Event | None = None, drain_timeout_s: float = 1.0, **more: Any
 ) -> AsyncIterator[str]:
     """A gateway over `fake`, with the routes and error shapes of the platform."""
     configured = GatewaySettings.model_validate(
@@ -205,7 +205,7 @@ async def gateway_at(
             ready=ready,
             error_shapes=ERROR_SHAPES,
         )
-        async with serving(app, stop=stop) as (url,):
+        async with serving(app, stop=stop, drain_timeout_s=drain_timeout_s) as (url,):
             yield url
 
 
@@ -597,7 +597,11 @@ async def test_a_server_that_stops_lets_streams_finish_or_says_that_it_cut_them(
         pieces: list[str] = []
         stop = asyncio.Event()
         with FakeProvider([reply], api_key="upstream-key") as fake:
-            async with gateway_at(fake, stop=stop) as url, Front("openai", url) as sdk:
+            drain_s = WAIT_S if whole else 1.0
+            async with (
+                gateway_at(fake, stop=stop, drain_timeout_s=drain_s) as url,
+                Front("openai", url) as sdk,
+            ):
                 task = asyncio.create_task(_read(sdk, "anthropic:fake-model", pieces))
                 async with asyncio.timeout(WAIT_S):
                     while not pieces:

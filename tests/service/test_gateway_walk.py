@@ -325,7 +325,7 @@ async def test_many_at_once_do_not_pass_the_limit(tmp_path: Path) -> None:
 async def test_a_broken_stream_is_charged_for_what_came(tmp_path: Path, front: Front) -> None:
     """Catches half an answer for nothing, and one that is charged its whole reservation."""
     long = Reply.broken("hang_mid", text="word " * 200)
-    async with house(tmp_path, lambda seen: long, budget(1.0), idle_timeout_s=0.3) as made:
+    async with house(tmp_path, lambda seen: long, budget(1.0), idle_timeout_s=1.0) as made:
         answer = await made.ask(front, "openai:dear", stream=True, max_tokens=400)
         assert "error" in answer.text
         (row,) = await made.rows()

@@ -246,14 +246,15 @@ async def test_a_deadline_ends_the_call() -> None:
 
 async def test_a_refused_connection_is_tried_again_even_for_a_write() -> None:
     """Catches a write lost to a server that was restarting, and an error without an address."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
     clock = CountingClock()
-    async with HttpTwin(
-        f"http://127.0.0.1:{port}", PeerSettings(attempts=3), clock=clock, peer="agentdb"
-    ) as twin:
-        with pytest.raises(Unavailable, match=f"'agentdb' cannot be reached at http://127.0.0.1:{port}"):
-            await twin.call("POST", "/x")
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # held, so that nobody else comes to listen there
+        port = bound.getsockname()[1]
+        async with HttpTwin(
+            f"http://127.0.0.1:{port}", PeerSettings(attempts=3), clock=clock, peer="agentdb"
+        ) as twin:
+            with pytest.raises(Unavailable, match=f"'agentdb' cannot be reached at http://127.0.0.1:{port}"):
+                await twin.call("POST", "/x")
     assert len(clock.pauses) == 2
 
 
