@@ -106,6 +106,10 @@ class Process:
                 return line
         raise AssertionError(f"ended without saying it: {''.join(self.err)}")
 
+    def unread(self) -> list[str]:
+        """The lines on stderr so far that `until` has not come to."""
+        return [line for line in list(self._said.queue) if line is not None]
+
     def addresses(self, services: int = 3) -> dict[str, str]:
         """Service → URL, once all of them listen."""
         found: dict[str, str] = {}

@@ -32,7 +32,7 @@ from agentic_flow.testing.serving import serving
 
 pytestmark = pytest.mark.anyio
 
-LINGER_S = 1.0
+LINGER_S = 2.0
 LONG_S = 3.0
 """Where several requests must come through meanwhile, on a machine that stands still now and then, too."""
 CLIENTS = 24
@@ -259,10 +259,16 @@ def test_it_does_not_listen_before_it_can_let_anybody_in(tmp_path: Path) -> None
         first.signal(signal.SIGTERM)
         assert first.end().code == 0
     lonely = {"AGENTIC_FLOW_PEERS__PLATFORM_URL": url}
-    with place.start("serve", "agentdb", **lonely, AGENTIC_FLOW_SERVE__LINGER_S="0.1") as waits:
+    with (
+        socket.socket() as held,
+        place.start("serve", "agentdb", **lonely, AGENTIC_FLOW_SERVE__LINGER_S="0.1") as waits,
+    ):
+        # Nobody else is given the port meanwhile, and whoever asks for it by its number may listen there.
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", int(url.rpartition(":")[2])))
         with Place(tmp_path / "other").start("serve", "agentdb", **lonely) as witness:
             witness.addresses(1)  # began later, and listens whatever it lacks
-        assert not [line for line in waits.err if " listens on " in line]
+        assert not [line for line in waits.unread() if " listens on " in line]
         with place.start("serve", "platform", AGENTIC_FLOW_SERVE__PLATFORM_PORT=url.rpartition(":")[2]):
             address = waits.addresses(1)["agentdb"]
             assert get(f"{address}/health/ready")[0] == 200

@@ -365,7 +365,7 @@ async def test_one_canonical_line_per_request() -> None:
     assert line["request_id"] == answer.headers["x-request-id"]
 
 
-@pytest.mark.parametrize(("sent", "low", "high"), [("5", 4, 5), ("0", 0, 0), ("900", 29, 30), (None, 29, 30)])
+@pytest.mark.parametrize(("sent", "low", "high"), [("5", 1, 5), ("0", 0, 0), ("900", 20, 30), (None, 20, 30)])
 async def test_the_callers_deadline_is_kept_within_ours(sent: str | None, low: float, high: float) -> None:
     """Catches a deadline header that is ignored, or that lifts the service's own limit."""
     headers = {} if sent is None else {"x-deadline-s": sent}
@@ -544,12 +544,15 @@ async def test_a_failing_lifespan_is_raised_and_leaves_no_socket() -> None:
         raise Conflict("the database is newer")
         yield
 
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    with pytest.raises(Conflict):
-        await serve([(app_of(lifespan=lifespan), "127.0.0.1", port)], signals=False)
-    with socket.create_server(("127.0.0.1", port)):
-        pass
+    with socket.socket() as held:
+        # Nobody else is given the port, and whoever asks for it by its number may listen there.
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+        with pytest.raises(Conflict):
+            await serve([(app_of(lifespan=lifespan), "127.0.0.1", port)], signals=False)
+        with socket.create_server(("127.0.0.1", port)):
+            pass
 
 
 _PROGRAM = """
@@ -617,6 +620,8 @@ async def test_a_second_signal_ends_the_process_at_once() -> None:
                 await (await session.get(f"{url}/health/live")).release()
             except aiohttp.ClientConnectorError:
                 break
+            except aiohttp.ClientError:
+                continue  # the port or the connection was closed under this very request
         process.send_signal(signal.SIGINT)
         assert await process.wait() == -signal.SIGINT
         with pytest.raises(aiohttp.ClientError):
