@@ -20,6 +20,7 @@ from typing import Any
 import aiohttp
 import orjson
 import pytest
+from hypothesis import settings
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute
 
@@ -41,10 +42,10 @@ DOCUMENTS = (
     ("/v1/runs/openapi.json", "swarm"),
 )
 """Every document, and where it is served."""
-LONGEST = aiohttp.ClientTimeout(total=30)
+LONGEST = aiohttp.ClientTimeout(total=120)
 """Of one answer: a stream of another's events would have no end."""
 PROBES = 4
-"""Pairs of a stranger and an owner for each route with an id, drawn anew in each run."""
+"""Pairs of a stranger and an owner for each route with an id: always the same, but in `make explore`."""
 NOTE = "common {{ inputs.mark }}"
 FLOW = {
     "name": "waits",
@@ -147,13 +148,13 @@ async def routes_of(app: Starlette) -> set[tuple[str, str]]:
 
 @asynccontextmanager
 async def platform(folder: Path) -> AsyncGenerator[Platform]:
-    settings = load(
+    chosen = load(
         {"data_dir": str(folder / "data"), "auth.required": True},
         environ={},
         directory=folder,
         user_config=folder / "none.toml",
     ).settings
-    async with Runtime(settings, serves=("platform", "agentdb", "swarm")) as runtime:
+    async with Runtime(chosen, serves=("platform", "agentdb", "swarm")) as runtime:
         apps = await _Apps(runtime, None).build(["platform", "agentdb", "swarm"])
         identity = await runtime.identity()
         owners: list[Owner] = []
@@ -312,7 +313,7 @@ async def own_view(at: Platform, owner: Owner) -> dict[str, str]:
 
 async def test_no_route_mixes_tenants_up(tmp_path: Path) -> None:
     """Catches a route, old or new, that shows, changes or deletes what is another tenant's."""
-    seed = random.SystemRandom().randrange(1 << 32)
+    seed = 1 if settings().derandomize else random.SystemRandom().randrange(1 << 32)
     print(f"seed {seed}")
     rng = random.Random(seed)
     async with platform(tmp_path) as at:
