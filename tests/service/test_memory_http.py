@@ -83,10 +83,8 @@ async def test_a_turn_of_learning(port: str, urls: dict[str, str]) -> None:
         await memory.record(LOCAL_OWNER, lint_run(1, recall.id, kept.id))
         await memory.add_verdict(LOCAL_OWNER, "lint-1", Verdict(outcome="success", source="person"))
         # The server may be learning from the run without the verdict at that moment: once more then.
-        async with asyncio.timeout(60):
-            while (report := await memory.learn(LOCAL_OWNER, timeout_s=60)).waiting:
-                assert report.failed == 0
-        assert report.settled
+        report = await memory.learn(LOCAL_OWNER, timeout_s=60)
+        assert (report.settled, report.waiting, report.failed) == (True, 0, 0)
         after = await memory.explain(LOCAL_OWNER, kept.id)
         assert after.belief.mean > before.belief.mean
         assert (await memory.trajectory(LOCAL_OWNER, "lint-1")).state == "learned"

@@ -559,6 +559,32 @@ async def test_a_verdict_that_comes_meanwhile_reaches_a_merged_lesson(tmp_path: 
         assert sources == {"first"}
 
 
+async def test_who_waits_is_not_told_of_the_end_by_a_claim_that_was_lost(tmp_path: Path) -> None:
+    """Catches a caller who is told that nothing is left, while a run waits whose verdict came just as the
+    background was about to take it."""
+    async with place_in(tmp_path) as place:
+        claim, begun, goes_on = place.trajectories.claim, asyncio.Event(), asyncio.Event()
+
+        async def overtaken(tenant: str, trajectory_id: str, **_: Any) -> None:
+            place.trajectories.claim = claim
+            begun.set()
+            await goes_on.wait()
+
+        place.trajectories.claim = overtaken
+        await place.trajectories.record(T, tried("a"))
+        learner = place.learner()
+        learner.start()
+        await asyncio.wait_for(begun.wait(), 30)
+        settling = asyncio.create_task(learner.settle(T))
+        async with asyncio.timeout(30):
+            while (T, "a") not in learner._again:  # pyright: ignore[reportPrivateUsage]
+                await asyncio.sleep(0.001)
+        goes_on.set()
+        await settling
+        assert learner.stats.learned == 1
+        await learner.close()
+
+
 async def test_what_kills_every_process_is_shelved(tmp_path: Path) -> None:
     """Catches a trajectory that ends whoever begins to learn from it, again and again."""
     async with place_in(tmp_path, attempts_max=1) as place:

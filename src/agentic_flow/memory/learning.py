@@ -340,6 +340,8 @@ class Learner:
         try:
             claim = await self._trajectories.claim(tenant, trajectory_id, lease_s=self._lease_s)
             if claim is None:
+                # Somebody was faster, a verdict perhaps: it may be due still, and who asked was sent away.
+                self._overtaken += (tenant, trajectory_id) in self._again
                 return False
         except Exception as error:  # noqa: BLE001 - a row that cannot be read must not stop the others
             self._note_failure(error, tenant=tenant, trajectory=trajectory_id)
