@@ -182,7 +182,8 @@ def test_a_run_leaves_its_trajectory_with_a_memory_that_comes_back(tmp_path: Pat
     """Catches a run whose experience is lost, or that is told nothing of earlier ones, because AgentDB was
     replaced as it began and as it ended."""
     folder = make_folder(tmp_path)
-    script = Held(lambda reply: ANSWER_LINE in str(reply))
+    # The last answer: when the first worker's is there, another may still be searching memory.
+    script = Held(lambda reply: reply.body_text.startswith(f"{ANSWER_LINE} and tells"))
     store = Place(tmp_path)
     with FakeProvider(script) as provider, store.start("serve", "agentdb") as agentdb:
         url = agentdb.addresses(1)["agentdb"]
