@@ -153,6 +153,8 @@ def recover(machine: Machine, run_id: str, *, by_server: bool) -> dict[str, Any]
     server = machine.start("serve", "swarm")
     try:
         wait_for(lambda: ended(machine, run_id) or server.poll() is not None, "the end of the run")
+        # It takes runs over before all of it has begun: what was nearly done may be done before that.
+        wait_for(lambda: server.poll() is not None or catches_sigterm(server.pid), "its signal handler")
     finally:
         server.send_signal(signal.SIGTERM)
         _, err = server.communicate(timeout=END_TIMEOUT_S)
@@ -161,6 +163,13 @@ def recover(machine: Machine, run_id: str, *, by_server: bool) -> dict[str, Any]
     assert record is not None
     assert record.output is not None, record
     return record.output
+
+
+def catches_sigterm(pid: int) -> bool:
+    """Whether a process would do something about SIGTERM, from its mask of caught signals."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (caught,) = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")]
+    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def ended(machine: Machine, run_id: str) -> bool:
