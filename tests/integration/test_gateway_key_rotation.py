@@ -27,37 +27,44 @@ pytestmark = pytest.mark.anyio
 
 CALLS_PER_S = 200
 AT_ONCE_MAX = 64
-"""So that on a machine too slow for that many calls none waits for seconds with the key that it has."""
+"""So that on a machine too slow for that many calls they do not pile up."""
 LOAD_S = 6.0
 ROTATED_AT_S = 3.0
 GRACE_S = 1.0
 
 
 class KeyedProvider(FakeProvider):
-    """A provider that knows its keys, takes them back, and notes when each was used."""
+    """A provider that knows its keys, takes them back, and notes when each was used.
+
+    Attributes:
+        begun: Call → when it was begun. It may arrive long after, with the key that it was begun with.
+        used: Of each request when its call was begun, when it has arrived, and its key.
+    """
 
     def __init__(self, valid: set[str]) -> None:
         super().__init__(lambda _: Reply.text("an answer of some words", chunk_chars=5))
-        self.valid = valid
-        self.used: list[tuple[float, str]] = []
+        self.valid_until_s = dict.fromkeys(valid, float("inf"))
+        self.begun: dict[int, float] = {}
+        self.used: list[tuple[float, float, str]] = []
         self._guard = threading.Lock()
 
     def _judge(self, seen: SeenRequest, check: Callable[[SeenRequest], str | None]) -> tuple[int, str] | None:
         key = seen.key or ""
+        begun_s = self.begun[int(seen.last_text.split()[-1])]
         with self._guard:
-            self.used.append((time.monotonic(), key))
-            if key not in self.valid:
+            self.used.append((begun_s, time.monotonic(), key))
+            if begun_s > self.valid_until_s[key]:
                 return 401, "this key was revoked"
         return super()._judge(seen, check)
 
-    def revoke(self, key: str) -> None:
+    def revoke(self, key: str, *, begun_after_s: float = float("-inf")) -> None:
         with self._guard:
-            self.valid.discard(key)
+            self.valid_until_s[key] = begun_after_s
 
 
 async def call(gateway: Gateway, number: int) -> None:
     """One whole call, every second one streamed."""
-    message = Message(role="user", parts=(TextPart(text="a question"),))
+    message = Message(role="user", parts=(TextPart(text=f"question {number}"),))
     request = CompletionRequest(model="openai:fake-model", messages=(message,), stream=number % 2 == 0)
     deadline = Deadline.after(30)
     if number % 2:
@@ -69,11 +76,14 @@ async def call(gateway: Gateway, number: int) -> None:
         assert events[-1].completion.text == "an answer of some words"
 
 
-async def load(gateway: Gateway, at: dict[int, Callable[[], None]]) -> list[BaseException]:
+async def load(
+    gateway: Gateway, fake: KeyedProvider, at: dict[int, Callable[[], None]]
+) -> list[BaseException]:
     """Begin CALLS_PER_S calls a second, AT_ONCE_MAX under way at most; what failed.
 
     Args:
         gateway: Is called.
+        fake: Its provider, which is told when each call begins.
         at: What is done when the call of this number is due.
     """
     loop = asyncio.get_running_loop()
@@ -83,6 +93,7 @@ async def load(gateway: Gateway, at: dict[int, Callable[[], None]]) -> list[Base
 
     async def placed(number: int) -> None:
         try:
+            fake.begun[number] = time.monotonic()
             await call(gateway, number)
         finally:
             places.release()
@@ -99,8 +110,8 @@ async def load(gateway: Gateway, at: dict[int, Callable[[], None]]) -> list[Base
 
 def check(fake: KeyedProvider, rotated_s: float) -> None:
     """What the provider saw of a rotation from `old` to `new`."""
-    before = Counter(key for at_s, key in fake.used if at_s < rotated_s)
-    late = Counter(key for at_s, key in fake.used if at_s > rotated_s + GRACE_S)
+    before = Counter(key for _, at_s, key in fake.used if at_s < rotated_s)
+    late = Counter(key for begun_s, _, key in fake.used if begun_s > rotated_s + GRACE_S)
     assert set(before) == {"old"}
     assert set(late) == {"new"}
     assert before["old"] > CALLS_PER_S
@@ -124,8 +135,12 @@ async def test_a_key_file_is_rotated_under_load(tmp_path: Path) -> None:
         )
         due = int(ROTATED_AT_S * CALLS_PER_S)
         revoke_due = int((ROTATED_AT_S + GRACE_S) * CALLS_PER_S)
+
+        def revoke() -> None:
+            fake.revoke("old", begun_after_s=rotated[0] + GRACE_S)
+
         async with Gateway(settings) as gateway:
-            failed = await load(gateway, {due: rotate, revoke_due: lambda: fake.revoke("old")})
+            failed = await load(gateway, fake, {due: rotate, revoke_due: revoke})
         assert failed == []
         assert fake.refused == []
         check(fake, rotated[0])
@@ -148,7 +163,7 @@ async def test_a_key_is_rotated_in_the_encrypted_store_and_revoked_at_once(tmp_p
         providers = build_providers(settings, transport, stored=lambda name: StoredSecret(store, name))
         try:
             async with Gateway(settings, providers=providers.values()) as gateway:
-                failed = await load(gateway, {int(ROTATED_AT_S * CALLS_PER_S): rotate})
+                failed = await load(gateway, fake, {int(ROTATED_AT_S * CALLS_PER_S): rotate})
         finally:
             await transport.close()
         assert failed == []
