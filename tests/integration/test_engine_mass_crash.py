@@ -299,6 +299,12 @@ def test_a_thousand_tasks_on_postgres(server: str, tmp_path: Path) -> None:
 POINTS = ("first", "later", "child", "queued")
 
 
+def held(store: Store) -> int:
+    """How many runs are held."""
+    path = store.path("holding")
+    return len(path.read_text().split()) if path.exists() else 0
+
+
 def test_takeover_at_the_default_lease(server: str, tmp_path: Path) -> None:
     """Catches a dead process's runs that wait for much longer than a lease, wherever they were."""
     from agentic_flow.core.settings import Settings
@@ -309,7 +315,7 @@ def test_takeover_at_the_default_lease(server: str, tmp_path: Path) -> None:
         holder = begin(store, "holder", len(POINTS) - 1)
         lives.append(holder)
         until(lambda: store.path("all-accepted").exists(), "the acceptance")
-        until(lambda: len(store.path("holding").read_text().split()) == len(POINTS) - 1, "the work")
+        until(lambda: held(store) == len(POINTS) - 1, "the work")
         assert [store.record(point).state for point in POINTS] == ["running"] * 3 + ["queued"]
         killed_at_s = time.time()
         kill(holder)

@@ -9,7 +9,6 @@ import asyncio
 import random
 import secrets
 import threading
-import time
 import warnings
 from collections.abc import Awaitable, Callable, Generator
 from pathlib import Path
@@ -24,6 +23,7 @@ from test_engine_crash import (
     check_killed_while_queued,
     check_race,
     kill_at_random_points,
+    until,
 )
 
 from agentic_flow.core.errors import Unavailable
@@ -164,9 +164,7 @@ def test_closed_while_another_thread_is_at_work(server: str, tmp_path: Path) -> 
             "SELECT count(*) FROM pg_stat_activity "
             "WHERE datname = current_database() AND pid <> pg_backend_pid()"
         )
-        give_up_at_s = time.monotonic() + 10
-        while connection.execute(others).fetchone() != (0,):
-            assert time.monotonic() < give_up_at_s
+        until(lambda: connection.execute(others).fetchone() == (0,))
 
 
 def test_killed_at_random_points(store: Store) -> None:

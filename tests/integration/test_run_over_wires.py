@@ -28,8 +28,8 @@ def settings_for(
         "gateway.model": f"{wire}:some-model",
         "gateway.stream": stream,
         "gateway.backoff_s": 0.01,
-        "gateway.idle_timeout_s": 2.0,
-        "gateway.timeout_s": 20.0,
+        "gateway.idle_timeout_s": 30.0,
+        "gateway.timeout_s": 60.0,
         **more,
     }
     return load(flags, environ={}, directory=data_dir, user_config=data_dir / "none.toml").settings
