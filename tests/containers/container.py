@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,8 +106,9 @@ class Container:
             if self.state(".State.Running") != "true" or time.monotonic() > end:
                 raise AssertionError(f"{self.name} is not ready: {answer}\n{self.logs()[-6000:]}")
             time.sleep(0.1)
-        if (found := _KEY.search(self.logs())) is not None:
-            self.key = found.group()
+        if self.key is None and self.service != "worker":
+            # The engine may pass on what was written before it was ready a little later.
+            self.key = until(lambda: _KEY.search(self.logs()), "the owner's key", 60.0).group()
         return self
 
     def call(self, method: str, path: str, body: Any = None, *, timeout_s: float = 60.0) -> Answer:
@@ -146,8 +149,19 @@ def call(
     except urllib.error.HTTPError as error:
         with error:
             return Answer(error.code, error.read().decode())
-    except OSError as error:
-        return Answer(0, str(error))
+    except (OSError, http.client.HTTPException) as error:  # the latter: it died within its answer
+        return Answer(0, repr(error))
+
+
+@contextmanager
+def paused(engine: Engine, container: str) -> Iterator[None]:
+    """All processes of a container stand still."""
+    # The kernel cannot always freeze processes at once on a busy machine; runc then gives up and thaws them.
+    until(lambda: engine.run("pause", container, check=False).returncode == 0, f"the pause of {container}")
+    try:
+        yield
+    finally:
+        engine.run("unpause", container)
 
 
 def until(what: Callable[[], Any], description: str, timeout_s: float = 120.0) -> Any:

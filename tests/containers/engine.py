@@ -47,7 +47,8 @@ _HOST_PACKAGES = ("iptables", "debootstrap", "libdevmapper1.02.1", "libseccomp2"
 _PLUGIN_PACKAGES = {"docker-compose": "docker-compose", "docker-buildx": "docker-buildx"}
 _PLUGIN_SUITE = "sid"
 _KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
-_START_TIMEOUT_S = 60.0
+_START_TIMEOUT_S = 180.0
+_ANSWER_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 60.0
 # What a slim image leaves out, as the published one's dpkg configuration does.
 _SLIM = """\
@@ -171,15 +172,18 @@ def running() -> Engine | None:
     if (client := shutil.which("docker")) is not None:
         candidates.append(Engine(client, {}, own=False))
     for engine in candidates:
-        try:
-            if (
-                engine.run("info", "--format", "{{.ServerVersion}}", check=False, timeout_s=10).returncode
-                == 0
-            ):
-                return engine
-        except subprocess.TimeoutExpired:
-            continue
+        if _answers(engine):
+            return engine
     return None
+
+
+def _answers(engine: Engine) -> bool:
+    """Whether it does in time. One that only just begins takes the connection, and answers when it has."""
+    try:
+        done = engine.run("info", "--format", "{{.ServerVersion}}", check=False, timeout_s=_ANSWER_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
 
 
 def stop() -> bool:
@@ -261,7 +265,7 @@ def _start_own() -> Engine:
         if process.poll() is not None:
             tail = (FOLDER / "dockerd.log").read_text("utf-8", "replace")[-3000:]
             raise EngineUnavailable(f"dockerd ended with {process.returncode}:\n{tail}")
-        return engine.run("info", check=False, timeout_s=10).returncode == 0
+        return _answers(engine)
 
     _wait_for(answers, _START_TIMEOUT_S, "dockerd to answer")
     _clear(engine)

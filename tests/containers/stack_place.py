@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,17 +11,11 @@ from typing import Any
 import yaml
 from engine import Engine
 from images import TAG
+from stacks import free_ports
 
 from command_done import Done
 
 COMMAND_TIMEOUT_S = 400.0
-
-
-def free_port() -> int:
-    """A port that nobody listens on now. It is held until all that were asked for are known to differ."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class StackPlace:
@@ -40,7 +33,7 @@ class StackPlace:
         self.stack = folder / "stack"
         self.engine = engine
         self.project = project
-        self.ports = {"platform": free_port(), "swarm": free_port(), **spec.pop("ports", {})}
+        self.ports = dict(zip(("platform", "swarm"), free_ports(2), strict=True)) | spec.pop("ports", {})
         self.spec = {
             "name": project,
             "images": {"tag": TAG},

@@ -6,6 +6,7 @@ A `Stack` is a folder with the files of a spec, its certificates and secrets, an
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import socket
 import ssl
@@ -29,8 +30,10 @@ from agentic_flow.deploy.parts import Secret
 from agentic_flow.deploy.spec import StackSpec
 
 ROOT = Path(__file__).resolve().parents[2]
-HEALTHY_WITHIN_S = 60
-"""A stack is up and healthy within this time, or the test fails: what the documents promise."""
+HEALTHY_WITHIN_S = 60.0
+"""A stack is up and healthy within this time, or the test fails: what the documents promise. They mean a
+machine with nothing else to do; of another it is as many times longer as its processors are asked for."""
+UP_TIMEOUT_S = 300
 
 
 @dataclass
@@ -64,16 +67,20 @@ class Stack:
         return done.stdout + done.stderr
 
     def up(self, *services: str) -> None:
-        """Start it and wait until all of it is healthy, for as long as is promised at most."""
+        """Start it and wait until all of it is healthy, which takes as long as is promised at most."""
         began_s = time.monotonic()
         done = self.compose(
-            "up", "--detach", "--wait", f"--wait-timeout={HEALTHY_WITHIN_S}", *services, check=False
+            *("up", "--detach", "--wait", f"--wait-timeout={UP_TIMEOUT_S}", *services),
+            check=False,
+            timeout_s=UP_TIMEOUT_S + 60,
         )
         self.up_s = time.monotonic() - began_s
         states = [one["State"] + one["Health"] for one in self.states()]
         well = all(state in ("running", "runninghealthy") for state in states)
         assert states, done
         assert well, f"{done}\n{states}\n{self.logs()[-6000:]}"
+        busy = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+        assert self.up_s <= HEALTHY_WITHIN_S * busy, f"healthy after {self.up_s:.0f} s"
         print(f"{self.project} ({' '.join(self.files)}): healthy after {self.up_s:.1f} s")
 
     def states(self) -> list[dict[str, Any]]:
@@ -152,7 +159,7 @@ class Stack:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
+    """Ports that nobody listens on now, each another: they are held until all are known."""
     with ExitStack() as open_ones:
         sockets = [open_ones.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:

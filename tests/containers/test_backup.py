@@ -93,8 +93,8 @@ def test_a_stack_goes_on_elsewhere_from_a_backup_under_traffic(store: str, new_p
     user_key = fill(first)
     runs = as_user(first, user_key, "runs", "list", "--json")
     with traffic(first) as clients:
-        while len(clients.seen.written) < WRITES_BEFORE:
-            assert not clients.seen.failures
+        until(lambda: len(clients.seen.written) >= WRITES_BEFORE or clients.seen.failures, "the first writes")
+        assert not clients.seen.failures
         before = list(clients.seen.written)
         made = first.run("backup", "first.tar.gz", "--json", *with_secrets)
         assert made.code == 0, made.err

@@ -137,7 +137,7 @@ def examined(stack: Stack) -> dict[str, dict[str, Any]]:
 def test_a_full_volume_is_told_refused_and_heals(stack: Stack, service: str) -> None:
     """Catches a full disk behind a green health route, a write that is acknowledged and lost, an error
     without a way out, and a service that stays broken when there is room again."""
-    until(lambda: all_ready(stack), 60, "ready before the fault")
+    until(lambda: all_ready(stack), HEALED_WITHIN_S, "ready before the fault")
     before = {one["Id"]: one["State"]["StartedAt"] for one in stack.inspected()}
     port = getattr(stack.spec.ports, service)
     with Accepted(stack, runs=3, agents=4) as accepted:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from container import paused
 from engine import Engine
 from images import Images
 from stacks import Stack, assert_no_secret_shows, prepare, spec_with_free_ports
@@ -119,11 +120,8 @@ def test_prometheus_takes_the_rules_and_one_fires(stack: Stack) -> None:
         "all rules evaluated",
     )
     (agentdb,) = stack.containers("agentdb")
-    stack.engine.run("pause", agentdb)
-    try:
+    with paused(stack.engine, agentdb):
         until(lambda: asked(stack, 'ALERTS{alertname="ServiceDown", job="agentdb"}'), "the alert")
-    finally:
-        stack.engine.run("unpause", agentdb)
 
 
 def test_promtool_finds_nothing_wrong(stack: Stack) -> None:

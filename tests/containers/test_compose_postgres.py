@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from engine import Engine
 from faults import (
+    HEALED_WITHIN_S,
     SERVICES,
     Accepted,
     database_death_then_whole,
@@ -156,7 +157,7 @@ def test_the_database_takes_up_a_renewed_certificate(stack: Stack) -> None:
     CertificateFolder(stack.folder / "certs", mounted=True).renew(["postgres"], within_days=400)
     engine = DockerCommand(stack.engine.docker, stack.engine.variables)
     assert "postgres" in DeployedStack(stack.folder, stack.spec, engine).take_up_certificates()
-    until(lambda: shown() != before[0], 30, "the new certificate")
+    until(lambda: shown() != before[0], HEALED_WITHIN_S, "the new certificate")
     assert stack.engine.output("inspect", "--format={{.State.StartedAt}}", postgres) == before[1]
     with stack.client() as client:
         assert client.run("What is a worker?", input="/inputs/guides", agents=1).state == "completed"

@@ -8,6 +8,7 @@ import subprocess
 import time
 from typing import Any
 
+from container import paused, until
 from engine import ROOT
 from stack_place import Done, StackPlace
 
@@ -61,9 +62,7 @@ def test_a_stack_that_is_well_is_called_so(place: StackPlace) -> None:
 
 def test_a_service_that_hangs_is_found_from_outside_and_inside(place: StackPlace) -> None:
     """Catches a check that believes the engine, for which a paused process still runs."""
-    container = place.container("swarm")
-    place.engine.run("pause", container)
-    try:
+    with paused(place.engine, place.container("swarm")):
         code, checks = examined(place)
         broken = {name for name, check in checks.items() if check["state"] == "broken"}
         assert code == 1
@@ -72,11 +71,7 @@ def test_a_service_that_hangs_is_found_from_outside_and_inside(place: StackPlace
         ill = script(place)
         assert ill.code == 1
         assert "broken  endpoint" in ill.out
-    finally:
-        place.engine.run("unpause", container)
-    until_s = time.monotonic() + 60
-    while place.run("status").code != 0:
-        assert time.monotonic() < until_s
+    until(lambda: place.run("status").code == 0, "the stack well again")
 
 
 def test_a_hole_between_the_networks_is_found(place: StackPlace) -> None:

@@ -22,6 +22,7 @@ from images import DOCKERFILE, REPOSITORIES, Images, build_secrets, copy_context
 ADDED_MAX_BYTES = {"platform": 320e6, "agentdb": 220e6, "swarm": 220e6, "worker": 220e6}
 TARGETS = sorted(REPOSITORIES)
 QUESTION = "What switches the kettle off when the temperature reaches the limit?"
+DRAIN_S = 60
 FACT = "When the temperature reaches the limit, the bimetal strip switches the kettle off."
 
 
@@ -355,7 +356,11 @@ print("\\n".join(failed))
 
 def test_docker_stop_lets_requests_finish(engine: Engine, images: Images, project: Project) -> None:
     """Catches a PID 1 that passes no signal on, or an end that cuts a write which is under way."""
-    at = Container.run(engine, f"{project()}-agentdb", images("agentdb"), "agentdb").wait_ready()
+    # Longer than anybody here takes to see that the drain has begun, and to send the rest.
+    patience = f"--env=AGENTIC_FLOW_SERVE__DRAIN_TIMEOUT_S={DRAIN_S}"
+    at = Container.run(
+        engine, f"{project()}-agentdb", images("agentdb"), "agentdb", options=(patience,)
+    ).wait_ready()
     assert at.call("PUT", "/v1/namespaces/slow", {"dimension": 3}).status == 200
     body = json.dumps({"items": [{"id": "a", "vector": [1, 0, 0]}]}).encode()
     place = urlsplit(at.url)
@@ -369,14 +374,14 @@ def test_docker_stop_lets_requests_finish(engine: Engine, images: Images, projec
         connection.putheader(name, value)
     connection.endheaders(body[:10])
     ended: list[int] = []
-    stopping = threading.Thread(target=lambda: ended.append(at.stop()))
+    stopping = threading.Thread(target=lambda: ended.append(at.stop(DRAIN_S + 30)))
     stopping.start()
     until(lambda: at.call("GET", "/health/ready", timeout_s=5).status != 200, "the drain to begin")
     connection.send(body[10:])
     answer = connection.getresponse()
     assert (answer.status, json.loads(answer.read())["inserted"]) == (200, 1)
     connection.close()
-    stopping.join(120)
+    stopping.join(DRAIN_S + 60)
     assert ended
     assert ended[0] in (0, 143)
 

@@ -15,7 +15,7 @@ import pytest
 from answering import LAST
 from container import Project
 from engine import NEIGHBOURS, Engine
-from stack_place import free_port
+from stacks import free_ports
 
 from agentic_flow.deploy.caddy import caddyfile
 from agentic_flow.deploy.certs import CertificateFolder
@@ -45,7 +45,9 @@ async def streamed(url: str, context: ssl.SSLContext) -> Counter[str]:
     """How many streams came to which end."""
     ends: Counter[str] = Counter()
     connector = aiohttp.TCPConnector(limit=AT_ONCE, ssl=context)
-    async with aiohttp.ClientSession(url, connector=connector) as session:
+    # By default a request may take 300 s, of which here it waits in line for most.
+    timeout = aiohttp.ClientTimeout(total=None)
+    async with aiohttp.ClientSession(url, connector=connector, timeout=timeout) as session:
         async with asyncio.timeout(START_TIMEOUT_S):
             while not await _is_there(session):
                 await asyncio.sleep(0.1)
@@ -76,7 +78,7 @@ def test_no_stream_is_cut_though_it_begins_at_once(
     answers has begun by then, and is cut (docs/decisions/0034)."""
     certificates = tmp_path / "certs"
     CertificateFolder(certificates, mounted=True).init(["proxy"])
-    name, port = project(), free_port()
+    name, (port,) = project(), free_ports(1)
     file = tmp_path / "Caddyfile"
     file.write_text(caddyfile([Published("platform", port, answering, tls=False)], "# of a test"))
     authority, *own = (Path(path) for path in certificate_files("proxy"))

@@ -7,7 +7,7 @@ import socket
 import ssl
 from pathlib import Path
 
-from container import until
+from container import paused, until
 from stack_place import StackPlace
 
 SHOWN_BY_PLATFORM = """
@@ -81,15 +81,12 @@ def test_logs_are_of_the_service_that_was_asked_for(place: StackPlace) -> None:
 
 def test_an_ill_service_is_seen_and_named(place: StackPlace) -> None:
     """Catches a `status` that is content with what ran a moment ago."""
-    place.engine.run("pause", place.container("swarm"))
-    try:
+    with paused(place.engine, place.container("swarm")):
         status = place.run("status", "--json")
         assert status.code == 1
         ill = {one["service"] for one in status.data["services"] if not one["healthy"]}
         assert "swarm" in ill
         assert "agentdb" not in ill
-    finally:
-        place.engine.run("unpause", place.container("swarm"))
 
 
 def test_data_outlives_down_and_goes_only_when_told(place: StackPlace) -> None:
