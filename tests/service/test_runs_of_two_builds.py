@@ -28,7 +28,7 @@ def write_flow(place: Path) -> Path:
 
 
 def stored(place: Path, statement: str, *values: Any) -> list[tuple[Any, ...]]:
-    with closing(sqlite3.connect(place / "data" / "runs" / "runs.db")) as connection:
+    with closing(sqlite3.connect(place / "data" / "runs" / "runs.db", timeout=60.0)) as connection:
         rows = connection.execute(statement, values).fetchall()
         connection.commit()
         return rows
