@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import sqlite3
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
@@ -75,10 +75,11 @@ def recorded(database: RunDatabase) -> set[tuple[str, int]]:
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> RunDatabase:
+def database(tmp_path: Path) -> Iterator[RunDatabase]:
     made = RunDatabase(None, tmp_path)
     made.create()
-    return made
+    yield made
+    made.close()  # from Python 3.13 on, connections that are only let go fail whichever test comes next
 
 
 class Counting:

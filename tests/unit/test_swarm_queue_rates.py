@@ -30,7 +30,7 @@ class Process:
     """One of several processes on one run database."""
 
     def __init__(self, folder: Path, clock: HandClock, most: int) -> None:
-        self.database = RunDatabase(None, folder)
+        self.database = RunDatabase(None, folder, pooled=False)
         self.database.create()
         self.rates = QueueRates(self.database, clock, {"q": most})
 
