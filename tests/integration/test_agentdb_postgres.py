@@ -464,10 +464,10 @@ async def test_replica_serves_reads(folder: Path) -> None:
             ((written,),) = rows(primary.url, "SELECT pg_current_wal_insert_lsn()")
             replayed = f"SELECT pg_last_wal_replay_lsn() >= '{written}'"
             await until(lambda: rows(standby.url, replayed) == [(True,)])
-            # What only the standby answers: the primary's items are held against everybody. The lock itself
-            # is replayed, too, once something has the log written: they would be held there as well.
-            rows(standby.url, "SELECT pg_wal_replay_pause()")
-            await until(lambda: rows(standby.url, "SELECT pg_get_wal_replay_pause_state()") == [("paused",)])
+            # What only the standby answers: the primary's items are held against everybody, and the lock is
+            # not replayed, which it would be once something has the log written.
+            paused = "SELECT pg_get_wal_replay_pause_state() FROM pg_wal_replay_pause()"
+            await until(lambda: rows(standby.url, paused) == [("paused",)])
             with locked(primary.url):
                 assert [item.id for item in await store.get("t", SPACE, ["a"])] == ["a"]
             await asyncio.to_thread(standby.stop, "immediate")
