@@ -464,8 +464,7 @@ async def test_replica_serves_reads(folder: Path) -> None:
             ((written,),) = rows(primary.url, "SELECT pg_current_wal_insert_lsn()")
             replayed = f"SELECT pg_last_wal_replay_lsn() >= '{written}'"
             await until(lambda: rows(standby.url, replayed) == [(True,)])
-            # What only the standby answers: the primary's items are held against everybody, and the lock is
-            # not replayed, which it would be once something has the log written.
+            # What only the standby answers: the primary's items are locked, and their lock is not replayed.
             paused = "SELECT pg_get_wal_replay_pause_state() FROM pg_wal_replay_pause()"
             await until(lambda: rows(standby.url, paused) == [("paused",)])
             with locked(primary.url):
