@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import os
 import re
 import signal
 import socket
@@ -20,6 +21,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from agentic_flow.client import Client
+from agentic_flow.core import http_twin
 from agentic_flow.core.auth import NoCredentials
 from agentic_flow.core.errors import Unavailable
 from agentic_flow.core.http_twin import HttpTwin
@@ -81,8 +83,12 @@ def app() -> Starlette:
     )
 
 
-async def test_renewed_certificates_are_taken_up_and_open_connections_go_on(tmp_path: Path) -> None:
+async def test_renewed_certificates_are_taken_up_and_open_connections_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches a server or a client that needs a restart for a renewed certificate, or cuts calls for it."""
+    # Until the new certificate is seen it is idle, for longer perhaps than calls keep such a connection.
+    monkeypatch.setattr(http_twin, "_IDLE_CONNECTION_S", 600.0)
     certificates = CertificateFolder(tmp_path)
     certificates.init(["platform", "swarm"])
     context = client_context(tls(tmp_path, "swarm"))
@@ -180,6 +186,9 @@ def test_a_client_makes_no_context_without_need(tmp_path: Path) -> None:
     """Catches a context, and so a connection, for each call."""
     certificates = CertificateFolder(tmp_path)
     certificates.init(["swarm"])
+    # Else what is renewed within a tick of the file system's clock has the same time and, by chance, size.
+    for file in tmp_path.iterdir():
+        os.utime(file, (0, 0))
     client = ClientTls(tls(tmp_path, "swarm", reload_s=1e-9))
     first = client.context()
     assert client.context() is first
