@@ -229,6 +229,8 @@ async def test_a_foreign_namespace_takes_the_path_of_a_missing_one(
 
     monkeypatch.setattr(service, "_prepare_connection", prepared)
     async with AgentDB(tmp_path, settings()) as store:
+        # Its thread would read in the middle of a call, a quarter of a second after the last write.
+        monkeypatch.setattr(store._indexer, "wake", lambda _: None)
         await store.create_namespace("other", "private", dimension=2, embedder_id="model-a")
         await store.create_namespace("me", "mine")
         items = [Item(id=f"i{n}", vector=Vector((1.0, float(n)))) for n in range(500)]

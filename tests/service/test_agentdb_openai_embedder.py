@@ -39,13 +39,20 @@ TEXTS = ("red fox", "blue whale", "green frog")
 
 
 class Hurried(SystemClock):
-    """The system's clock, except that pauses are written down instead of waited for."""
+    """A clock that stands still, whatever the machine's speed: pauses are written down instead of waited for,
+    and each takes `pause_takes_s` of its time."""
 
     def __init__(self) -> None:
         self.pauses_s: list[float] = []
+        self.pause_takes_s = 0.0
+        self._now_s = super().monotonic_s()
+
+    def monotonic_s(self) -> float:
+        return self._now_s
 
     async def sleep(self, duration_s: float) -> None:
         self.pauses_s.append(duration_s)
+        self._now_s += self.pause_takes_s
         await asyncio.sleep(0)
 
 
@@ -250,7 +257,8 @@ async def test_a_pause_past_the_deadline_is_not_waited_for() -> None:
 async def test_a_stall_ends_at_the_deadline(fault: Fault) -> None:
     """Catches a call that hangs with its server, and an error that hides what was seen before."""
     with FakeEmbeddings([Reply.error(500, "dropped it"), Reply.broken(fault)], dimension=8) as fake:
-        async with Opened(fake, dimension=8, timeout_s=2.5) as opened:
+        async with Opened(fake, dimension=8, timeout_s=60) as opened:
+            opened.clock.pause_takes_s = 57.0  # each try has a minute, but for the one that stalls
             with pytest.raises(DeadlineExceeded, match=r"2 tries made; before that: .*dropped it"):
                 await opened.embedder.embed(TEXTS)
             # The connection of the stalled answer is not used again.
