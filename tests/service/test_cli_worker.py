@@ -132,7 +132,8 @@ def test_a_worker_tells_how_it_is(tmp_path: Path) -> None:
                 "disk": True,
             }
             assert get(f"{url}/v1/runs")[0] == 401, "it has no routes of its own"
-            with closing(sqlite3.connect(place.data_dir / "runs" / "runs.db", isolation_level=None)) as other:
+            file = place.data_dir / "runs" / "runs.db"
+            with closing(sqlite3.connect(file, timeout=60, isolation_level=None)) as other:
                 other.execute("BEGIN IMMEDIATE")  # nobody else can write, the heartbeat neither
                 until_failing(url, "heartbeat")
                 assert get(f"{url}/health/live")[0] == 200
