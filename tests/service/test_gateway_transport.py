@@ -134,8 +134,14 @@ async def test_refused_and_unanswered_connections_are_told_apart() -> None:
     assert type(late) is DeadlineExceeded
 
 
-async def test_a_name_without_an_address_is_named() -> None:
+async def test_a_name_without_an_address_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a wrong host name that looks like a broken connection."""
+
+    def unknown(*about: object, **more: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    # A name server that is out of reach would let the time for a connection pass first.
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
     error = await failure("http://no-such-host.invalid/")
     assert type(error) is ProviderFailed
     assert error.details["reason"] == "dns"
