@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 from agentic_flow.core.messages import JsonObject
@@ -252,6 +253,13 @@ def until(condition: Any) -> None:
         time.sleep(0.02)
 
 
+def until_alone(url: str) -> None:
+    """Wait until nobody else is connected: what a killed process had sent may be committed after its end."""
+    others = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> %s"
+    with psycopg.connect(url, autocommit=True) as connection:
+        until(lambda: connection.execute(others, (connection.info.backend_pid,)).fetchone() == (0,))
+
+
 def check_exactly_once(store: Store, run: str, kills: int) -> None:
     """Everything ran; repeats are only what was in flight at a kill, at most one step per child."""
     counts = Counter(key for _, key in store.journal() if key.startswith((f"{run}:", f"{run}.")))
@@ -290,6 +298,8 @@ def kill_at_random_points(store: Store, kills_wanted: int, seed: int) -> None:
                     worker.process.wait(delay_s)
                 ended = worker.process.poll() is not None
                 worker.kill()
+                if store.url is not None:
+                    until_alone(store.url)
                 if not ended:
                     kills, kills_of_run = kills + 1, kills_of_run + 1
             else:

@@ -23,7 +23,7 @@ from test_engine_crash import (
     check_killed_while_queued,
     check_race,
     kill_at_random_points,
-    until,
+    until_alone,
 )
 
 from agentic_flow.core.errors import Unavailable
@@ -159,12 +159,7 @@ def test_closed_while_another_thread_is_at_work(server: str, tmp_path: Path) -> 
     database.close()
     closed.set()
     worker.join(30)
-    with psycopg.connect(url, autocommit=True) as connection:
-        others = (
-            "SELECT count(*) FROM pg_stat_activity "
-            "WHERE datname = current_database() AND pid <> pg_backend_pid()"
-        )
-        until(lambda: connection.execute(others).fetchone() == (0,))
+    until_alone(url)
 
 
 def test_killed_at_random_points(store: Store) -> None:
