@@ -165,7 +165,8 @@ async def logged_states(folder: Path, settings: AgentDBSettings) -> list[State]:
             for path in (source / DATABASE, wal):
                 shutil.copy(path, folder / DATABASE.parent)
             if (source / INDEXES).exists():
-                shutil.copytree(source / INDEXES, folder / INDEXES)
+                # Not what a slow machine is still writing, which may be renamed meanwhile.
+                shutil.copytree(source / INDEXES, folder / INDEXES, ignore=shutil.ignore_patterns("*.part"))
     return states
 
 
