@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -85,15 +86,20 @@ class StackPlace:
 
     def start(self, *words: str | Path) -> subprocess.Popen[str]:
         """Begin a command of ours; what it writes, errors too, is its output."""
-        return subprocess.Popen(
-            [sys.executable, "-m", "agentic_flow", *map(str, words)],
-            cwd=self.folder,
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        # A shell begins what it runs in the background with Ctrl-C ignored, and children inherit that.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return subprocess.Popen(
+                [sys.executable, "-m", "agentic_flow", *map(str, words)],
+                cwd=self.folder,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def client(self, *words: str | Path) -> Done:
         """The same, as a client of the stack."""
