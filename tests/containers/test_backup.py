@@ -153,6 +153,11 @@ def test_what_cannot_be_restored_leaves_nothing(new_place: Make, engine: Engine)
     refused = second.run("restore", place.folder / "good.tar.gz", "--dir", "stack", "--spec", "spec.yaml")
     assert refused.code == 5, refused.err
     assert not second.stack.exists()
+    second.write_spec(store="directory", provider="claude")  # whose key is nowhere, which is found late
+    refused = second.run("restore", place.folder / "good.tar.gz", "--dir", "stack", "--spec", "spec.yaml")
+    assert refused.code == 2, refused.err
+    assert "key" in refused.err
+    assert not second.stack.exists()
     label = f"label=com.docker.compose.project={second.project}"
     for kind in (("ps", "-aq"), ("volume", "ls", "-q"), ("network", "ls", "-q")):
         assert engine.output(*kind, "--filter", label) == ""

@@ -192,8 +192,9 @@ def restore_stack(
         with _restoring(folder):
             try:
                 _write_stack(stack, file, files, provider_key)
-            except BaseException:
-                with contextlib.suppress(AgenticFlowError):  # the first error tells what is wrong
+            except BaseException:  # Ctrl-C too: it goes on after this
+                # The first error tells what is wrong; what cannot be removed keeps its mark.
+                with contextlib.suppress(AgenticFlowError, OSError):
                     _remove(folder, engine)
                     if made:
                         folder.rmdir()
@@ -201,7 +202,9 @@ def restore_stack(
             (folder / RESTORE_FILE).unlink()
             sync(folder)
     except OSError as error:
-        raise unwritten(repr(str(folder)), error, "nothing is left of it") from error
+        marked = (folder / RESTORE_FILE).exists()
+        effect = "the same restore again removes what is left" if marked else "nothing is left of it"
+        raise unwritten(repr(str(folder)), error, effect) from error
     notes = ("what a restore that was broken off had left was removed first",) if broken_off else ()
     return RestoreReport(stack.folder, contents, None, (*notes, *notes_of(about)))
 
