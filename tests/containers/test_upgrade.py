@@ -205,7 +205,7 @@ def test_an_upgrade_that_is_broken_off_leaves_a_way_on(
         process.communicate()
     if by is signal.SIGINT:
         assert process.returncode == 130, said
-        assert f"{old} in place again" in said
+        assert f"the stack has {old!r} again: it was interrupted" in said
     else:
         assert process.returncode == -by
         # Containers that run can be upgraded again; what was stopped is started first.

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
-from agentic_flow.core.errors import AgenticFlowError, Conflict, Unavailable
+from agentic_flow.core.errors import AgenticFlowError, Cancelled, Conflict, Unavailable
 from agentic_flow.deploy.engine import Container
 from agentic_flow.deploy.parts import Part
 from agentic_flow.deploy.render import render, write_files
@@ -89,7 +89,7 @@ class Upgrade:
             NotFound: an image of the new version is not here. Nothing was changed.
             Unavailable: the new version did not become healthy, and the stack is back at the old one; or, as
                 the message then says, it is not.
-            KeyboardInterrupt: somebody wants it no longer, and the stack is back at the old version.
+            Cancelled: it was interrupted by Ctrl-C, and the stack is back at the old version.
         """
         old_tag, new_tag = self._old.spec.images.tag, self._new.spec.images.tag
         if old_tag == new_tag:
@@ -114,12 +114,10 @@ class Upgrade:
             else:
                 self._replace_all(self._new, steps)
             self._new.wait_for_ports(self._gate_timeout_s)
-        except (AgenticFlowError, KeyboardInterrupt) as error:
+        except (AgenticFlowError, KeyboardInterrupt) as caught:
+            error = caught if isinstance(caught, AgenticFlowError) else Cancelled("it was interrupted")
             self._back(error, done if start_first else steps, start_first=start_first)
-            if isinstance(error, KeyboardInterrupt):
-                self._say("stack", f"{old_tag} in place again")
-                raise
-            raise self._told(error) from error
+            raise self._told(error) from caught
         self._new.remember()
         for name in restart:
             self._say(name, "has a new configuration, and reads it when it is restarted")
@@ -147,16 +145,15 @@ class Upgrade:
         return any(part.name == name for part in self._new.plan.parts)
 
     def _told(self, error: AgenticFlowError) -> AgenticFlowError:
-        return Unavailable(
+        kind = Cancelled if isinstance(error, Cancelled) else Unavailable
+        return kind(
             f"version {self._new.spec.images.tag!r} was taken back, the stack has "
             f"{self._old.spec.images.tag!r} again: {error.message}",
             hint=error.hint,
             details={**error.details, "rolled_back_to": self._old.spec.images.tag},
         )
 
-    def _back(
-        self, why: AgenticFlowError | KeyboardInterrupt, steps: Sequence[Sequence[Part]], *, start_first: bool
-    ) -> None:
+    def _back(self, why: AgenticFlowError, steps: Sequence[Sequence[Part]], *, start_first: bool) -> None:
         """The old version of what has the new one already.
 
         Raises:
@@ -173,12 +170,10 @@ class Upgrade:
                 self._replace_all(self._old, old)
             self._old.wait_for_ports(self._gate_timeout_s)
         except AgenticFlowError as error:
-            interrupted = isinstance(why, KeyboardInterrupt)
-            what = "the upgrade was interrupted" if interrupted else f"the new version failed ({why.message})"
             raise Unavailable(
-                f"{what}, and going back failed too: {error.message}",
+                f"the upgrade failed ({why.message}), and going back failed too: {error.message}",
                 hint="see `agentic-flow doctor --stack`; `agentic-flow up` starts the old version",
-                details={"upgrade": {} if interrupted else why.details, "back": error.details},
+                details={"upgrade": why.details, "back": error.details},
             ) from error
 
     def _start_beside(self, target: Stack, step: Sequence[Part]) -> set[str]:
